@@ -1,0 +1,29 @@
+//! The nouns of Paceline: plain data and pure rules. No IO, no async, no clocks, no protobuf.
+//!
+//! # Layout
+//! * [`ids`] – newtypes for every identifier and count that crosses a boundary
+//! * [`error`] – the four kinds an error can have
+//! * [`sampling`] – sampling parameters and what a sampled token carries
+//! * [`request`] – a validated generation request and how it ends
+//! * [`step`] – what the coordinator asks of a group in one step, and what comes back
+//! * [`group`] – how a group of shards is described: model digest, fingerprint, KV geometry
+//! * [`weight_type`] – storage types of weights and their block sizes
+//! * [`reduce_tree`] – the canonical summation tree over K that keeps bits equal for any number of ranks
+
+pub mod error;
+pub mod group;
+pub mod ids;
+pub mod reduce_tree;
+pub mod request;
+pub mod sampling;
+pub mod step;
+pub mod weight_type;
+
+pub use error::ErrorKind;
+pub use group::{Digest, Fingerprint, KvType};
+pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};
+pub use reduce_tree::ReduceTree;
+pub use request::{FinishReason, GenerateRequest, Prompt, StopRules, Usage};
+pub use sampling::{SampledToken, SamplingParams, TokenLogprob};
+pub use step::{SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings};
+pub use weight_type::WeightType;

@@ -1,0 +1,93 @@
+//! One step of a group: the plan every rank executes alike, and what rank 0 reports. Plain decode, verification
+//! of proposals and prefill chunks are the same thing here: tokens from a start position, some rows sampled.
+
+use crate::{BlockId, Epoch, SampledToken, SamplingParams, SequenceId, StepNumber, TokenId};
+
+/// Tells the ranks of a sequence they will see chunks of.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SequenceOpen {
+    /// The new sequence.
+    pub sequence: SequenceId,
+    /// How its tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Tokens of the prompt; presence and frequency penalties count only what follows.
+    pub n_prompt: u32,
+    /// Tokens before the first chunk (a prefix-cache hit); penalties need them.
+    pub cached_tokens: Vec<TokenId>,
+    /// KV blocks that hold `cached_tokens`, all full.
+    pub cached_blocks: Vec<BlockId>,
+}
+
+/// Tokens of one sequence to run through the model in this step.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SequenceChunk {
+    /// Whose tokens.
+    pub sequence: SequenceId,
+    /// Position of the first token. Whatever the shard holds from here on is forgotten.
+    pub start_pos: u32,
+    /// Token ids at `start_pos ..`; at least one.
+    pub tokens: Vec<TokenId>,
+    /// Blocks appended to the sequence's block table before the pass.
+    pub new_blocks: Vec<BlockId>,
+    /// Block-table length to truncate to before `new_blocks` are appended.
+    pub n_kept_blocks: u32,
+    /// How many of the last tokens are followed by a sampled token: 0 inside a prompt, 1 for decode,
+    /// 1 + proposals for verification.
+    pub n_sampled: u32,
+}
+
+/// Everything a group does in one step.
+#[derive(Clone, PartialEq, Debug)]
+pub struct StepPlan {
+    /// Life of the group.
+    pub epoch: Epoch,
+    /// Place of the step in it.
+    pub step: StepNumber,
+    /// Sequences that end before this step.
+    pub closes: Vec<SequenceId>,
+    /// Sequences that begin in this step.
+    pub opens: Vec<SequenceOpen>,
+    /// The work, in row order.
+    pub chunks: Vec<SequenceChunk>,
+}
+
+impl StepPlan {
+    /// Token rows in the pass.
+    pub fn n_rows(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.tokens.len()).sum()
+    }
+}
+
+/// What rank 0 sampled for one chunk: its `n_sampled` tokens in position order. Tokens after the first that
+/// differs from the proposal are meaningless and left out.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SequenceSamples {
+    /// Whose tokens.
+    pub sequence: SequenceId,
+    /// At least one.
+    pub tokens: Vec<SampledToken>,
+}
+
+/// Where the time of a step went on one rank.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StepTimings {
+    /// Microseconds from the plan's arrival to the end of sampling.
+    pub total_us: u64,
+    /// Microseconds of it spent waiting for peers in collectives.
+    pub collective_wait_us: u64,
+    /// Bytes this rank sent in collectives.
+    pub collective_bytes: u64,
+}
+
+/// One rank's answer to a plan. Only rank 0 has samples.
+#[derive(Clone, PartialEq, Debug)]
+pub struct StepResult {
+    /// Echo.
+    pub epoch: Epoch,
+    /// Echo.
+    pub step: StepNumber,
+    /// In plan order, one for each chunk with `n_sampled > 0`; empty on other ranks.
+    pub samples: Vec<SequenceSamples>,
+    /// This rank's time.
+    pub timings: StepTimings,
+}

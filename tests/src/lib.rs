@@ -1,0 +1,1 @@
+//! The harness for tests with real processes.
