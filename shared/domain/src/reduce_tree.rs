@@ -110,10 +110,21 @@ pub fn maximal_subtrees(n_leaves: usize, range: Range<usize>) -> Vec<Range<usize
     found
 }
 
-/// Edges of `n_parts` nearly equal shares of `n` items: share i is `edges[i]..edges[i + 1]`. For a power of two
-/// these are the edges that bisecting gives, so each share is one subtree.
+/// Edges of `n_parts` nearly equal shares of `n` items: share i is `edges[i]..edges[i + 1]`. As long as the number
+/// of parts is even the items are bisected as the tree does, so for a power of two each share is one subtree.
 pub fn even_edges(n: usize, n_parts: usize) -> Vec<usize> {
-    (0..=n_parts).map(|part| part * n / n_parts).collect()
+    fn cut(items: Range<usize>, n_parts: usize, edges: &mut Vec<usize>) {
+        if n_parts > 1 && n_parts.is_multiple_of(2) {
+            let mid = middle(&items);
+            cut(items.start..mid, n_parts / 2, edges);
+            cut(mid..items.end, n_parts / 2, edges);
+        } else {
+            edges.extend((1..=n_parts).map(|part| items.start + part * items.len() / n_parts));
+        }
+    }
+    let mut edges = vec![0];
+    cut(0..n, n_parts, &mut edges);
+    edges
 }
 
 #[cfg(test)]

@@ -1,1 +1,40 @@
-//! Placeholder while the crate is being laid out.
+//! The wire: generated protobuf types, their conversions to and from the domain, and the one place where error
+//! kinds become gRPC codes. No logic beyond that.
+//!
+//! # Layout
+//! * [`inference`], [`shard`], [`draft`] – generated from `proto/`
+//! * [`step`] – step plans and results
+//! * [`status`] – errors to gRPC status with details
+#![forbid(unsafe_code)]
+
+pub mod status;
+pub mod step;
+
+/// What clients speak: `paceline.v1`.
+#[allow(missing_docs, clippy::all)]
+pub mod inference {
+    tonic::include_proto!("paceline.v1");
+}
+
+/// What coordinator and shards speak: `paceline.shard.v1`.
+#[allow(missing_docs, clippy::all)]
+pub mod shard {
+    tonic::include_proto!("paceline.shard.v1");
+}
+
+/// What coordinators and the draft service speak: `paceline.draft.v1`.
+#[allow(missing_docs, clippy::all)]
+pub mod draft {
+    tonic::include_proto!("paceline.draft.v1");
+}
+
+/// The compiled descriptors of all three, for the reflection service.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Largest message between coordinator and shards in bytes: a plan with a full context of prompt tokens.
+pub const MAX_INTERNAL_MESSAGE_BYTES: usize = 16 << 20;
+
+/// A message that breaks the protocol: a field that must be set is not, or has an impossible value.
+#[derive(thiserror::Error, Clone, PartialEq, Eq, Debug)]
+#[error("protocol error: {0}")]
+pub struct ProtocolError(pub String);

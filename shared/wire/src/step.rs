@@ -1,0 +1,301 @@
+//! Step plans and results between protobuf and the domain. Shape is checked here; meaning is the shard's matter.
+
+use paceline_domain::{
+    BlockId, Epoch, SampledToken, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, SequenceSamples,
+    StepNumber, StepPlan, StepResult, StepTimings, TokenId, TokenLogprob,
+};
+
+use crate::{ProtocolError, shard};
+
+fn tokens(ids: &[TokenId]) -> Vec<u32> {
+    ids.iter().map(|id| id.0).collect()
+}
+
+fn token_ids(ids: Vec<u32>) -> Vec<TokenId> {
+    ids.into_iter().map(TokenId).collect()
+}
+
+fn blocks(ids: &[BlockId]) -> Vec<u32> {
+    ids.iter().map(|id| id.0).collect()
+}
+
+fn block_ids(ids: Vec<u32>) -> Vec<BlockId> {
+    ids.into_iter().map(BlockId).collect()
+}
+
+impl From<&SamplingParams> for shard::Sampling {
+    fn from(params: &SamplingParams) -> Self {
+        Self {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            logit_bias: params
+                .logit_bias
+                .iter()
+                .map(|(token, bias)| shard::LogitBias { token: token.0, bias: *bias })
+                .collect(),
+            seed: params.seed,
+            n_logprobs: params.n_logprobs,
+        }
+    }
+}
+
+impl From<shard::Sampling> for SamplingParams {
+    fn from(sampling: shard::Sampling) -> Self {
+        Self {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            logit_bias: sampling.logit_bias.iter().map(|entry| (TokenId(entry.token), entry.bias)).collect(),
+            seed: sampling.seed,
+            n_logprobs: sampling.n_logprobs,
+        }
+    }
+}
+
+impl From<&SequenceOpen> for shard::SequenceOpen {
+    fn from(open: &SequenceOpen) -> Self {
+        Self {
+            sequence: open.sequence.0,
+            sampling: Some((&open.sampling).into()),
+            n_prompt: open.n_prompt,
+            cached_tokens: tokens(&open.cached_tokens),
+            cached_blocks: blocks(&open.cached_blocks),
+        }
+    }
+}
+
+impl TryFrom<shard::SequenceOpen> for SequenceOpen {
+    type Error = ProtocolError;
+
+    fn try_from(open: shard::SequenceOpen) -> Result<Self, ProtocolError> {
+        let sampling = open
+            .sampling
+            .ok_or_else(|| ProtocolError(format!("sequence {} has no sampling", open.sequence)))?;
+        Ok(Self {
+            sequence: SequenceId(open.sequence),
+            sampling: sampling.into(),
+            n_prompt: open.n_prompt,
+            cached_tokens: token_ids(open.cached_tokens),
+            cached_blocks: block_ids(open.cached_blocks),
+        })
+    }
+}
+
+impl From<&SequenceChunk> for shard::SequenceChunk {
+    fn from(chunk: &SequenceChunk) -> Self {
+        Self {
+            sequence: chunk.sequence.0,
+            start_pos: chunk.start_pos,
+            tokens: tokens(&chunk.tokens),
+            n_kept_blocks: chunk.n_kept_blocks,
+            new_blocks: blocks(&chunk.new_blocks),
+            n_sampled: chunk.n_sampled,
+        }
+    }
+}
+
+impl TryFrom<shard::SequenceChunk> for SequenceChunk {
+    type Error = ProtocolError;
+
+    fn try_from(chunk: shard::SequenceChunk) -> Result<Self, ProtocolError> {
+        let (n_tokens, n_sampled) = (chunk.tokens.len(), chunk.n_sampled as usize);
+        if n_tokens == 0 || n_sampled > n_tokens {
+            return Err(ProtocolError(format!(
+                "sequence {}: a chunk of {n_tokens} tokens cannot sample {n_sampled}",
+                chunk.sequence
+            )));
+        }
+        Ok(Self {
+            sequence: SequenceId(chunk.sequence),
+            start_pos: chunk.start_pos,
+            tokens: token_ids(chunk.tokens),
+            n_kept_blocks: chunk.n_kept_blocks,
+            new_blocks: block_ids(chunk.new_blocks),
+            n_sampled: chunk.n_sampled,
+        })
+    }
+}
+
+impl From<&StepPlan> for shard::Plan {
+    /// The trace context is left empty: the sender's span fills it in.
+    fn from(plan: &StepPlan) -> Self {
+        Self {
+            epoch: plan.epoch.0,
+            step: plan.step.0,
+            closes: plan.closes.iter().map(|sequence| sequence.0).collect(),
+            opens: plan.opens.iter().map(Into::into).collect(),
+            chunks: plan.chunks.iter().map(Into::into).collect(),
+            traceparent: String::new(),
+            tracestate: String::new(),
+        }
+    }
+}
+
+impl TryFrom<shard::Plan> for StepPlan {
+    type Error = ProtocolError;
+
+    fn try_from(plan: shard::Plan) -> Result<Self, ProtocolError> {
+        Ok(Self {
+            epoch: Epoch(plan.epoch),
+            step: StepNumber(plan.step),
+            closes: plan.closes.into_iter().map(SequenceId).collect(),
+            opens: plan.opens.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            chunks: plan.chunks.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl From<&SampledToken> for shard::SampledToken {
+    fn from(sampled: &SampledToken) -> Self {
+        Self {
+            token: sampled.token.0,
+            logprob: sampled.logprob,
+            top_tokens: sampled.top_logprobs.iter().map(|top| top.token.0).collect(),
+            top_logprobs: sampled.top_logprobs.iter().map(|top| top.logprob).collect(),
+        }
+    }
+}
+
+impl TryFrom<shard::SampledToken> for SampledToken {
+    type Error = ProtocolError;
+
+    fn try_from(sampled: shard::SampledToken) -> Result<Self, ProtocolError> {
+        if sampled.top_tokens.len() != sampled.top_logprobs.len() {
+            return Err(ProtocolError(format!(
+                "{} top tokens with {} log probabilities",
+                sampled.top_tokens.len(),
+                sampled.top_logprobs.len()
+            )));
+        }
+        let top = sampled.top_tokens.into_iter().zip(sampled.top_logprobs);
+        Ok(Self {
+            token: TokenId(sampled.token),
+            logprob: sampled.logprob,
+            top_logprobs: top
+                .map(|(token, logprob)| TokenLogprob { token: TokenId(token), logprob })
+                .collect(),
+        })
+    }
+}
+
+impl From<&StepResult> for shard::Result {
+    fn from(result: &StepResult) -> Self {
+        let samples = result.samples.iter().map(|samples| shard::Samples {
+            sequence: samples.sequence.0,
+            tokens: samples.tokens.iter().map(Into::into).collect(),
+        });
+        Self {
+            epoch: result.epoch.0,
+            step: result.step.0,
+            samples: samples.collect(),
+            total_us: result.timings.total_us,
+            collective_wait_us: result.timings.collective_wait_us,
+            collective_bytes: result.timings.collective_bytes,
+        }
+    }
+}
+
+impl TryFrom<shard::Result> for StepResult {
+    type Error = ProtocolError;
+
+    fn try_from(result: shard::Result) -> Result<Self, ProtocolError> {
+        let samples = result.samples.into_iter().map(|samples| {
+            if samples.tokens.is_empty() {
+                return Err(ProtocolError(format!("sequence {}: samples without a token", samples.sequence)));
+            }
+            Ok(SequenceSamples {
+                sequence: SequenceId(samples.sequence),
+                tokens: samples.tokens.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            })
+        });
+        Ok(Self {
+            epoch: Epoch(result.epoch),
+            step: StepNumber(result.step),
+            samples: samples.collect::<Result<_, _>>()?,
+            timings: StepTimings {
+                total_us: result.total_us,
+                collective_wait_us: result.collective_wait_us,
+                collective_bytes: result.collective_bytes,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan() -> StepPlan {
+        let sampling = SamplingParams {
+            logit_bias: vec![(TokenId(3), -1.5)],
+            seed: u64::MAX,
+            n_logprobs: Some(0),
+            ..SamplingParams::greedy()
+        };
+        StepPlan {
+            epoch: Epoch(7),
+            step: StepNumber(9),
+            closes: vec![SequenceId(1)],
+            opens: vec![SequenceOpen {
+                sequence: SequenceId(2),
+                sampling,
+                n_prompt: 3,
+                cached_tokens: vec![TokenId(4); 16],
+                cached_blocks: vec![BlockId(5)],
+            }],
+            chunks: vec![SequenceChunk {
+                sequence: SequenceId(2),
+                start_pos: 16,
+                tokens: vec![TokenId(6), TokenId(7)],
+                n_kept_blocks: 1,
+                new_blocks: vec![BlockId(8)],
+                n_sampled: 1,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_plan_survives_the_wire() {
+        assert_eq!(StepPlan::try_from(shard::Plan::from(&plan())), Ok(plan()));
+    }
+
+    #[test]
+    fn a_result_survives_the_wire() {
+        let token = SampledToken {
+            token: TokenId(1),
+            logprob: Some(-0.5),
+            top_logprobs: vec![TokenLogprob { token: TokenId(1), logprob: -0.5 }],
+        };
+        let result = StepResult {
+            epoch: Epoch(7),
+            step: StepNumber(9),
+            samples: vec![SequenceSamples { sequence: SequenceId(2), tokens: vec![token] }],
+            timings: StepTimings { total_us: 1, collective_wait_us: 2, collective_bytes: 3 },
+        };
+        assert_eq!(StepResult::try_from(shard::Result::from(&result)), Ok(result));
+    }
+
+    #[test]
+    fn impossible_chunks_are_refused() {
+        let mut wire = shard::Plan::from(&plan());
+        wire.chunks[0].n_sampled = 3;
+        let error = StepPlan::try_from(wire).expect_err("3 of 2");
+        assert!(error.0.contains("cannot sample 3"), "{error}");
+    }
+
+    #[test]
+    fn a_sequence_without_sampling_is_refused() {
+        let mut wire = shard::Plan::from(&plan());
+        wire.opens[0].sampling = None;
+        assert!(StepPlan::try_from(wire).is_err());
+    }
+}
