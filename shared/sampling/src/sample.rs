@@ -1,0 +1,148 @@
+//! The token of a row: for a whole row, or for slices of the vocabulary whose best tokens are merged.
+
+use crate::adjust::adjust;
+use crate::filter::{Cut, below, cut, row_max, top};
+use crate::history::TokenHistory;
+use crate::math;
+use crate::noise::{GROUP, MAX_NOISE, gumbel_group};
+use paceline_domain::{SampledToken, SamplingParams, TokenId, TokenLogprob};
+
+/// The best token of a slice of the vocabulary.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Candidate {
+    /// Its logit with noise.
+    pub value: f32,
+    /// The token.
+    pub token: TokenId,
+}
+
+impl Candidate {
+    /// Eight bytes, little-endian, to send to rank 0.
+    pub fn to_bytes(self) -> [u8; 8] {
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&self.value.to_le_bytes());
+        bytes[4..].copy_from_slice(&self.token.0.to_le_bytes());
+        bytes
+    }
+
+    /// The inverse of [`Candidate::to_bytes`].
+    pub fn from_bytes(bytes: [u8; 8]) -> Self {
+        let [a, b, c, d, e, f, g, h] = bytes;
+        Self { value: f32::from_le_bytes([a, b, c, d]), token: TokenId(u32::from_le_bytes([e, f, g, h])) }
+    }
+
+    /// Larger value, or equal value and lower id.
+    fn beats(&self, other: &Self) -> bool {
+        self.value > other.value || (self.value == other.value && self.token < other.token)
+    }
+}
+
+/// Whether the row must be whole before a token can be chosen: for filters and for log probabilities. Temperature 0
+/// makes filters idle.
+pub fn needs_full_row(params: &SamplingParams) -> bool {
+    let has_filter = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
+    params.n_logprobs.is_some() || (has_filter && params.temperature != 0.0)
+}
+
+/// The best of the tokens `vocab_start ..`, whose logits are `logits` (changed by penalties and bias). `position` is
+/// that of the token being sampled: the number of tokens before it.
+///
+/// # Panics
+/// When the parameters need the whole row.
+pub fn local_best(
+    params: &SamplingParams,
+    history: &TokenHistory,
+    position: u32,
+    vocab_start: u32,
+    logits: &mut [f32],
+) -> Candidate {
+    assert!(!needs_full_row(params), "invariant: filters and log probabilities were asked of a slice");
+    adjust(params, history, vocab_start, logits);
+    let noise = |group| gumbel_group(params.seed, position, group);
+    best(params.temperature, Cut::ALL, vocab_start, logits, noise)
+}
+
+/// The token among the best of every slice: largest value, then lowest id.
+///
+/// # Panics
+/// When there is no candidate.
+pub fn merge(candidates: &[Candidate]) -> TokenId {
+    let lowest = candidates.iter().map(|candidate| candidate.token).min();
+    let lowest = lowest.expect("invariant: a vocabulary has a slice");
+    let none = Candidate { value: f32::NEG_INFINITY, token: lowest };
+    candidates.iter().fold(none, |best, next| if next.beats(&best) { *next } else { best }).token
+}
+
+/// The token of a whole row, with its log probability when asked for. `logits` is changed by penalties and bias.
+pub fn sample_row(
+    params: &SamplingParams,
+    history: &TokenHistory,
+    position: u32,
+    logits: &mut [f32],
+) -> SampledToken {
+    sample_row_with(params, history, logits, |group| gumbel_group(params.seed, position, group))
+}
+
+fn sample_row_with(
+    params: &SamplingParams,
+    history: &TokenHistory,
+    logits: &mut [f32],
+    noise: impl Fn(u32) -> [f32; GROUP],
+) -> SampledToken {
+    adjust(params, history, 0, logits);
+    let token = best(params.temperature, cut(params, logits), 0, logits, noise).token;
+    let Some(n_logprobs) = params.n_logprobs else {
+        return SampledToken { token, logprob: None, top_logprobs: Vec::new() };
+    };
+    let max = row_max(logits);
+    let log_sum = math::ln(math::sum_lanes(logits.len(), |i| math::exp(below(logits[i], max))) as f32);
+    let logprob = |logit: f32| {
+        if logit == f32::NEG_INFINITY { f32::NEG_INFINITY } else { below(logit, max) - log_sum }
+    };
+    let top_logprobs = top(logits, n_logprobs as usize)
+        .into_iter()
+        .map(|(logit, token)| TokenLogprob { token: TokenId(token), logprob: logprob(logit) })
+        .collect();
+    SampledToken { token, logprob: logits.get(token.idx()).map(|logit| logprob(*logit)), top_logprobs }
+}
+
+/// argmax of `logit + temperature * noise` over kept tokens; the lowest id when all are -inf. Noise is only made
+/// where it can matter: groups whose best logit with the largest noise there is stays below the best so far are
+/// passed over, which changes nothing.
+fn best(
+    temperature: f32,
+    cut: Cut,
+    vocab_start: u32,
+    logits: &[f32],
+    noise: impl Fn(u32) -> [f32; GROUP],
+) -> Candidate {
+    let mut best = Candidate { value: f32::NEG_INFINITY, token: TokenId(vocab_start) };
+    let reach = temperature * MAX_NOISE;
+    let mut visit = |token: u32, logits: &[f32]| {
+        let max = row_max(logits);
+        if max + reach < best.value || max < cut.logit {
+            return;
+        }
+        let noise = if temperature == 0.0 { [0.0; GROUP] } else { noise(token / GROUP as u32) };
+        let offset = token as usize % GROUP;
+        for (i, logit) in logits.iter().enumerate() {
+            let token = token + i as u32;
+            let next = Candidate { value: logit + temperature * noise[offset + i], token: TokenId(token) };
+            if next.beats(&best) && cut.keeps(*logit, token) {
+                best = next;
+            }
+        }
+    };
+    // The first group of a slice may begin inside a group of the vocabulary.
+    let n_head = (vocab_start.next_multiple_of(GROUP as u32) - vocab_start) as usize;
+    let (head, body) = logits.split_at(n_head.min(logits.len()));
+    visit(vocab_start, head);
+    for (i, group) in body.chunks(GROUP).enumerate() {
+        visit(vocab_start + (n_head + i * GROUP) as u32, group);
+    }
+    best
+}
+
+#[cfg(test)]
+#[path = "sample_tests.rs"]
+mod tests;
