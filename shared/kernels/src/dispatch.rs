@@ -1,6 +1,7 @@
 //! The table of function pointers of one instruction set. It holds no state and decides nothing per call.
 
 use crate::isa::Isa;
+use crate::linear::LinearKernels;
 
 /// The kernels of one instruction set. All tables give the same bits.
 ///
@@ -9,18 +10,20 @@ use crate::isa::Isa;
 #[derive(Clone, Copy)]
 pub struct Kernels {
     isa: Isa,
+    pub(crate) linear: LinearKernels,
 }
 
-const SCALAR: Kernels = Kernels { isa: Isa::Scalar };
+const SCALAR: Kernels = Kernels { isa: Isa::Scalar, linear: LinearKernels::for_isa(Isa::Scalar) };
 
 #[cfg(target_arch = "x86_64")]
-const AVX2: Kernels = Kernels { isa: Isa::Avx2 };
+const AVX2: Kernels = Kernels { isa: Isa::Avx2, linear: LinearKernels::for_isa(Isa::Avx2) };
 
 #[cfg(target_arch = "x86_64")]
-const AVX512: Kernels = Kernels { isa: Isa::Avx512 };
+const AVX512: Kernels = Kernels { isa: Isa::Avx512, linear: LinearKernels::for_isa(Isa::Avx512) };
 
 #[cfg(target_arch = "x86_64")]
-const AVX512_VNNI: Kernels = Kernels { isa: Isa::Avx512Vnni, ..AVX512 };
+const AVX512_VNNI: Kernels =
+    Kernels { isa: Isa::Avx512Vnni, linear: LinearKernels::for_isa(Isa::Avx512Vnni) };
 
 impl Kernels {
     /// The table of an instruction set.

@@ -7,11 +7,26 @@
 //! * [`isa`] – the instruction sets kernels exist for
 //! * [`dispatch`] – the table of function pointers of one instruction set
 //! * [`pool`] – the thread pool: one job at a time, tasks claimed one by one
+//! * [`formats`] – what the blocks of every weight type mean
+//! * [`quantize`] – activations as int8 codes with a scale for each 32
+//! * [`packed`] – weights repacked into tiles of 16 interleaved rows
+//! * [`linear`] – products of packed weights with activations
+//! * [`error`] – why weights cannot be packed
 
 pub mod dispatch;
+pub mod error;
+pub mod formats;
 pub mod isa;
+pub mod linear;
+pub mod packed;
 pub mod pool;
+pub mod quantize;
 
 pub use dispatch::Kernels;
+pub use error::KernelError;
+pub use formats::dequantize_row;
 pub use isa::Isa;
+pub use linear::{Input, matmul};
+pub use packed::{InputKind, PackSpec, PackedMatrix};
 pub use pool::{Pinning, ThreadPool};
+pub use quantize::{QuantizedRows, quantize_rows};
