@@ -7,10 +7,27 @@
 //! * [`isa`] – the instruction sets kernels exist for
 //! * [`dispatch`] – the table of function pointers of one instruction set
 //! * [`pool`] – the thread pool: one job at a time, tasks claimed one by one
+//! * [`aligned`] – zeroed buffers on cache-line and huge-page boundaries
+//! * `simd` – sixteen lanes of f32, the same operations in each instruction set
+//! * [`math`] – exp, ln, sin, cos by fixed operations of ours
+//! * [`elementwise`] – add, add a bias row, SiLU times up
+//! * [`argmax`] – the largest value of a row
+//! * [`rms_norm`] – RMSNorm
+//! * [`rope`] – rotary position embedding
+//! * [`kv`] – memory of the paged KV cache of one layer
+//! * [`attention`] – paged attention over it
 
+pub mod argmax;
 pub mod dispatch;
+pub mod elementwise;
 pub mod isa;
+pub mod math;
 pub mod pool;
+pub mod rms_norm;
+
+mod simd;
+#[cfg(test)]
+mod testing;
 
 pub use dispatch::Kernels;
 pub use isa::Isa;
