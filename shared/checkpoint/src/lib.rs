@@ -12,6 +12,7 @@
 //! * [`value`] – its values and arrays
 //! * `gguf`, `safetensors`, `shard_index` – the three header parsers
 //! * `cursor` – bounds-checked little-endian reading
+//! * `json` – strict streaming reading of JSON
 //! * `directory` – the compact sorted list of tensors and the checks over all of them
 //! * `sidecar` – config.json and its neighbours
 //! * `map` – the read-only memory map, the only unsafe line
@@ -21,11 +22,15 @@
 
 #![deny(unsafe_code)]
 
+// Offsets and sizes of a file fit `usize`.
+const _: () = assert!(usize::BITS == 64);
+
 pub mod checkpoint;
 mod cursor;
 mod directory;
 pub mod error;
 mod gguf;
+mod json;
 pub mod limits;
 mod map;
 pub mod metadata;

@@ -1,18 +1,17 @@
-//! The header of a safetensors file, as described in
-//! <https://github.com/huggingface/safetensors#format>: streamed from its JSON, so that memory stays within what
-//! the tensors need. Only F32, F16 and BF16 are read.
+//! The header of a safetensors file, as described in <https://github.com/huggingface/safetensors#format>. Only F32,
+//! F16 and BF16 are read; whether the tensors fit an architecture is not asked here.
+//!
+//! It is streamed by our own reader: building a JSON tree takes many times the memory of its text.
 
-use std::borrow::Cow;
-use std::fmt;
 use std::ops::Range;
 
 use paceline_domain::WeightType;
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use crate::cursor::Cursor;
 use crate::directory::RawTensor;
 use crate::error::{CheckpointError, Place, quoted};
-use crate::limits::{MAX_DIMS, MAX_NAME_BYTES, MAX_SAFETENSORS_HEADER_BYTES};
+use crate::json::{JsonReader, Key};
+use crate::limits::{MAX_DIMS, MAX_SAFETENSORS_HEADER_BYTES};
 
 /// Bytes of the length in front of the header.
 const LENGTH_BYTES: usize = 8;
@@ -20,11 +19,18 @@ const LENGTH_BYTES: usize = 8;
 /// Receives each tensor of a header, checked on its own.
 pub(crate) type TensorSink<'s> = dyn FnMut(&RawTensor<'_>) -> Result<(), CheckpointError> + 's;
 
+/// A tensor's entry as it stands in the header.
+struct TensorEntry {
+    weight_type: WeightType,
+    dims: [usize; MAX_DIMS],
+    n_dims: usize,
+    data_offsets: [u64; 2],
+}
+
 /// Length of the header with the length in front, and the region of tensor data.
 pub(crate) fn regions(file: &[u8]) -> Result<(usize, Range<u64>), CheckpointError> {
-    let place = Place::Header("header length");
     let mut cursor = Cursor::at(file, 0);
-    let len = cursor.u64(place)?;
+    let len = cursor.u64(Place::Header("header length"))?;
     if len > MAX_SAFETENSORS_HEADER_BYTES {
         let (place, limit) = ("header".to_owned(), MAX_SAFETENSORS_HEADER_BYTES);
         return Err(CheckpointError::TooLong { place, offset: 0, len, limit });
@@ -36,174 +42,129 @@ pub(crate) fn regions(file: &[u8]) -> Result<(usize, Range<u64>), CheckpointErro
 /// Streams the tensors of a header into `sink`.
 pub(crate) fn walk(file: &[u8], sink: &mut TensorSink<'_>) -> Result<(), CheckpointError> {
     let (header_bytes, data) = regions(file)?;
-    let json = &file[LENGTH_BYTES..header_bytes];
-    let mut problem = None;
-    let header = HeaderVisitor { json, data, sink, problem: &mut problem };
-    stream_json(json, LENGTH_BYTES, "the safetensors header", header)
-        .map_err(|error| problem.unwrap_or(error))
+    let json_bytes = &file[LENGTH_BYTES..header_bytes];
+    let mut json = JsonReader::new(json_bytes, LENGTH_BYTES, "the safetensors header")?;
+    if json_bytes.first() != Some(&b'{') {
+        return Err(json.error("'{' is expected"));
+    }
+    let mut members = json.begin(b'{')?;
+    let mut has_metadata = false;
+    while let Some(key) = json.next_key(&mut members)? {
+        if key.name != "__metadata__" {
+            report(&mut json, &key, &data, sink)?;
+            continue;
+        }
+        if std::mem::replace(&mut has_metadata, true) {
+            return Err(json.error("__metadata__ is there twice"));
+        }
+        skip_metadata(&mut json)?;
+    }
+    json.end()
 }
 
-/// Deserializes a JSON object with a visitor; an error tells the byte where it was met.
-pub(crate) fn stream_json<'de, V: Visitor<'de>>(
-    json: &'de [u8],
-    base: usize,
-    place: &'static str,
-    visitor: V,
-) -> Result<V::Value, CheckpointError> {
-    let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let value = deserializer.deserialize_map(visitor);
-    value.and_then(|value| deserializer.end().map(|()| value)).map_err(|error| CheckpointError::BadJson {
-        place,
-        offset: (base + byte_of(json, error.line(), error.column())) as u64,
-        why: error.to_string(),
+/// `__metadata__` is an object of strings.
+fn skip_metadata(json: &mut JsonReader<'_>) -> Result<(), CheckpointError> {
+    let mut members = json.begin(b'{')?;
+    while json.next_item(&mut members, b'}')? {
+        json.skip_member()?;
+    }
+    Ok(())
+}
+
+/// Reads one tensor's entry, checks it and hands it on.
+fn report(
+    json: &mut JsonReader<'_>,
+    key: &Key<'_>,
+    data: &Range<u64>,
+    sink: &mut TensorSink<'_>,
+) -> Result<(), CheckpointError> {
+    let (name, offset) = (key.name.as_ref(), key.offset);
+    if name.is_empty() {
+        return Err(CheckpointError::EmptyName { place: "name of a tensor".to_owned(), offset });
+    }
+    let TensorEntry { weight_type, dims, n_dims, data_offsets } = read_entry(json, key)?;
+    let start = data_offsets[0].saturating_add(data.start);
+    let tensor = RawTensor { name, weight_type, dims, n_dims, start, offset };
+    let end = tensor.checked_end(data)?;
+    if data_offsets[1].saturating_add(data.start) != end {
+        let ([start, said], needed) = (data_offsets, end - start);
+        let why = format!("data_offsets are {start}..{said}; its shape needs {needed} bytes");
+        return Err(CheckpointError::BadShape { tensor: quoted(name), offset, why });
+    }
+    sink(&tensor)
+}
+
+fn read_entry(json: &mut JsonReader<'_>, tensor: &Key<'_>) -> Result<TensorEntry, CheckpointError> {
+    let (mut weight_type, mut shape, mut data_offsets) = (None, None, None);
+    let mut members = json.begin(b'{')?;
+    while let Some(field) = json.next_key(&mut members)? {
+        let is_new = match field.name.as_ref() {
+            "dtype" => weight_type.replace(read_dtype(json, tensor)?).is_none(),
+            "shape" => shape.replace(read_shape(json, tensor)?).is_none(),
+            "data_offsets" => data_offsets.replace(read_offsets(json)?).is_none(),
+            _ => false,
+        };
+        if !is_new {
+            let (tensor, field) = (quoted(&tensor.name), quoted(&field.name));
+            return Err(json.error(format!("field {field} of tensor {tensor} is unknown or there twice")));
+        }
+    }
+    let missing = |field| json.error(format!("tensor {} has no {field}", quoted(&tensor.name)));
+    let (dims, n_dims) = shape.ok_or_else(|| missing("shape"))?;
+    Ok(TensorEntry {
+        weight_type: weight_type.ok_or_else(|| missing("dtype"))?,
+        dims,
+        n_dims,
+        data_offsets: data_offsets.ok_or_else(|| missing("data_offsets"))?,
     })
 }
 
-/// The byte of a line and column counted from 1.
-fn byte_of(json: &[u8], line: usize, column: usize) -> usize {
-    let line_start: usize =
-        json.split_inclusive(|byte| *byte == b'\n').take(line.saturating_sub(1)).map(<[u8]>::len).sum();
-    (line_start + column.saturating_sub(1)).min(json.len())
-}
-
-struct HeaderVisitor<'a, 's> {
-    json: &'a [u8],
-    data: Range<u64>,
-    sink: &'a mut TensorSink<'s>,
-    /// A typed error: serde can only carry words.
-    problem: &'a mut Option<CheckpointError>,
-}
-
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TensorJson<'a> {
-    #[serde(borrow)]
-    dtype: Cow<'a, str>,
-    shape: ShapeJson,
-    data_offsets: (u64, u64),
-}
-
-struct ShapeJson {
-    dims: [usize; MAX_DIMS],
-    n_dims: usize,
-}
-
-impl<'de> Visitor<'de> for HeaderVisitor<'_, '_> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("an object of tensors")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        while let Some(Name(name)) = map.next_key_seed(NameSeed)? {
-            if name == "__metadata__" {
-                map.next_value::<IgnoredAny>()?;
-                continue;
-            }
-            let tensor: TensorJson<'_> = map
-                .next_value()
-                .map_err(|error| A::Error::custom(format!("tensor {}: {error}", quoted(&name))))?;
-            if let Err(error) = self.report(&name, &tensor) {
-                *self.problem = Some(error);
-                return Err(A::Error::custom("a tensor is refused"));
-            }
-        }
-        Ok(())
+fn read_dtype(json: &mut JsonReader<'_>, tensor: &Key<'_>) -> Result<WeightType, CheckpointError> {
+    match json.name()?.as_ref() {
+        "F32" => Ok(WeightType::F32),
+        "F16" => Ok(WeightType::F16),
+        "BF16" => Ok(WeightType::BF16),
+        other => Err(CheckpointError::UnsupportedDtype {
+            tensor: quoted(&tensor.name),
+            offset: tensor.offset,
+            dtype: quoted(other),
+        }),
     }
 }
 
-impl HeaderVisitor<'_, '_> {
-    fn report(&mut self, name: &str, tensor: &TensorJson<'_>) -> Result<(), CheckpointError> {
-        let offset = (LENGTH_BYTES + self.position(name)) as u64;
-        let weight_type = match tensor.dtype.as_ref() {
-            "F32" => WeightType::F32,
-            "F16" => WeightType::F16,
-            "BF16" => WeightType::BF16,
-            other => {
-                let (tensor, dtype) = (quoted(name), quoted(other));
-                return Err(CheckpointError::UnsupportedDtype { tensor, offset, dtype });
-            }
-        };
-        if name.is_empty() || name.len() as u64 > MAX_NAME_BYTES {
-            let (place, len) = ("name of a tensor".to_owned(), name.len() as u64);
-            return Err(match len {
-                0 => CheckpointError::EmptyName { place, offset },
-                _ => CheckpointError::TooLong { place, offset, len, limit: MAX_NAME_BYTES },
+fn read_shape(
+    json: &mut JsonReader<'_>,
+    tensor: &Key<'_>,
+) -> Result<([usize; MAX_DIMS], usize), CheckpointError> {
+    let mut dims = [0; MAX_DIMS];
+    let mut n_dims = 0;
+    let mut members = json.begin(b'[')?;
+    while json.next_item(&mut members, b']')? {
+        let size = json.unsigned()?;
+        let (Some(dim), Ok(size)) = (dims.get_mut(n_dims), usize::try_from(size)) else {
+            return Err(CheckpointError::BadShape {
+                tensor: quoted(&tensor.name),
+                offset: tensor.offset,
+                why: format!("it has more than {MAX_DIMS} dimensions"),
             });
-        }
-        let ShapeJson { dims, n_dims } = tensor.shape;
-        let start = tensor.data_offsets.0.saturating_add(self.data.start);
-        let raw = RawTensor { name, weight_type, dims, n_dims, start, offset };
-        let end = raw.checked_end(&self.data)?;
-        if tensor.data_offsets.1.saturating_add(self.data.start) != end {
-            let (start, said) = tensor.data_offsets;
-            let needed = end - raw.start;
-            let why = format!("data_offsets are {start}..{said}; its shape needs {needed} bytes");
-            return Err(CheckpointError::BadShape { tensor: quoted(name), offset, why });
-        }
-        (self.sink)(&raw)
+        };
+        *dim = size;
+        n_dims += 1;
     }
-
-    /// Where a name stands in the JSON; 0 for a name written with escapes, which is not a slice of it.
-    fn position(&self, name: &str) -> usize {
-        let distance = name.as_ptr().addr().wrapping_sub(self.json.as_ptr().addr());
-        if distance < self.json.len() { distance } else { 0 }
-    }
+    Ok((dims, n_dims))
 }
 
-/// A name borrowed from the JSON where it has no escapes.
-pub(crate) struct Name<'de>(pub(crate) Cow<'de, str>);
-
-/// Reads a [`Name`]: serde's own impl for `Cow` always copies.
-pub(crate) struct NameSeed;
-
-impl<'de> DeserializeSeed<'de> for NameSeed {
-    type Value = Name<'de>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Name<'de>, D::Error> {
-        struct NameVisitor;
-        impl<'de> Visitor<'de> for NameVisitor {
-            type Value = Name<'de>;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a string")
-            }
-
-            fn visit_borrowed_str<E>(self, name: &'de str) -> Result<Name<'de>, E> {
-                Ok(Name(Cow::Borrowed(name)))
-            }
-
-            fn visit_str<E>(self, name: &str) -> Result<Name<'de>, E> {
-                Ok(Name(Cow::Owned(name.to_owned())))
-            }
+fn read_offsets(json: &mut JsonReader<'_>) -> Result<[u64; 2], CheckpointError> {
+    let mut offsets = [0; 2];
+    let mut members = json.begin(b'[')?;
+    for offset in &mut offsets {
+        if !json.next_item(&mut members, b']')? {
+            return Err(json.error("data_offsets needs two numbers"));
         }
-        deserializer.deserialize_str(NameVisitor)
+        *offset = json.unsigned()?;
     }
-}
-
-impl<'de> serde::Deserialize<'de> for ShapeJson {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ShapeVisitor;
-        impl<'de> Visitor<'de> for ShapeVisitor {
-            type Value = ShapeJson;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(formatter, "an array of at most {MAX_DIMS} dimensions")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<ShapeJson, A::Error> {
-                let mut shape = ShapeJson { dims: [0; MAX_DIMS], n_dims: 0 };
-                while let Some(dim) = seq.next_element()? {
-                    let Some(place) = shape.dims.get_mut(shape.n_dims) else {
-                        return Err(A::Error::invalid_length(MAX_DIMS + 1, &self));
-                    };
-                    *place = dim;
-                    shape.n_dims += 1;
-                }
-                Ok(shape)
-            }
-        }
-        deserializer.deserialize_seq(ShapeVisitor)
+    match json.next_item(&mut members, b']')? {
+        true => Err(json.error("data_offsets has more than two numbers")),
+        false => Ok(offsets),
     }
 }

@@ -2,14 +2,11 @@
 //! what it says; it opens nothing.
 
 use std::collections::BTreeSet;
-use std::fmt;
-
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
 use crate::directory::Directory;
 use crate::error::{CheckpointError, quoted};
+use crate::json::JsonReader;
 use crate::limits::MAX_SHARDS;
-use crate::safetensors::{Name, NameSeed, stream_json};
 
 /// Receives tensor name and shard name.
 type PairSink<'s> = dyn FnMut(&str, &str) -> Result<(), CheckpointError> + 's;
@@ -74,65 +71,22 @@ fn is_plain(shard: &str) -> bool {
 }
 
 fn walk(json: &[u8], sink: &mut PairSink<'_>) -> Result<(), CheckpointError> {
-    let mut problem = None;
-    let index = IndexVisitor { weights: WeightMap { sink, problem: &mut problem } };
-    stream_json(json, 0, "model.safetensors.index.json", index).map_err(|error| problem.unwrap_or(error))
-}
-
-struct IndexVisitor<'a, 's> {
-    weights: WeightMap<'a, 's>,
-}
-
-/// The object `weight_map`.
-struct WeightMap<'a, 's> {
-    sink: &'a mut PairSink<'s>,
-    problem: &'a mut Option<CheckpointError>,
-}
-
-impl<'de> Visitor<'de> for IndexVisitor<'_, '_> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("an object with a weight_map")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut weights = Some(self.weights);
-        while let Some(Name(key)) = map.next_key_seed(NameSeed)? {
-            if key != "weight_map" {
-                map.next_value::<IgnoredAny>()?;
-                continue;
-            }
-            let weights = weights.take().ok_or_else(|| A::Error::duplicate_field("weight_map"))?;
-            map.next_value_seed(weights)?;
+    let mut json = JsonReader::new(json, 0, "the shard index")?;
+    let mut has_weight_map = false;
+    let mut members = json.begin(b'{')?;
+    while let Some(key) = json.next_key(&mut members)? {
+        if key.name != "weight_map" {
+            json.skip_value()?;
+            continue;
         }
-        weights.map_or(Ok(()), |_| Err(A::Error::missing_field("weight_map")))
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for WeightMap<'_, '_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for WeightMap<'_, '_> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("an object of tensor names and file names")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(Name(tensor)) = map.next_key_seed(NameSeed)? {
-            let Name(shard) = map.next_value_seed(NameSeed)?;
-            if let Err(error) = (self.sink)(&tensor, &shard) {
-                *self.problem = Some(error);
-                return Err(A::Error::custom("an entry is refused"));
-            }
+        if std::mem::replace(&mut has_weight_map, true) {
+            return Err(json.error("weight_map is there twice"));
         }
-        Ok(())
+        let mut pairs = json.begin(b'{')?;
+        while let Some(tensor) = json.next_key(&mut pairs)? {
+            sink(&tensor.name, &json.name()?)?;
+        }
     }
+    json.end()?;
+    if has_weight_map { Ok(()) } else { Err(json.error("weight_map is missing")) }
 }

@@ -58,6 +58,33 @@ pub struct CollectiveStats {
     pub bytes_sent: u64,
 }
 
+/// Most bytes a rank may bring to a gather.
+pub(crate) const MAX_GATHER_BYTES: usize = 1 << 30;
+
+/// Tells operations apart in headers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum OpKind {
+    Reduce = 1,
+    Gather = 2,
+    Barrier = 3,
+}
+
+impl OpKind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Reduce => "all-reduce",
+            Self::Gather => "gather",
+            Self::Barrier => "barrier",
+        }
+    }
+
+    pub(crate) fn name_of(number: u32) -> &'static str {
+        let known =
+            [Self::Reduce, Self::Gather, Self::Barrier].into_iter().find(|kind| *kind as u32 == number);
+        known.map_or("nothing known", Self::name)
+    }
+}
+
 /// Frees a rank that waits in a collective, from another thread. Clones share one flag.
 #[derive(Clone, Debug, Default)]
 pub struct AbortFlag(Arc<AtomicBool>);

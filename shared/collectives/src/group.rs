@@ -69,5 +69,5 @@ pub fn connect(endpoint: Endpoint, spec: &GroupSpec) -> Result<Box<dyn Collectiv
     if n_ranks == 1 {
         return Ok(Box::new(Solo::new()));
     }
-    Err(CollectiveError::Group("more than one rank".to_owned()))
+    Ok(Box::new(crate::shared_memory::connect(&endpoint, spec)?))
 }

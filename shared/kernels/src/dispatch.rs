@@ -1,7 +1,11 @@
 //! The table of function pointers of one instruction set. It holds no state and decides nothing per call.
 
+use crate::elementwise::PairKernel;
 use crate::isa::Isa;
 use crate::linear::LinearKernels;
+use crate::math::exp;
+use crate::rms_norm::RowKernel;
+use crate::{argmax, elementwise, rms_norm};
 
 /// The kernels of one instruction set. All tables give the same bits.
 ///
@@ -11,19 +15,48 @@ use crate::linear::LinearKernels;
 pub struct Kernels {
     isa: Isa,
     pub(crate) linear: LinearKernels,
+    pub(crate) exp: unsafe fn(&mut [f32]),
+    pub(crate) add_into: PairKernel,
+    pub(crate) silu_mul: PairKernel,
+    pub(crate) max: unsafe fn(&[f32]) -> f32,
+    pub(crate) rms_norm_row: RowKernel,
 }
 
-const SCALAR: Kernels = Kernels { isa: Isa::Scalar, linear: LinearKernels::for_isa(Isa::Scalar) };
+const SCALAR: Kernels = Kernels {
+    isa: Isa::Scalar,
+    linear: LinearKernels::for_isa(Isa::Scalar),
+    exp: exp::exp_slice_scalar,
+    add_into: elementwise::add_into_scalar,
+    silu_mul: elementwise::silu_mul_scalar,
+    max: argmax::max_scalar,
+    rms_norm_row: rms_norm::rms_norm_row_scalar,
+};
 
 #[cfg(target_arch = "x86_64")]
-const AVX2: Kernels = Kernels { isa: Isa::Avx2, linear: LinearKernels::for_isa(Isa::Avx2) };
+const AVX2: Kernels = Kernels {
+    isa: Isa::Avx2,
+    linear: LinearKernels::for_isa(Isa::Avx2),
+    exp: exp::exp_slice_avx2,
+    add_into: elementwise::add_into_avx2,
+    silu_mul: elementwise::silu_mul_avx2,
+    max: argmax::max_avx2,
+    rms_norm_row: rms_norm::rms_norm_row_avx2,
+};
 
 #[cfg(target_arch = "x86_64")]
-const AVX512: Kernels = Kernels { isa: Isa::Avx512, linear: LinearKernels::for_isa(Isa::Avx512) };
+const AVX512: Kernels = Kernels {
+    isa: Isa::Avx512,
+    linear: LinearKernels::for_isa(Isa::Avx512),
+    exp: exp::exp_slice_avx512,
+    add_into: elementwise::add_into_avx512,
+    silu_mul: elementwise::silu_mul_avx512,
+    max: argmax::max_avx512,
+    rms_norm_row: rms_norm::rms_norm_row_avx512,
+};
 
 #[cfg(target_arch = "x86_64")]
 const AVX512_VNNI: Kernels =
-    Kernels { isa: Isa::Avx512Vnni, linear: LinearKernels::for_isa(Isa::Avx512Vnni) };
+    Kernels { isa: Isa::Avx512Vnni, linear: LinearKernels::for_isa(Isa::Avx512Vnni), ..AVX512 };
 
 impl Kernels {
     /// The table of an instruction set.

@@ -12,15 +12,32 @@
 //! * [`packed`] – weights repacked into tiles of 16 interleaved rows
 //! * [`linear`] – products of packed weights with activations
 //! * [`error`] – why weights cannot be packed
+//! * [`aligned`] – zeroed buffers on cache-line and huge-page boundaries
+//! * `simd` – sixteen lanes of f32, the same operations in each instruction set
+//! * [`math`] – exp, ln, sin, cos by fixed operations of ours
+//! * [`elementwise`] – add, add a bias row, SiLU times up
+//! * [`argmax`] – the largest value of a row
+//! * [`rms_norm`] – RMSNorm
+//! * [`rope`] – rotary position embedding
+//! * [`kv`] – memory of the paged KV cache of one layer
+//! * [`attention`] – paged attention over it
 
+pub mod argmax;
 pub mod dispatch;
+pub mod elementwise;
 pub mod error;
 pub mod formats;
 pub mod isa;
 pub mod linear;
+pub mod math;
 pub mod packed;
 pub mod pool;
 pub mod quantize;
+pub mod rms_norm;
+
+mod simd;
+#[cfg(test)]
+mod testing;
 
 pub use dispatch::Kernels;
 pub use error::KernelError;
