@@ -4,34 +4,24 @@ use super::lanes::{Lanes, sum_float, sum_quantized, with_token_count};
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat};
 use crate::packed::{Line, TILE_ROWS};
+use crate::simd;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
-struct Avx2(());
-
-impl Avx2 {
-    /// # Safety
-    /// The CPU has the instruction sets.
-    #[inline(always)]
-    unsafe fn proven() -> Self {
-        Self(())
-    }
-}
+struct Avx2(simd::Avx2);
 
 /// Sums a leaf of quantized weights.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn sum_quantized_avx2<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
-    // SAFETY: this function runs only where these features are.
-    let v = unsafe { Avx2::proven() };
+    let v = Avx2(simd::Avx2::token());
     with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
 }
 
 /// Sums a leaf of plain numbers.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn sum_float_avx2<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
-    // SAFETY: this function runs only where these features are.
-    let v = unsafe { Avx2::proven() };
+    let v = Avx2(simd::Avx2::token());
     with_token_count!(sums.len(), T => sum_float::<_, F, T>(v, leaf, sums));
 }
 
@@ -62,9 +52,14 @@ macro_rules! both {
 }
 
 impl Lanes for Avx2 {
+    type Simd = simd::Avx2;
     type Bytes = [__m256i; 2];
     type Ints = [__m256i; 2];
-    type Floats = [__m256; 2];
+
+    #[inline(always)]
+    fn simd(self) -> simd::Avx2 {
+        self.0
+    }
 
     #[inline(always)]
     fn load_bytes(self, line: &Line) -> [__m256i; 2] {
@@ -113,8 +108,9 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn to_floats(self, ints: [__m256i; 2]) -> [__m256; 2] {
-        both!(H => _mm256_cvtepi32_ps(ints[H]))
+    fn to_floats(self, ints: [__m256i; 2]) -> (__m256, __m256) {
+        let [low, high] = both!(H => _mm256_cvtepi32_ps(ints[H]));
+        (low, high)
     }
 
     #[inline(always)]
@@ -139,45 +135,27 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn splat(self, value: f32) -> [__m256; 2] {
-        [op!(_mm256_set1_ps(value)); 2]
-    }
-
-    #[inline(always)]
-    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> [__m256; 2] {
+    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> (__m256, __m256) {
         let halves = bytes.as_chunks::<32>().0;
-        both!(H => _mm256_loadu_ps(halves[H].as_ptr().cast()))
+        let [low, high] = both!(H => _mm256_loadu_ps(halves[H].as_ptr().cast()));
+        (low, high)
     }
 
     #[inline(always)]
-    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> [__m256; 2] {
+    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> (__m256, __m256) {
         let halves = bytes.as_chunks::<16>().0;
         let halves = both!(H => _mm_loadu_si128(halves[H].as_ptr().cast()));
-        both!(H => _mm256_cvtph_ps(halves[H]))
+        let [low, high] = both!(H => _mm256_cvtph_ps(halves[H]));
+        (low, high)
     }
 
     #[inline(always)]
-    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> [__m256; 2] {
+    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> (__m256, __m256) {
         let halves = bytes.as_chunks::<16>().0;
         let halves = both!(H => _mm_loadu_si128(halves[H].as_ptr().cast()));
         let wide = both!(H => _mm256_cvtepu16_epi32(halves[H]));
         let shifted = both!(H => _mm256_slli_epi32::<16>(wide[H]));
-        both!(H => _mm256_castsi256_ps(shifted[H]))
-    }
-
-    #[inline(always)]
-    fn mul(self, left: [__m256; 2], right: [__m256; 2]) -> [__m256; 2] {
-        both!(H => _mm256_mul_ps(left[H], right[H]))
-    }
-
-    #[inline(always)]
-    fn fma(self, left: [__m256; 2], right: [__m256; 2], acc: [__m256; 2]) -> [__m256; 2] {
-        both!(H => _mm256_fmadd_ps(left[H], right[H], acc[H]))
-    }
-
-    #[inline(always)]
-    fn store(self, floats: [__m256; 2], sums: &mut RowSums) {
-        let halves = sums.as_chunks_mut::<8>().0;
-        both!(H => _mm256_storeu_ps(halves[H].as_mut_ptr(), floats[H]));
+        let [low, high] = both!(H => _mm256_castsi256_ps(shifted[H]));
+        (low, high)
     }
 }

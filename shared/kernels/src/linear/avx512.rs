@@ -4,42 +4,49 @@ use super::lanes::{Lanes, sum_float, sum_quantized, with_token_count};
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat};
 use crate::packed::{Line, TILE_ROWS};
+use crate::simd;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F, BW, VL and DQ, and VNNI if so marked.
 #[derive(Clone, Copy)]
-struct Avx512<const VNNI: bool>(());
+struct Avx512<const VNNI: bool>(simd::Avx512);
 
-impl<const VNNI: bool> Avx512<VNNI> {
-    /// # Safety
-    /// The CPU has the instruction sets.
-    #[inline(always)]
-    unsafe fn proven() -> Self {
-        Self(())
+impl Avx512<false> {
+    /// Safe to call only where the compiler knows the features.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    #[inline]
+    fn token() -> Self {
+        Self(simd::Avx512::token())
+    }
+}
+
+impl Avx512<true> {
+    /// Safe to call only where the compiler knows the features.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+    #[inline]
+    fn token() -> Self {
+        Self(simd::Avx512::token())
     }
 }
 
 /// Sums a leaf of quantized weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 pub(crate) fn sum_quantized_vnni<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
-    // SAFETY: this function runs only where these features are.
-    let v = unsafe { Avx512::<true>::proven() };
+    let v = Avx512::<true>::token();
     with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
 }
 
 /// Sums a leaf of quantized weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) fn sum_quantized_avx512<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
-    // SAFETY: this function runs only where these features are.
-    let v = unsafe { Avx512::<false>::proven() };
+    let v = Avx512::<false>::token();
     with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
 }
 
 /// Sums a leaf of plain numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) fn sum_float_avx512<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
-    // SAFETY: this function runs only where these features are.
-    let v = unsafe { Avx512::<false>::proven() };
+    let v = Avx512::<false>::token();
     with_token_count!(sums.len(), T => sum_float::<_, F, T>(v, leaf, sums));
 }
 
@@ -55,9 +62,14 @@ macro_rules! op {
 }
 
 impl<const VNNI: bool> Lanes for Avx512<VNNI> {
+    type Simd = simd::Avx512;
     type Bytes = __m512i;
     type Ints = __m512i;
-    type Floats = __m512;
+
+    #[inline(always)]
+    fn simd(self) -> simd::Avx512 {
+        self.0
+    }
 
     #[inline(always)]
     fn load_bytes(self, line: &Line) -> __m512i {
@@ -129,11 +141,6 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn splat(self, value: f32) -> __m512 {
-        op!(_mm512_set1_ps(value))
-    }
-
-    #[inline(always)]
     fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> __m512 {
         op!(_mm512_loadu_ps(bytes.as_ptr().cast()))
     }
@@ -150,20 +157,5 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
         let wide = op!(_mm512_cvtepu16_epi32(halfs));
         let shifted = op!(_mm512_slli_epi32::<16>(wide));
         op!(_mm512_castsi512_ps(shifted))
-    }
-
-    #[inline(always)]
-    fn mul(self, left: __m512, right: __m512) -> __m512 {
-        op!(_mm512_mul_ps(left, right))
-    }
-
-    #[inline(always)]
-    fn fma(self, left: __m512, right: __m512, acc: __m512) -> __m512 {
-        op!(_mm512_fmadd_ps(left, right, acc))
-    }
-
-    #[inline(always)]
-    fn store(self, floats: __m512, sums: &mut RowSums) {
-        op!(_mm512_storeu_ps(sums.as_mut_ptr(), floats))
     }
 }

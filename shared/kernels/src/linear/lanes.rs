@@ -5,17 +5,19 @@ use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat, ScaleLayout};
 use crate::packed::{Line, QUADS, TILE_ROWS, group_scale_bytes, planes, super_scale_bytes};
 use crate::quantize::QuantizedGroup;
+use crate::simd::Simd;
 use paceline_domain::WeightType;
 
-/// Operations on 16 lanes, lane = row. A value of an implementing type is a proof that the CPU has the
-/// instructions, so only functions compiled for those make one.
+/// Operations on the bytes and integers of the 16 rows of a tile, lane = row, beside those of [`Simd`].
 pub(super) trait Lanes: Copy {
+    /// The same instruction set for floats.
+    type Simd: Simd;
     /// 64 bytes: 4 for each row.
     type Bytes: Copy;
     /// An i32 for each row.
     type Ints: Copy;
-    /// An f32 for each row.
-    type Floats: Copy;
+
+    fn simd(self) -> Self::Simd;
 
     fn load_bytes(self, line: &Line) -> Self::Bytes;
     /// `(bytes >> right) & mask` in each byte, `<<` for negative `right`; `mask` removes what crosses bytes.
@@ -25,21 +27,18 @@ pub(super) trait Lanes: Copy {
     fn dot<const BITS: usize>(self, acc: Self::Ints, codes: Self::Bytes, quad: i32) -> Self::Ints;
 
     fn splat_int(self, value: i32) -> Self::Ints;
-    fn to_floats(self, ints: Self::Ints) -> Self::Floats;
+    fn to_floats(self, ints: Self::Ints) -> Floats<Self>;
     fn load_u8(self, bytes: &[u8; TILE_ROWS]) -> Self::Ints;
     fn load_i8(self, bytes: &[u8; TILE_ROWS]) -> Self::Ints;
     /// Low and high nibble of each byte.
     fn load_nibbles(self, bytes: &[u8; TILE_ROWS]) -> [Self::Ints; 2];
-
-    fn splat(self, value: f32) -> Self::Floats;
-    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> Self::Floats;
-    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> Self::Floats;
-    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> Self::Floats;
-    fn mul(self, left: Self::Floats, right: Self::Floats) -> Self::Floats;
-    /// `left * right + acc`, rounded once.
-    fn fma(self, left: Self::Floats, right: Self::Floats, acc: Self::Floats) -> Self::Floats;
-    fn store(self, floats: Self::Floats, sums: &mut RowSums);
+    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> Floats<Self>;
+    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> Floats<Self>;
+    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> Floats<Self>;
 }
+
+/// An f32 for each row.
+pub(super) type Floats<V> = <<V as Lanes>::Simd as Simd>::F32;
 
 /// Calls `$body` with the number of tokens as a constant.
 macro_rules! with_token_count {
@@ -71,7 +70,7 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const T: usize>(
     for (t, token) in tokens.iter_mut().enumerate() {
         *token = leaf.token(t);
     }
-    let mut acc = [v.splat(0.0); T];
+    let mut acc = [v.simd().splat(0.0); T];
     let lines = leaf.weights.planes.chunks_exact(F::BITS);
     let own = leaf.weights.group_scales.chunks_exact(own_bytes);
     for (group, (lines, own)) in lines.zip(own).take(leaf.n_groups).enumerate() {
@@ -83,7 +82,7 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const T: usize>(
         }
     }
     for (sums, acc) in sums.iter_mut().zip(acc) {
-        v.store(acc, sums);
+        v.simd().store(acc, sums);
     }
 }
 
@@ -110,8 +109,8 @@ fn unpack<V: Lanes, F: QuantFormat>(v: V, lines: &[Line]) -> [V::Bytes; QUADS] {
 
 /// Scales of a group in all rows, for each half group.
 struct LaneScales<V: Lanes> {
-    scale: [V::Floats; 2],
-    min: [V::Floats; 2],
+    scale: [Floats<V>; 2],
+    min: [Floats<V>; 2],
 }
 
 #[inline(always)]
@@ -121,9 +120,9 @@ fn chunk<const N: usize>(bytes: &[u8], idx: usize) -> &[u8; N] {
 
 #[inline(always)]
 fn resolve<V: Lanes, F: QuantFormat>(v: V, own: &[u8], shared: &[u8]) -> LaneScales<V> {
-    let zero = v.splat(0.0);
-    let negated = |floats: V::Floats| v.mul(floats, v.splat(-1.0));
-    let scaled = |factor: V::Floats, ints: V::Ints| v.mul(factor, v.to_floats(ints));
+    let zero = v.simd().splat(0.0);
+    let negated = |floats: Floats<V>| v.simd().mul(floats, v.simd().splat(-1.0));
+    let scaled = |factor: Floats<V>, ints: V::Ints| v.simd().mul(factor, v.to_floats(ints));
     match F::SCALES {
         ScaleLayout::Group => LaneScales { scale: [v.load_f16(chunk(own, 0)); 2], min: [zero; 2] },
         ScaleLayout::GroupMin => {
@@ -173,24 +172,24 @@ fn add_group<V: Lanes, F: QuantFormat>(
     codes: &[V::Bytes; QUADS],
     scales: &LaneScales<V>,
     x: &QuantizedGroup,
-    acc: V::Floats,
-) -> V::Floats {
-    let x_scale = v.splat(x.scale);
+    acc: Floats<V>,
+) -> Floats<V> {
+    let x_scale = v.simd().splat(x.scale);
     let mut acc = acc;
     if F::SCALES.per_half() {
         for half in 0..2 {
             let own = half * QUADS / 2..(half + 1) * QUADS / 2;
             let isum = dot::<V, F>(v, &codes[own.clone()], &x.quads[own], x.sums[half]);
-            acc = v.fma(v.to_floats(isum), v.mul(scales.scale[half], x_scale), acc);
+            acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[half], x_scale), acc);
             if F::SCALES.has_min() {
-                acc = v.fma(scales.min[half], v.splat(x.scale * x.sums[half] as f32), acc);
+                acc = v.simd().fma(scales.min[half], v.simd().splat(x.scale * x.sums[half] as f32), acc);
             }
         }
     } else {
         let isum = dot::<V, F>(v, codes, &x.quads, x.sums[0] + x.sums[1]);
-        acc = v.fma(v.to_floats(isum), v.mul(scales.scale[0], x_scale), acc);
+        acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[0], x_scale), acc);
         if F::SCALES.has_min() {
-            acc = v.fma(scales.min[0], v.splat(x.scaled_sum), acc);
+            acc = v.simd().fma(scales.min[0], v.simd().splat(x.scaled_sum), acc);
         }
     }
     acc
@@ -207,7 +206,7 @@ pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
     for (t, token) in tokens.iter_mut().enumerate() {
         *token = leaf.token(t);
     }
-    let mut acc = [v.splat(0.0); T];
+    let mut acc = [v.simd().splat(0.0); T];
     let columns = leaf.weights.chunks_exact(TILE_ROWS * F::BYTES).take(leaf.n_cols);
     for (column, weights) in columns.enumerate() {
         let weights = match F::TYPE {
@@ -216,10 +215,10 @@ pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
             _ => v.load_bf16(chunk(weights, 0)),
         };
         for t in 0..T {
-            acc[t] = v.fma(weights, v.splat(tokens[t][column]), acc[t]);
+            acc[t] = v.simd().fma(weights, v.simd().splat(tokens[t][column]), acc[t]);
         }
     }
     for (sums, acc) in sums.iter_mut().zip(acc) {
-        v.store(acc, sums);
+        v.simd().store(acc, sums);
     }
 }

@@ -1,0 +1,92 @@
+//! Speed of matrix products: bytes of packed weights and multiply-adds in a second. Prints a table, asserts
+//! nothing. Arguments: threads (2), and a part of a type's name to run only those.
+
+use paceline_domain::WeightType;
+use paceline_kernels::{
+    Input, InputKind, Isa, Kernels, PackSpec, PackedMatrix, Pinning, QuantizedRows, ThreadPool, matmul,
+    quantize_rows,
+};
+use std::time::Instant;
+
+/// Type, output rows, columns.
+const CASES: [(WeightType, usize, usize); 10] = [
+    (WeightType::Q4_1, 576, 1536),
+    (WeightType::Q4_1, 1536, 576),
+    (WeightType::Q4_K, 1536, 8960),
+    (WeightType::Q6_K, 1536, 8960),
+    (WeightType::Q5_0, 1536, 8960),
+    (WeightType::Q2_K, 1536, 8960),
+    (WeightType::Q3_K, 1536, 8960),
+    (WeightType::Q8_0, 49152, 576),
+    (WeightType::F16, 1536, 2048),
+    (WeightType::F32, 1536, 1024),
+];
+
+fn main() {
+    let arguments: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let n_threads = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(2);
+    let wanted = arguments.iter().find(|argument| argument.parse::<usize>().is_err());
+    let pool = ThreadPool::new(n_threads, Pinning::None);
+    println!("{n_threads} threads");
+    println!("type  rows x cols   isa         tokens   us/call     GB/s   GMAC/s");
+    for (weight_type, n_rows, n_cols) in CASES {
+        if wanted.is_some_and(|wanted| !weight_type.name().contains(wanted.as_str())) {
+            continue;
+        }
+        let start = Instant::now();
+        let matrix = random_matrix(weight_type, n_rows, n_cols, &pool);
+        let pack_ms = start.elapsed().as_secs_f64() * 1e3;
+        println!(
+            "{} {n_rows} x {n_cols}: {} bytes, made and packed in {pack_ms:.1} ms",
+            weight_type.name(),
+            matrix.bytes()
+        );
+        for isa in Isa::available() {
+            for n_tokens in [1, 2, 8, 64] {
+                measure(&pool, &matrix, isa, n_tokens);
+            }
+        }
+    }
+}
+
+fn random_matrix(weight_type: WeightType, n_rows: usize, n_cols: usize, pool: &ThreadPool) -> PackedMatrix {
+    let row_bytes = weight_type.row_bytes(n_cols).expect("whole blocks");
+    // Bytes without the bit pattern of infinite or NaN numbers.
+    let bytes: Vec<u8> = (0..n_rows * row_bytes).map(|i| (i * 7919 >> 3) as u8 & 0x3b).collect();
+    let spec = PackSpec::whole_rows(weight_type, n_rows, n_cols);
+    PackedMatrix::pack(&spec, &|row| &bytes[row * row_bytes..][..row_bytes], pool).expect("a valid matrix")
+}
+
+fn measure(pool: &ThreadPool, matrix: &PackedMatrix, isa: Isa, n_tokens: usize) {
+    let kernels = Kernels::for_isa(isa);
+    let x: Vec<f32> = (0..n_tokens * matrix.n_cols()).map(|i| (i % 251) as f32 - 125.0).collect();
+    let mut rows = QuantizedRows::new();
+    let mut out = vec![0.0; n_tokens * matrix.n_rows()];
+    let is_quantized = matrix.input_kind() == InputKind::Quantized;
+    let mut once = || {
+        let input = if is_quantized {
+            quantize_rows(kernels, pool, &x, matrix.n_cols(), &mut rows);
+            Input::Quantized(&rows)
+        } else {
+            Input::Float { x: &x, n_rows: n_tokens }
+        };
+        matmul(kernels, pool, matrix, input, &mut out);
+    };
+    once();
+    let mut best = f64::INFINITY;
+    let begin = Instant::now();
+    while begin.elapsed().as_millis() < 150 {
+        let start = Instant::now();
+        once();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    let n_macs = (n_tokens * matrix.n_rows() * matrix.n_cols()) as f64;
+    println!(
+        "                    {:<11} {n_tokens:>6} {:>9.1} {:>8.1} {:>8.1}",
+        isa.name(),
+        best * 1e6,
+        matrix.bytes() as f64 / best * 1e-9,
+        n_macs / best * 1e-9,
+    );
+}
