@@ -17,18 +17,27 @@
 //! * [`kv`] – memory of the paged KV cache of one layer
 //! * [`attention`] – paged attention over it
 
+pub mod aligned;
 pub mod argmax;
+pub mod attention;
 pub mod dispatch;
 pub mod elementwise;
 pub mod isa;
+pub mod kv;
 pub mod math;
 pub mod pool;
 pub mod rms_norm;
+pub mod rope;
 
 mod simd;
 #[cfg(test)]
 mod testing;
 
+pub use aligned::AlignedVec;
 pub use dispatch::Kernels;
 pub use isa::Isa;
 pub use pool::{Pinning, ThreadPool};
+
+/// Version of the summation orders of this crate: part of a group's fingerprint. It grows when a kernel's scalar
+/// definition comes to give other bits.
+pub const NUMERICS: u32 = 1;
