@@ -4,6 +4,7 @@ use crate::attention::chunk::{self, AttentionKernels};
 use crate::elementwise::PairKernel;
 use crate::isa::Isa;
 use crate::kv::NarrowKernel;
+use crate::linear::LinearKernels;
 use crate::math::exp;
 use crate::rms_norm::RowKernel;
 use crate::rope::RotateKernel;
@@ -16,6 +17,7 @@ use crate::{argmax, elementwise, kv, rms_norm, rope};
 #[derive(Clone, Copy)]
 pub struct Kernels {
     isa: Isa,
+    pub(crate) linear: LinearKernels,
     pub(crate) exp: unsafe fn(&mut [f32]),
     pub(crate) add_into: PairKernel,
     pub(crate) silu_mul: PairKernel,
@@ -29,6 +31,7 @@ pub struct Kernels {
 
 const SCALAR: Kernels = Kernels {
     isa: Isa::Scalar,
+    linear: LinearKernels::for_isa(Isa::Scalar),
     exp: exp::exp_slice_scalar,
     add_into: elementwise::add_into_scalar,
     silu_mul: elementwise::silu_mul_scalar,
@@ -47,6 +50,7 @@ const SCALAR: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 const AVX2: Kernels = Kernels {
     isa: Isa::Avx2,
+    linear: LinearKernels::for_isa(Isa::Avx2),
     exp: exp::exp_slice_avx2,
     add_into: elementwise::add_into_avx2,
     silu_mul: elementwise::silu_mul_avx2,
@@ -65,6 +69,7 @@ const AVX2: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 const AVX512: Kernels = Kernels {
     isa: Isa::Avx512,
+    linear: LinearKernels::for_isa(Isa::Avx512),
     exp: exp::exp_slice_avx512,
     add_into: elementwise::add_into_avx512,
     silu_mul: elementwise::silu_mul_avx512,
@@ -81,7 +86,8 @@ const AVX512: Kernels = Kernels {
 };
 
 #[cfg(target_arch = "x86_64")]
-const AVX512_VNNI: Kernels = Kernels { isa: Isa::Avx512Vnni, ..AVX512 };
+const AVX512_VNNI: Kernels =
+    Kernels { isa: Isa::Avx512Vnni, linear: LinearKernels::for_isa(Isa::Avx512Vnni), ..AVX512 };
 
 impl Kernels {
     /// The table of an instruction set.

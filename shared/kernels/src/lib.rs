@@ -7,6 +7,11 @@
 //! * [`isa`] – the instruction sets kernels exist for
 //! * [`dispatch`] – the table of function pointers of one instruction set
 //! * [`pool`] – the thread pool: one job at a time, tasks claimed one by one
+//! * [`formats`] – what the blocks of every weight type mean
+//! * [`quantize`] – activations as int8 codes with a scale for each 32
+//! * [`packed`] – weights repacked into tiles of 16 interleaved rows
+//! * [`linear`] – products of packed weights with activations
+//! * [`error`] – why weights cannot be packed
 //! * [`aligned`] – zeroed buffers on cache-line and huge-page boundaries
 //! * `simd` – sixteen lanes of f32, the same operations in each instruction set
 //! * [`math`] – exp, ln, sin, cos by fixed operations of ours
@@ -22,10 +27,15 @@ pub mod argmax;
 pub mod attention;
 pub mod dispatch;
 pub mod elementwise;
+pub mod error;
+pub mod formats;
 pub mod isa;
 pub mod kv;
+pub mod linear;
 pub mod math;
+pub mod packed;
 pub mod pool;
+pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 
@@ -35,8 +45,13 @@ mod testing;
 
 pub use aligned::AlignedVec;
 pub use dispatch::Kernels;
+pub use error::KernelError;
+pub use formats::dequantize_row;
 pub use isa::Isa;
+pub use linear::{Input, matmul};
+pub use packed::{InputKind, PackSpec, PackedMatrix};
 pub use pool::{Pinning, ThreadPool};
+pub use quantize::{QuantizedRows, quantize_rows};
 
 /// Version of the summation orders of this crate: part of a group's fingerprint. It grows when a kernel's scalar
 /// definition comes to give other bits.

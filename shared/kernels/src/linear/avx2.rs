@@ -1,0 +1,183 @@
+//! The 16 rows of a tile in two AVX2 registers.
+
+use super::lanes::{Lanes, sum_float, sum_quantized, with_token_count};
+use super::{FloatLeaf, QuantizedLeaf, RowSums};
+use crate::formats::{FloatFormat, QuantFormat};
+use crate::packed::{Line, TILE_ROWS};
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The CPU has the instruction sets.
+    #[inline(always)]
+    unsafe fn proven() -> Self {
+        Self(())
+    }
+}
+
+/// Sums a leaf of quantized weights.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn sum_quantized_avx2<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+    // SAFETY: this function runs only where these features are.
+    let v = unsafe { Avx2::proven() };
+    with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
+}
+
+/// Sums a leaf of plain numbers.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) fn sum_float_avx2<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
+    // SAFETY: this function runs only where these features are.
+    let v = unsafe { Avx2::proven() };
+    with_token_count!(sums.len(), T => sum_float::<_, F, T>(v, leaf, sums));
+}
+
+/// An intrinsic in a method of [`Avx2`].
+macro_rules! op {
+    ($intrinsic:expr) => {{
+        // SAFETY: the receiver proves the CPU has the instruction; what is loaded or stored is inside an array.
+        #[allow(unused_unsafe)]
+        unsafe {
+            $intrinsic
+        }
+    }};
+}
+
+/// The same for rows 0..8 and rows 8..16.
+macro_rules! both {
+    ($half:ident => $intrinsic:expr) => {{
+        let first = {
+            const $half: usize = 0;
+            op!($intrinsic)
+        };
+        let second = {
+            const $half: usize = 1;
+            op!($intrinsic)
+        };
+        [first, second]
+    }};
+}
+
+impl Lanes for Avx2 {
+    type Bytes = [__m256i; 2];
+    type Ints = [__m256i; 2];
+    type Floats = [__m256; 2];
+
+    #[inline(always)]
+    fn load_bytes(self, line: &Line) -> [__m256i; 2] {
+        let halves = line.0.as_chunks::<32>().0;
+        both!(H => _mm256_load_si256(halves[H].as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn field(self, bytes: [__m256i; 2], right: i32, mask: u8) -> [__m256i; 2] {
+        let count = op!(_mm_cvtsi32_si128(right.abs()));
+        let mask = op!(_mm256_set1_epi8(mask as i8));
+        let shifted = if right < 0 {
+            both!(H => _mm256_sll_epi32(bytes[H], count))
+        } else {
+            both!(H => _mm256_srl_epi32(bytes[H], count))
+        };
+        both!(H => _mm256_and_si256(shifted[H], mask))
+    }
+
+    #[inline(always)]
+    fn or(self, left: [__m256i; 2], right: [__m256i; 2]) -> [__m256i; 2] {
+        both!(H => _mm256_or_si256(left[H], right[H]))
+    }
+
+    #[inline(always)]
+    fn dot<const BITS: usize>(self, acc: [__m256i; 2], codes: [__m256i; 2], quad: i32) -> [__m256i; 2] {
+        let quads = op!(_mm256_set1_epi32(quad));
+        // Pairs of codes up to 6 bits fit i16: 2 * 63 * 127 < 2^15. Larger codes go as two nibbles.
+        if BITS <= 6 {
+            let pairs = both!(H => _mm256_maddubs_epi16(codes[H], quads));
+            let ones = op!(_mm256_set1_epi16(1));
+            let sums = both!(H => _mm256_madd_epi16(pairs[H], ones));
+            return both!(H => _mm256_add_epi32(acc[H], sums[H]));
+        }
+        let low = self.dot::<4>(acc, self.field(codes, 0, 15), quad);
+        let high = self.field(codes, 4, 15);
+        let pairs = both!(H => _mm256_maddubs_epi16(high[H], quads));
+        let sixteens = op!(_mm256_set1_epi16(16));
+        let sums = both!(H => _mm256_madd_epi16(pairs[H], sixteens));
+        both!(H => _mm256_add_epi32(low[H], sums[H]))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> [__m256i; 2] {
+        [op!(_mm256_set1_epi32(value)); 2]
+    }
+
+    #[inline(always)]
+    fn to_floats(self, ints: [__m256i; 2]) -> [__m256; 2] {
+        both!(H => _mm256_cvtepi32_ps(ints[H]))
+    }
+
+    #[inline(always)]
+    fn load_u8(self, bytes: &[u8; TILE_ROWS]) -> [__m256i; 2] {
+        let halves = bytes.as_chunks::<8>().0;
+        let halves = both!(H => _mm_loadl_epi64(halves[H].as_ptr().cast()));
+        both!(H => _mm256_cvtepu8_epi32(halves[H]))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8; TILE_ROWS]) -> [__m256i; 2] {
+        let halves = bytes.as_chunks::<8>().0;
+        let halves = both!(H => _mm_loadl_epi64(halves[H].as_ptr().cast()));
+        both!(H => _mm256_cvtepi8_epi32(halves[H]))
+    }
+
+    #[inline(always)]
+    fn load_nibbles(self, bytes: &[u8; TILE_ROWS]) -> [[__m256i; 2]; 2] {
+        let bytes = self.load_u8(bytes);
+        let mask = op!(_mm256_set1_epi32(15));
+        [both!(H => _mm256_and_si256(bytes[H], mask)), both!(H => _mm256_srli_epi32::<4>(bytes[H]))]
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [__m256; 2] {
+        [op!(_mm256_set1_ps(value)); 2]
+    }
+
+    #[inline(always)]
+    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> [__m256; 2] {
+        let halves = bytes.as_chunks::<32>().0;
+        both!(H => _mm256_loadu_ps(halves[H].as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> [__m256; 2] {
+        let halves = bytes.as_chunks::<16>().0;
+        let halves = both!(H => _mm_loadu_si128(halves[H].as_ptr().cast()));
+        both!(H => _mm256_cvtph_ps(halves[H]))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> [__m256; 2] {
+        let halves = bytes.as_chunks::<16>().0;
+        let halves = both!(H => _mm_loadu_si128(halves[H].as_ptr().cast()));
+        let wide = both!(H => _mm256_cvtepu16_epi32(halves[H]));
+        let shifted = both!(H => _mm256_slli_epi32::<16>(wide[H]));
+        both!(H => _mm256_castsi256_ps(shifted[H]))
+    }
+
+    #[inline(always)]
+    fn mul(self, left: [__m256; 2], right: [__m256; 2]) -> [__m256; 2] {
+        both!(H => _mm256_mul_ps(left[H], right[H]))
+    }
+
+    #[inline(always)]
+    fn fma(self, left: [__m256; 2], right: [__m256; 2], acc: [__m256; 2]) -> [__m256; 2] {
+        both!(H => _mm256_fmadd_ps(left[H], right[H], acc[H]))
+    }
+
+    #[inline(always)]
+    fn store(self, floats: [__m256; 2], sums: &mut RowSums) {
+        let halves = sums.as_chunks_mut::<8>().0;
+        both!(H => _mm256_storeu_ps(halves[H].as_mut_ptr(), floats[H]));
+    }
+}

@@ -1,0 +1,169 @@
+//! The 16 rows of a tile in one AVX-512 register, with and without VNNI.
+
+use super::lanes::{Lanes, sum_float, sum_quantized, with_token_count};
+use super::{FloatLeaf, QuantizedLeaf, RowSums};
+use crate::formats::{FloatFormat, QuantFormat};
+use crate::packed::{Line, TILE_ROWS};
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX-512 F, BW, VL and DQ, and VNNI if so marked.
+#[derive(Clone, Copy)]
+struct Avx512<const VNNI: bool>(());
+
+impl<const VNNI: bool> Avx512<VNNI> {
+    /// # Safety
+    /// The CPU has the instruction sets.
+    #[inline(always)]
+    unsafe fn proven() -> Self {
+        Self(())
+    }
+}
+
+/// Sums a leaf of quantized weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+pub(crate) fn sum_quantized_vnni<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+    // SAFETY: this function runs only where these features are.
+    let v = unsafe { Avx512::<true>::proven() };
+    with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
+}
+
+/// Sums a leaf of quantized weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn sum_quantized_avx512<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+    // SAFETY: this function runs only where these features are.
+    let v = unsafe { Avx512::<false>::proven() };
+    with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
+}
+
+/// Sums a leaf of plain numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn sum_float_avx512<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
+    // SAFETY: this function runs only where these features are.
+    let v = unsafe { Avx512::<false>::proven() };
+    with_token_count!(sums.len(), T => sum_float::<_, F, T>(v, leaf, sums));
+}
+
+/// An intrinsic in a method of [`Avx512`].
+macro_rules! op {
+    ($intrinsic:expr) => {{
+        // SAFETY: the receiver proves the CPU has the instruction; what is loaded or stored is a whole array.
+        #[allow(unused_unsafe)]
+        unsafe {
+            $intrinsic
+        }
+    }};
+}
+
+impl<const VNNI: bool> Lanes for Avx512<VNNI> {
+    type Bytes = __m512i;
+    type Ints = __m512i;
+    type Floats = __m512;
+
+    #[inline(always)]
+    fn load_bytes(self, line: &Line) -> __m512i {
+        op!(_mm512_load_si512(line.0.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn field(self, bytes: __m512i, right: i32, mask: u8) -> __m512i {
+        let count = op!(_mm_cvtsi32_si128(right.abs()));
+        let shifted =
+            if right < 0 { op!(_mm512_sll_epi32(bytes, count)) } else { op!(_mm512_srl_epi32(bytes, count)) };
+        let mask = op!(_mm512_set1_epi8(mask as i8));
+        op!(_mm512_and_si512(shifted, mask))
+    }
+
+    #[inline(always)]
+    fn or(self, left: __m512i, right: __m512i) -> __m512i {
+        op!(_mm512_or_si512(left, right))
+    }
+
+    #[inline(always)]
+    fn dot<const BITS: usize>(self, acc: __m512i, codes: __m512i, quad: i32) -> __m512i {
+        let quads = op!(_mm512_set1_epi32(quad));
+        if VNNI {
+            // SAFETY: this type proves VNNI.
+            return unsafe { _mm512_dpbusd_epi32(acc, codes, quads) };
+        }
+        // Pairs of codes up to 6 bits fit i16: 2 * 63 * 127 < 2^15. Larger codes go as two nibbles.
+        if BITS <= 6 {
+            let pairs = op!(_mm512_maddubs_epi16(codes, quads));
+            let ones = op!(_mm512_set1_epi16(1));
+            let sums = op!(_mm512_madd_epi16(pairs, ones));
+            return op!(_mm512_add_epi32(acc, sums));
+        }
+        let low = self.dot::<4>(acc, self.field(codes, 0, 15), quad);
+        let pairs = op!(_mm512_maddubs_epi16(self.field(codes, 4, 15), quads));
+        let sixteens = op!(_mm512_set1_epi16(16));
+        let sums = op!(_mm512_madd_epi16(pairs, sixteens));
+        op!(_mm512_add_epi32(low, sums))
+    }
+
+    #[inline(always)]
+    fn splat_int(self, value: i32) -> __m512i {
+        op!(_mm512_set1_epi32(value))
+    }
+
+    #[inline(always)]
+    fn to_floats(self, ints: __m512i) -> __m512 {
+        op!(_mm512_cvtepi32_ps(ints))
+    }
+
+    #[inline(always)]
+    fn load_u8(self, bytes: &[u8; TILE_ROWS]) -> __m512i {
+        let bytes = op!(_mm_loadu_si128(bytes.as_ptr().cast()));
+        op!(_mm512_cvtepu8_epi32(bytes))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8; TILE_ROWS]) -> __m512i {
+        let bytes = op!(_mm_loadu_si128(bytes.as_ptr().cast()));
+        op!(_mm512_cvtepi8_epi32(bytes))
+    }
+
+    #[inline(always)]
+    fn load_nibbles(self, bytes: &[u8; TILE_ROWS]) -> [__m512i; 2] {
+        let bytes = self.load_u8(bytes);
+        let low = op!(_mm512_and_si512(bytes, _mm512_set1_epi32(15)));
+        [low, op!(_mm512_srli_epi32::<4>(bytes))]
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        op!(_mm512_set1_ps(value))
+    }
+
+    #[inline(always)]
+    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> __m512 {
+        op!(_mm512_loadu_ps(bytes.as_ptr().cast()))
+    }
+
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> __m512 {
+        let halfs = op!(_mm256_loadu_si256(bytes.as_ptr().cast()));
+        op!(_mm512_cvtph_ps(halfs))
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> __m512 {
+        let halfs = op!(_mm256_loadu_si256(bytes.as_ptr().cast()));
+        let wide = op!(_mm512_cvtepu16_epi32(halfs));
+        let shifted = op!(_mm512_slli_epi32::<16>(wide));
+        op!(_mm512_castsi512_ps(shifted))
+    }
+
+    #[inline(always)]
+    fn mul(self, left: __m512, right: __m512) -> __m512 {
+        op!(_mm512_mul_ps(left, right))
+    }
+
+    #[inline(always)]
+    fn fma(self, left: __m512, right: __m512, acc: __m512) -> __m512 {
+        op!(_mm512_fmadd_ps(left, right, acc))
+    }
+
+    #[inline(always)]
+    fn store(self, floats: __m512, sums: &mut RowSums) {
+        op!(_mm512_storeu_ps(sums.as_mut_ptr(), floats))
+    }
+}

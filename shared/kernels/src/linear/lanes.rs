@@ -1,0 +1,225 @@
+//! The SIMD twins of matrix products, written once over a small set of operations on the 16 rows of a tile. Which
+//! instructions those are is for the instruction set's own file.
+
+use super::{FloatLeaf, QuantizedLeaf, RowSums};
+use crate::formats::{FloatFormat, QuantFormat, ScaleLayout};
+use crate::packed::{Line, QUADS, TILE_ROWS, group_scale_bytes, planes, super_scale_bytes};
+use crate::quantize::QuantizedGroup;
+use paceline_domain::WeightType;
+
+/// Operations on 16 lanes, lane = row. A value of an implementing type is a proof that the CPU has the
+/// instructions, so only functions compiled for those make one.
+pub(super) trait Lanes: Copy {
+    /// 64 bytes: 4 for each row.
+    type Bytes: Copy;
+    /// An i32 for each row.
+    type Ints: Copy;
+    /// An f32 for each row.
+    type Floats: Copy;
+
+    fn load_bytes(self, line: &Line) -> Self::Bytes;
+    /// `(bytes >> right) & mask` in each byte, `<<` for negative `right`; `mask` removes what crosses bytes.
+    fn field(self, bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
+    fn or(self, left: Self::Bytes, right: Self::Bytes) -> Self::Bytes;
+    /// `acc + sum over the row's 4 bytes of code * activation code`, exact for codes of `BITS` bits.
+    fn dot<const BITS: usize>(self, acc: Self::Ints, codes: Self::Bytes, quad: i32) -> Self::Ints;
+
+    fn splat_int(self, value: i32) -> Self::Ints;
+    fn to_floats(self, ints: Self::Ints) -> Self::Floats;
+    fn load_u8(self, bytes: &[u8; TILE_ROWS]) -> Self::Ints;
+    fn load_i8(self, bytes: &[u8; TILE_ROWS]) -> Self::Ints;
+    /// Low and high nibble of each byte.
+    fn load_nibbles(self, bytes: &[u8; TILE_ROWS]) -> [Self::Ints; 2];
+
+    fn splat(self, value: f32) -> Self::Floats;
+    fn load_f32(self, bytes: &[u8; 4 * TILE_ROWS]) -> Self::Floats;
+    fn load_f16(self, bytes: &[u8; 2 * TILE_ROWS]) -> Self::Floats;
+    fn load_bf16(self, bytes: &[u8; 2 * TILE_ROWS]) -> Self::Floats;
+    fn mul(self, left: Self::Floats, right: Self::Floats) -> Self::Floats;
+    /// `left * right + acc`, rounded once.
+    fn fma(self, left: Self::Floats, right: Self::Floats, acc: Self::Floats) -> Self::Floats;
+    fn store(self, floats: Self::Floats, sums: &mut RowSums);
+}
+
+/// Calls `$body` with the number of tokens as a constant.
+macro_rules! with_token_count {
+    ($n:expr, $count:ident => $body:expr) => {
+        match $n {
+            1 => with_token_count!(@call 1, $count, $body),
+            2 => with_token_count!(@call 2, $count, $body),
+            4 => with_token_count!(@call 4, $count, $body),
+            8 => with_token_count!(@call 8, $count, $body),
+            n => unreachable!("invariant: tokens come in groups of 1, 2, 4 or 8, not {n}"),
+        }
+    };
+    (@call $n:literal, $count:ident, $body:expr) => {{
+        const $count: usize = $n;
+        $body
+    }};
+}
+pub(super) use with_token_count;
+
+/// Sums a leaf of quantized weights for `T` tokens.
+#[inline(always)]
+pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const T: usize>(
+    v: V,
+    leaf: &QuantizedLeaf<'_>,
+    sums: &mut [RowSums],
+) {
+    let (own_bytes, shared_bytes) = (group_scale_bytes::<F>(), super_scale_bytes::<F>());
+    let mut tokens: [&[QuantizedGroup]; T] = [&[]; T];
+    for (t, token) in tokens.iter_mut().enumerate() {
+        *token = leaf.token(t);
+    }
+    let mut acc = [v.splat(0.0); T];
+    let lines = leaf.weights.planes.chunks_exact(F::BITS);
+    let own = leaf.weights.group_scales.chunks_exact(own_bytes);
+    for (group, (lines, own)) in lines.zip(own).take(leaf.n_groups).enumerate() {
+        let shared = &leaf.weights.super_scales[leaf.super_idx(group) * shared_bytes..][..shared_bytes];
+        let codes = unpack::<V, F>(v, lines);
+        let scales = resolve::<V, F>(v, own, shared);
+        for t in 0..T {
+            acc[t] = add_group::<V, F>(v, &codes, &scales, &tokens[t][group], acc[t]);
+        }
+    }
+    for (sums, acc) in sums.iter_mut().zip(acc) {
+        v.store(acc, sums);
+    }
+}
+
+/// The codes of a group as bytes, one vector for each quad.
+#[inline(always)]
+fn unpack<V: Lanes, F: QuantFormat>(v: V, lines: &[Line]) -> [V::Bytes; QUADS] {
+    let mut codes = [v.load_bytes(&lines[0]); QUADS];
+    let mut is_first = true;
+    for (width, first_line, lowest) in planes(F::BITS) {
+        if width == 0 {
+            continue;
+        }
+        let mask = ((0xff >> (8 - width)) << lowest) as u8;
+        for quad in 0..QUADS {
+            let line = v.load_bytes(&lines[first_line + quad % width]);
+            let right = (quad / width * width) as i32 - lowest as i32;
+            let bits = if width == 8 { line } else { v.field(line, right, mask) };
+            codes[quad] = if is_first { bits } else { v.or(codes[quad], bits) };
+        }
+        is_first = false;
+    }
+    codes
+}
+
+/// Scales of a group in all rows, for each half group.
+struct LaneScales<V: Lanes> {
+    scale: [V::Floats; 2],
+    min: [V::Floats; 2],
+}
+
+#[inline(always)]
+fn chunk<const N: usize>(bytes: &[u8], idx: usize) -> &[u8; N] {
+    bytes[idx * N..].first_chunk().expect("invariant: the layout has room for all rows")
+}
+
+#[inline(always)]
+fn resolve<V: Lanes, F: QuantFormat>(v: V, own: &[u8], shared: &[u8]) -> LaneScales<V> {
+    let zero = v.splat(0.0);
+    let negated = |floats: V::Floats| v.mul(floats, v.splat(-1.0));
+    let scaled = |factor: V::Floats, ints: V::Ints| v.mul(factor, v.to_floats(ints));
+    match F::SCALES {
+        ScaleLayout::Group => LaneScales { scale: [v.load_f16(chunk(own, 0)); 2], min: [zero; 2] },
+        ScaleLayout::GroupMin => {
+            LaneScales { scale: [v.load_f16(chunk(own, 0)); 2], min: [v.load_f16(chunk(own, 1)); 2] }
+        }
+        ScaleLayout::Super32Min => {
+            let (d, m) = (v.load_f16(chunk(shared, 0)), negated(v.load_f16(chunk(shared, 1))));
+            LaneScales {
+                scale: [scaled(d, v.load_u8(chunk(own, 0))); 2],
+                min: [scaled(m, v.load_u8(chunk(own, 1))); 2],
+            }
+        }
+        ScaleLayout::Super16Min => {
+            let (d, m) = (v.load_f16(chunk(shared, 0)), negated(v.load_f16(chunk(shared, 1))));
+            let [scale_0, min_0] = v.load_nibbles(chunk(own, 0));
+            let [scale_1, min_1] = v.load_nibbles(chunk(own, 1));
+            LaneScales {
+                scale: [scaled(d, scale_0), scaled(d, scale_1)],
+                min: [scaled(m, min_0), scaled(m, min_1)],
+            }
+        }
+        ScaleLayout::Super16 => {
+            let d = v.load_f16(chunk(shared, 0));
+            let [scale_0, scale_1] = [v.load_i8(chunk(own, 0)), v.load_i8(chunk(own, 1))];
+            LaneScales { scale: [scaled(d, scale_0), scaled(d, scale_1)], min: [zero; 2] }
+        }
+    }
+}
+
+/// `sum of (code - OFFSET) * activation code`; `sum` is that of the activation codes.
+#[inline(always)]
+fn dot<V: Lanes, F: QuantFormat>(v: V, codes: &[V::Bytes], quads: &[i32], sum: i32) -> V::Ints {
+    let mut isum = v.splat_int(-F::OFFSET * sum);
+    for (codes, quad) in codes.iter().zip(quads) {
+        isum = match F::BITS {
+            8 => v.dot::<8>(isum, *codes, *quad),
+            _ => v.dot::<6>(isum, *codes, *quad),
+        };
+    }
+    isum
+}
+
+/// Adds the product of one group of all rows with one group of activations.
+#[inline(always)]
+fn add_group<V: Lanes, F: QuantFormat>(
+    v: V,
+    codes: &[V::Bytes; QUADS],
+    scales: &LaneScales<V>,
+    x: &QuantizedGroup,
+    acc: V::Floats,
+) -> V::Floats {
+    let x_scale = v.splat(x.scale);
+    let mut acc = acc;
+    if F::SCALES.per_half() {
+        for half in 0..2 {
+            let own = half * QUADS / 2..(half + 1) * QUADS / 2;
+            let isum = dot::<V, F>(v, &codes[own.clone()], &x.quads[own], x.sums[half]);
+            acc = v.fma(v.to_floats(isum), v.mul(scales.scale[half], x_scale), acc);
+            if F::SCALES.has_min() {
+                acc = v.fma(scales.min[half], v.splat(x.scale * x.sums[half] as f32), acc);
+            }
+        }
+    } else {
+        let isum = dot::<V, F>(v, codes, &x.quads, x.sums[0] + x.sums[1]);
+        acc = v.fma(v.to_floats(isum), v.mul(scales.scale[0], x_scale), acc);
+        if F::SCALES.has_min() {
+            acc = v.fma(scales.min[0], v.splat(x.scaled_sum), acc);
+        }
+    }
+    acc
+}
+
+/// Sums a leaf of plain numbers for `T` tokens.
+#[inline(always)]
+pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
+    v: V,
+    leaf: &FloatLeaf<'_>,
+    sums: &mut [RowSums],
+) {
+    let mut tokens: [&[f32]; T] = [&[]; T];
+    for (t, token) in tokens.iter_mut().enumerate() {
+        *token = leaf.token(t);
+    }
+    let mut acc = [v.splat(0.0); T];
+    let columns = leaf.weights.chunks_exact(TILE_ROWS * F::BYTES).take(leaf.n_cols);
+    for (column, weights) in columns.enumerate() {
+        let weights = match F::TYPE {
+            WeightType::F32 => v.load_f32(chunk(weights, 0)),
+            WeightType::F16 => v.load_f16(chunk(weights, 0)),
+            _ => v.load_bf16(chunk(weights, 0)),
+        };
+        for t in 0..T {
+            acc[t] = v.fma(weights, v.splat(tokens[t][column]), acc[t]);
+        }
+    }
+    for (sums, acc) in sums.iter_mut().zip(acc) {
+        v.store(acc, sums);
+    }
+}

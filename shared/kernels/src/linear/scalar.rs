@@ -1,0 +1,60 @@
+//! The definition of matrix products: plain loops over rows, tokens and columns.
+
+use super::{FloatLeaf, QuantizedLeaf, RowSums};
+use crate::formats::{FloatFormat, QuantFormat, Scales};
+use crate::packed::{TILE_ROWS, columns_of_row, group_scale_bytes, scales_of_row, super_scale_bytes};
+use crate::quantize::QuantizedGroup;
+
+/// Sums a leaf of quantized weights.
+pub(crate) fn sum_quantized_scalar<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+    let (own_bytes, shared_bytes) = (group_scale_bytes::<F>(), super_scale_bytes::<F>());
+    sums.fill([0.0; TILE_ROWS]);
+    for group in 0..leaf.n_groups {
+        let lines = &leaf.weights.planes[group * F::BITS..][..F::BITS];
+        let own = &leaf.weights.group_scales[group * own_bytes..][..own_bytes];
+        let shared = &leaf.weights.super_scales[leaf.super_idx(group) * shared_bytes..][..shared_bytes];
+        for row in 0..TILE_ROWS {
+            let weights = columns_of_row(lines, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
+            let scales = scales_of_row::<F>(own, shared, row).resolve(F::SCALES);
+            for (token, sums) in sums.iter_mut().enumerate() {
+                sums[row] = add_group::<F>(&weights, &scales, &leaf.token(token)[group], sums[row]);
+            }
+        }
+    }
+}
+
+/// Adds the product of one group of a row with one group of activations.
+fn add_group<F: QuantFormat>(weights: &[i32; 32], scales: &Scales, x: &QuantizedGroup, acc: f32) -> f32 {
+    let codes = x.codes();
+    let dot = |half: usize| -> i32 {
+        let columns = half * 16..half * 16 + 16;
+        weights[columns.clone()].iter().zip(&codes[columns]).map(|(weight, x)| weight * i32::from(*x)).sum()
+    };
+    let mut acc = acc;
+    if F::SCALES.per_half() {
+        for half in 0..2 {
+            acc = (dot(half) as f32).mul_add(scales.scale[half] * x.scale, acc);
+            if F::SCALES.has_min() {
+                acc = scales.min[half].mul_add(x.scale * x.sums[half] as f32, acc);
+            }
+        }
+    } else {
+        acc = ((dot(0) + dot(1)) as f32).mul_add(scales.scale[0] * x.scale, acc);
+        if F::SCALES.has_min() {
+            acc = scales.min[0].mul_add(x.scaled_sum, acc);
+        }
+    }
+    acc
+}
+
+/// Sums a leaf of plain numbers.
+pub(crate) fn sum_float_scalar<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
+    sums.fill([0.0; TILE_ROWS]);
+    for (column, weights) in leaf.weights.chunks_exact(TILE_ROWS * F::BYTES).enumerate() {
+        for (row, weight) in weights.chunks_exact(F::BYTES).map(F::value).enumerate() {
+            for (token, sums) in sums.iter_mut().enumerate() {
+                sums[row] = weight.mul_add(leaf.token(token)[column], sums[row]);
+            }
+        }
+    }
+}
