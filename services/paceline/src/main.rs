@@ -1,1 +1,5 @@
-fn main() {}
+//! The `paceline` executable.
+
+fn main() -> std::process::ExitCode {
+    paceline::cli::main()
+}

@@ -106,22 +106,24 @@ impl<'a> JsonReader<'a> {
     pub(crate) fn name(&mut self) -> Result<Cow<'a, str>, CheckpointError> {
         self.skip_space();
         let start = self.offset();
+        let place = self.what;
+        let too_long = |len: usize| {
+            let place = format!("a string in {place}");
+            CheckpointError::TooLong { place, offset: start, len: len as u64, limit: MAX_NAME_BYTES }
+        };
         let (raw, has_escapes) = self.raw_string()?;
         // An escape takes at most 6 bytes for each byte of the string.
-        let limit = if has_escapes { 6 * MAX_NAME_BYTES } else { MAX_NAME_BYTES };
-        if raw.len() as u64 > limit {
-            let (place, len) = (format!("a string in {}", self.what), raw.len() as u64);
-            return Err(CheckpointError::TooLong { place, offset: start, len, limit });
+        if raw.len() as u64 > MAX_NAME_BYTES * if has_escapes { 6 } else { 1 } {
+            return Err(too_long(raw.len()));
         }
         if !has_escapes {
             return Ok(Cow::Borrowed(raw));
         }
-        let bad = || CheckpointError::BadJson {
-            place: self.what,
-            offset: start,
-            why: "a surrogate stands alone in a string".to_owned(),
+        let Some(name) = unescape(raw) else {
+            let why = "a surrogate stands alone in a string".to_owned();
+            return Err(CheckpointError::BadJson { place: self.what, offset: start, why });
         };
-        unescape(raw).map(Cow::Owned).ok_or_else(bad)
+        if name.len() as u64 > MAX_NAME_BYTES { Err(too_long(name.len())) } else { Ok(Cow::Owned(name)) }
     }
 
     /// What stands between the quotes, with escapes checked but not resolved, and whether there are any.

@@ -1,11 +1,14 @@
 //! The table of function pointers of one instruction set. It holds no state and decides nothing per call.
 
+use crate::attention::chunk::{self, AttentionKernels};
 use crate::elementwise::PairKernel;
 use crate::isa::Isa;
+use crate::kv::NarrowKernel;
 use crate::linear::LinearKernels;
 use crate::math::exp;
 use crate::rms_norm::RowKernel;
-use crate::{argmax, elementwise, rms_norm};
+use crate::rope::RotateKernel;
+use crate::{argmax, elementwise, kv, rms_norm, rope};
 
 /// The kernels of one instruction set. All tables give the same bits.
 ///
@@ -20,6 +23,10 @@ pub struct Kernels {
     pub(crate) silu_mul: PairKernel,
     pub(crate) max: unsafe fn(&[f32]) -> f32,
     pub(crate) rms_norm_row: RowKernel,
+    pub(crate) rotate_half: RotateKernel,
+    pub(crate) rotate_interleaved: RotateKernel,
+    pub(crate) narrow: NarrowKernel,
+    pub(crate) attention: AttentionKernels,
 }
 
 const SCALAR: Kernels = Kernels {
@@ -30,6 +37,14 @@ const SCALAR: Kernels = Kernels {
     silu_mul: elementwise::silu_mul_scalar,
     max: argmax::max_scalar,
     rms_norm_row: rms_norm::rms_norm_row_scalar,
+    rotate_half: rope::rotate_half_scalar,
+    rotate_interleaved: rope::rotate_interleaved_scalar,
+    narrow: kv::narrow_scalar,
+    attention: AttentionKernels {
+        chunk_f16: chunk::chunk_scalar::<u16>,
+        chunk_f32: chunk::chunk_scalar::<f32>,
+        merge: chunk::merge_scalar,
+    },
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -41,6 +56,14 @@ const AVX2: Kernels = Kernels {
     silu_mul: elementwise::silu_mul_avx2,
     max: argmax::max_avx2,
     rms_norm_row: rms_norm::rms_norm_row_avx2,
+    rotate_half: rope::rotate_half_avx2,
+    rotate_interleaved: rope::rotate_interleaved_avx2,
+    narrow: kv::narrow_avx2,
+    attention: AttentionKernels {
+        chunk_f16: chunk::chunk_avx2::<u16>,
+        chunk_f32: chunk::chunk_avx2::<f32>,
+        merge: chunk::merge_avx2,
+    },
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -52,6 +75,14 @@ const AVX512: Kernels = Kernels {
     silu_mul: elementwise::silu_mul_avx512,
     max: argmax::max_avx512,
     rms_norm_row: rms_norm::rms_norm_row_avx512,
+    rotate_half: rope::rotate_half_avx512,
+    rotate_interleaved: rope::rotate_interleaved_avx512,
+    narrow: kv::narrow_avx512,
+    attention: AttentionKernels {
+        chunk_f16: chunk::chunk_avx512::<u16>,
+        chunk_f32: chunk::chunk_avx512::<f32>,
+        merge: chunk::merge_avx512,
+    },
 };
 
 #[cfg(target_arch = "x86_64")]

@@ -22,23 +22,28 @@
 //! * [`kv`] – memory of the paged KV cache of one layer
 //! * [`attention`] – paged attention over it
 
+pub mod aligned;
 pub mod argmax;
+pub mod attention;
 pub mod dispatch;
 pub mod elementwise;
 pub mod error;
 pub mod formats;
 pub mod isa;
+pub mod kv;
 pub mod linear;
 pub mod math;
 pub mod packed;
 pub mod pool;
 pub mod quantize;
 pub mod rms_norm;
+pub mod rope;
 
 mod simd;
 #[cfg(test)]
 mod testing;
 
+pub use aligned::AlignedVec;
 pub use dispatch::Kernels;
 pub use error::KernelError;
 pub use formats::dequantize_row;
@@ -47,3 +52,7 @@ pub use linear::{Input, matmul};
 pub use packed::{InputKind, PackSpec, PackedMatrix};
 pub use pool::{Pinning, ThreadPool};
 pub use quantize::{QuantizedRows, quantize_rows};
+
+/// Version of the summation orders of this crate: part of a group's fingerprint. It grows when a kernel's scalar
+/// definition comes to give other bits.
+pub const NUMERICS: u32 = 1;

@@ -79,6 +79,9 @@ pub(crate) trait Simd: Copy {
     /// Up to sixteen values; absent lanes are +0.
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::F32 {
+        if let Ok(lanes) = x.try_into() {
+            return self.load(lanes);
+        }
         let mut lanes = [0.0; LANES];
         lanes[..x.len()].copy_from_slice(x);
         self.load(&lanes)
@@ -87,6 +90,9 @@ pub(crate) trait Simd: Copy {
     /// The first `out.len()` lanes.
     #[inline(always)]
     fn store_part(self, x: Self::F32, out: &mut [f32]) {
+        if let Ok(lanes) = out.try_into() {
+            return self.store(x, lanes);
+        }
         let lanes = self.to_array(x);
         out.copy_from_slice(&lanes[..out.len()]);
     }
@@ -139,7 +145,7 @@ mod tests {
     #[inline(always)]
     fn check_operations<S: Simd>(s: S) {
         let each = |f: &dyn Fn(usize) -> f32| std::array::from_fn::<f32, LANES, _>(f);
-        for by in 0..LANES {
+        for by in 0..=LANES {
             let (a, b, c) = (VALUES, rotated(by), rotated(2 * by + 1));
             let (va, vb, vc) = (s.load(&a), s.load(&b), s.load(&c));
             same(s.to_array(s.add(va, vb)), each(&|j| a[j] + b[j]), "add");
@@ -151,7 +157,7 @@ mod tests {
             same(s.to_array(s.less(va, vb)), each(&|j| if a[j] < b[j] { a[j] } else { b[j] }), "less");
             let nan = each(&|j| if a[j].is_nan() { f32::NAN } else { b[j] });
             same(s.to_array(s.nan_where_nan(va, vb)), nan, "nan_where_nan");
-            same(s.to_array(s.splat(a[by])), [a[by]; LANES], "splat");
+            same(s.to_array(s.splat(c[0])), [c[0]; LANES], "splat");
             let mut part = [9.0; LANES];
             s.store_part(s.load_part(&a[..by]), &mut part[..by]);
             same(part, each(&|j| if j < by { a[j] } else { 9.0 }), "load_part, store_part");

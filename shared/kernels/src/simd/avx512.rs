@@ -39,6 +39,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_part(self, x: &[f32]) -> __m512 {
+        // SAFETY: the token; lanes that are masked off are not read.
+        unsafe { _mm512_maskz_loadu_ps(first_lanes(x.len()), x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store_part(self, x: __m512, out: &mut [f32]) {
+        // SAFETY: the token; lanes that are masked off are not written.
+        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), first_lanes(out.len()), x) }
+    }
+
+    #[inline(always)]
     fn load_f16(self, x: &[u16; LANES]) -> __m512 {
         // SAFETY: the token; the array has sixteen elements of 16 bits.
         let halves = unsafe { _mm256_loadu_si256(x.as_ptr().cast()) };
@@ -120,6 +132,13 @@ impl Simd for Avx512 {
         let rest = unsafe { _mm512_sub_epi32(n, half) };
         (power(half), power(rest))
     }
+}
+
+/// The mask of the first `n` lanes; a slice longer than the lanes would be a wrong call.
+#[inline(always)]
+fn first_lanes(n: usize) -> __mmask16 {
+    assert!(n <= LANES, "invariant: a part has at most {LANES} elements");
+    ((1_u32 << n) - 1) as __mmask16
 }
 
 /// Only called with a token at hand.

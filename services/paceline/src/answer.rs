@@ -1,0 +1,293 @@
+//! One generation as a client sees it: the request is sent, the answer goes to standard output as text while it
+//! arrives or as one JSON object at the end, a summary to standard error.
+
+use std::io::{self, IsTerminal as _, Write};
+
+use anyhow::{Context as _, bail};
+use paceline_wire::inference::{
+    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model, Timings, Usage,
+    generate_request::Input, generate_response::Event, inference_client::InferenceClient,
+};
+use serde::Serialize;
+use tonic::{Request, transport::Channel};
+
+use crate::{
+    interrupt::Interrupted,
+    options::{PromptArgs, SamplingArgs},
+};
+
+/// What shells know as SIGPIPE.
+const BROKEN_PIPE: Interrupted = Interrupted(13);
+
+/// How an answer is written to standard output.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// The generated text alone, as it arrives.
+    Text,
+    /// One [`Answer`] as JSON, at the end.
+    Json,
+}
+
+/// What `--json` writes.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Answer {
+    /// The generated text.
+    pub text: String,
+    /// The generated token ids, an end token included.
+    pub tokens: Vec<u32>,
+    /// "stop", "length" or "cancelled".
+    pub finish_reason: &'static str,
+    /// Tokens counted.
+    pub usage: UsageJson,
+    /// Where the time went.
+    pub timings: TimingsJson,
+    /// Name of the model that answered.
+    pub model: String,
+    /// Seed that was in force.
+    pub seed: u64,
+}
+
+/// Tokens counted.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct UsageJson {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, an end token included.
+    pub completion_tokens: u32,
+    /// Prompt tokens found in the prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// Durations seen by the coordinator.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct TimingsJson {
+    /// Microseconds from arrival to the first step that carried the request.
+    pub queue_us: u64,
+    /// Microseconds from arrival to the first token.
+    pub first_token_us: u64,
+    /// Microseconds from arrival to the last token.
+    pub total_us: u64,
+    /// Tokens a second after the first one; absent when there is only one.
+    pub decode_tokens_per_second: Option<f64>,
+}
+
+/// Connects to a coordinator.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn connect(url: &str) -> anyhow::Result<InferenceClient<Channel>> {
+    let context = || format!("no coordinator answers at {url}; `paceline up` starts one");
+    InferenceClient::connect(url.to_owned()).await.with_context(context)
+}
+
+/// The model with this name, or the first one served.
+///
+/// # Errors
+/// When it is not served.
+pub async fn served_model(
+    client: &mut InferenceClient<Channel>,
+    name: Option<&str>,
+) -> anyhow::Result<Model> {
+    let models =
+        client.list_models(traced(ListModelsRequest {})).await.map_err(readable)?.into_inner().models;
+    let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    let found = models.into_iter().find(|model| name.is_none_or(|name| model.name == name));
+    match (found, name) {
+        (Some(model), _) => Ok(model),
+        (None, Some(name)) => bail!("`{name}` is not served there; served are {}", names.join(", ")),
+        (None, None) => bail!("no model is served there"),
+    }
+}
+
+/// The prompt as the model wants it: a user's turn when it has a chat template, text when it has none or `--raw`.
+///
+/// # Errors
+/// When the prompt cannot be read.
+pub fn input(prompt: &PromptArgs, model: &Model) -> anyhow::Result<Input> {
+    let text = prompt.text()?;
+    if prompt.raw || !model.chat {
+        return Ok(Input::Prompt(text));
+    }
+    let message = ChatMessage { role: "user".into(), content: text };
+    Ok(Input::Chat(Chat { messages: vec![message] }))
+}
+
+/// The request for an input.
+pub fn request(model: &Model, input: Input, sampling: &SamplingArgs) -> GenerateRequest {
+    GenerateRequest {
+        model: Some(model.name.clone()),
+        input: Some(input),
+        sampling: Some(sampling.sampling()),
+        stop: Some(sampling.stop()),
+    }
+}
+
+/// Generates; `on_text` gets each new piece of text.
+///
+/// # Errors
+/// When the server refuses, the stream breaks off, or `on_text` fails.
+pub async fn generate(
+    client: &mut InferenceClient<Channel>,
+    request: GenerateRequest,
+    mut on_text: impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<Answer> {
+    let mut stream = client.generate(traced(request)).await.map_err(readable)?.into_inner();
+    let (mut text, mut tokens, mut model, mut seed) = (String::new(), Vec::new(), String::new(), 0);
+    while let Some(chunk) = stream.message().await.map_err(readable)? {
+        match chunk.event {
+            Some(Event::Started(started)) => (model, seed) = (started.model, started.seed),
+            Some(Event::Delta(delta)) => {
+                tokens.extend(delta.token_ids);
+                if !delta.text.is_empty() {
+                    on_text(&delta.text)?;
+                    text.push_str(&delta.text);
+                }
+            }
+            Some(Event::Finished(finished)) => {
+                let (usage, timings) =
+                    (finished.usage.unwrap_or_default(), finished.timings.unwrap_or_default());
+                return Ok(Answer {
+                    text,
+                    tokens,
+                    finish_reason: finish_reason(&finished),
+                    usage: usage_json(&usage),
+                    timings: timings_json(&timings, usage.completion_tokens),
+                    model,
+                    seed,
+                });
+            }
+            // A kind of event of a later version.
+            None => {}
+        }
+    }
+    bail!("the stream ended without a finish reason after {} tokens", tokens.len())
+}
+
+/// Generates and shows: text as it arrives, or JSON at the end; a summary on standard error.
+///
+/// # Errors
+/// As [`generate`], or when standard output cannot be written.
+pub async fn show(
+    client: &mut InferenceClient<Channel>,
+    request: GenerateRequest,
+    format: Format,
+) -> anyhow::Result<()> {
+    let answer = generate(client, request, |text| match format {
+        Format::Text => write_stdout(text),
+        Format::Json => Ok(()),
+    })
+    .await?;
+    match format {
+        Format::Json => write_stdout(&format!("{}\n", serde_json::to_string(&answer)?))?,
+        Format::Text if io::stdout().is_terminal() => write_stdout("\n")?,
+        Format::Text => {}
+    }
+    eprintln!("{}", summary(&answer));
+    Ok(())
+}
+
+/// Writes and flushes. A reader that went away is not an error of ours: it ends the program as it does elsewhere.
+///
+/// # Errors
+/// When standard output cannot be written.
+pub fn write_stdout(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(BROKEN_PIPE.into()),
+        result => result.context("standard output cannot be written"),
+    }
+}
+
+/// A request that carries the trace context of the current span.
+pub fn traced<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    paceline_telemetry::context::inject(&tracing::Span::current(), request.metadata_mut());
+    request
+}
+
+/// A status in words for people.
+pub fn readable(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{} ({:?})", status.message(), status.code())
+}
+
+/// One line about an answer.
+fn summary(answer: &Answer) -> String {
+    let usage = &answer.usage;
+    let speed = answer.timings.decode_tokens_per_second;
+    format!(
+        "{} tokens in {:.2} s{}, first after {:.0} ms; prompt of {} tokens, seed {}, {}",
+        usage.completion_tokens,
+        answer.timings.total_us as f64 / 1e6,
+        speed.map_or(String::new(), |speed| format!(" ({speed:.1} tokens/s)")),
+        answer.timings.first_token_us as f64 / 1e3,
+        usage.prompt_tokens,
+        answer.seed,
+        answer.finish_reason,
+    )
+}
+
+fn finish_reason(finished: &Finished) -> &'static str {
+    match finished.reason() {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Cancelled => "cancelled",
+        FinishReason::Unspecified => "unspecified",
+    }
+}
+
+fn usage_json(usage: &Usage) -> UsageJson {
+    UsageJson {
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        cached_tokens: usage.cached_tokens,
+    }
+}
+
+fn timings_json(timings: &Timings, n_tokens: u32) -> TimingsJson {
+    let decode_us = timings.total_us.saturating_sub(timings.first_token_us);
+    let speed = || f64::from(n_tokens - 1) / (decode_us as f64 / 1e6);
+    TimingsJson {
+        queue_us: timings.queue_us,
+        first_token_us: timings.first_token_us,
+        total_us: timings.total_us,
+        decode_tokens_per_second: (n_tokens > 1 && decode_us > 0).then(speed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer() -> Answer {
+        let timings = Timings { queue_us: 1_000, first_token_us: 50_000, total_us: 1_050_000 };
+        Answer {
+            text: "a".into(),
+            tokens: vec![1; 11],
+            finish_reason: "length",
+            usage: usage_json(&Usage { prompt_tokens: 7, completion_tokens: 11, cached_tokens: 0 }),
+            timings: timings_json(&timings, 11),
+            model: "m".into(),
+            seed: 5,
+        }
+    }
+
+    #[test]
+    fn the_summary_is_one_line_with_speed_and_first_token() {
+        let expected =
+            "11 tokens in 1.05 s (10.0 tokens/s), first after 50 ms; prompt of 7 tokens, seed 5, length";
+        assert_eq!(summary(&answer()), expected);
+    }
+
+    #[test]
+    fn json_has_the_promised_fields_in_order() {
+        let json = serde_json::to_value(answer()).expect("plain data");
+        let fields: Vec<&String> = json.as_object().expect("object").keys().collect();
+        assert_eq!(fields, ["text", "tokens", "finish_reason", "usage", "timings", "model", "seed"]);
+        assert_eq!(json["usage"]["completion_tokens"], 11);
+    }
+
+    #[test]
+    fn one_token_has_no_speed() {
+        assert_eq!(timings_json(&Timings::default(), 1).decode_tokens_per_second, None);
+    }
+}

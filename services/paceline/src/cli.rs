@@ -1,0 +1,160 @@
+//! The command line: what there is to type, and which command it runs.
+
+use std::{future::Future, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use paceline_telemetry::{Telemetry, TelemetryConfig};
+
+use crate::{
+    commands::{
+        chat::{self, ChatArgs},
+        estimate::{self, EstimateArgs},
+        generate::{self, GenerateArgs},
+        models::{self, ModelsCommand},
+        plan::{self, PlanArgs},
+        run::{self, RunArgs},
+        service::{self, CoordinatorArgs, ShardArgs},
+        up::{self, UpArgs},
+    },
+    interrupt::Interrupted,
+    options::ModelPlaces,
+};
+
+/// Serves large language models from a cluster of small gRPC services.
+#[derive(Parser, Debug)]
+#[command(name = "paceline", version, about, max_term_width = 110)]
+#[command(after_help = "Examples:
+  paceline run \"Write a limerick about a bicycle race.\"
+  paceline up --ranks 2          and then, elsewhere:  paceline chat
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n (130 for Ctrl-C).
+Logs: PACELINE_LOG or RUST_LOG, for instance `info`. Traces: OTEL_EXPORTER_OTLP_ENDPOINT.")]
+struct Cli {
+    #[command(flatten)]
+    places: ModelPlaces,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Run(RunArgs),
+    Up(UpArgs),
+    Generate(GenerateArgs),
+    Chat(ChatArgs),
+    /// Lists and fetches models
+    #[command(subcommand)]
+    Models(ModelsCommand),
+    Plan(PlanArgs),
+    Estimate(EstimateArgs),
+    Shard(ShardArgs),
+    Coordinator(CoordinatorArgs),
+}
+
+/// Parses the arguments, runs the command, reports its error.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Into::into).and_then(
+            |runtime| {
+                let result = runtime.block_on(dispatch(&cli));
+                // A thread that is blocked on standard input must not hold up the end.
+                runtime.shutdown_background();
+                result
+            },
+        );
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => match error.downcast_ref::<Interrupted>() {
+            Some(interrupted) => interrupted.exit_code(),
+            None => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+async fn dispatch(cli: &Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::Shard(args) => with_telemetry("paceline-shard", "info", service::shard(args)).await,
+        Command::Coordinator(args) => {
+            with_telemetry("paceline-coordinator", "info", service::coordinator(args)).await
+        }
+        _ => with_telemetry("paceline", "warn", command(cli)).await,
+    }
+}
+
+async fn command(cli: &Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::Run(args) => run::run(args, &cli.places).await,
+        Command::Up(args) => up::up(args, &cli.places).await,
+        Command::Generate(args) => generate::generate(args).await,
+        Command::Chat(args) => chat::chat(args).await,
+        Command::Models(command) => models::models(command, &cli.places).await,
+        Command::Plan(args) => plan::plan(args, &cli.places).await,
+        Command::Estimate(args) => estimate::estimate(args),
+        Command::Shard(args) => service::shard(args).await,
+        Command::Coordinator(args) => service::coordinator(args).await,
+    }
+}
+
+async fn with_telemetry(
+    service: &'static str,
+    default_log: &str,
+    work: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    let mut config = TelemetryConfig::from_env(service);
+    if ["PACELINE_LOG", "RUST_LOG"]
+        .iter()
+        .all(|name| std::env::var_os(name).is_none_or(|value| value.is_empty()))
+    {
+        config.log_filter = default_log.into();
+    }
+    let telemetry = Telemetry::start(&config)?;
+    let result = work.await;
+    telemetry.stop();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_promised_command_lines_parse() {
+        let lines = [
+            "run --model M --ranks 2 --max-tokens 5 --temperature 0 --seed 7 --ignore-eos --json PROMPT",
+            "run --temperature -1 PROMPT",
+            "up --listen 127.0.0.1:0",
+            "generate --server http://localhost:1 PROMPT",
+            "chat --system S",
+            "models list",
+            "models pull a b",
+            "models pull --all --models-dir /tmp",
+            "plan --model M --ranks 3",
+            "estimate --config config.json --dtype bfloat16",
+            "shard --listen 127.0.0.1:0 --model M --threads 2 --events --exit-with-stdin",
+            "coordinator --listen 127.0.0.1:0 --model M --shards http://a:1,http://b:2",
+        ];
+        for line in lines {
+            let parsed = Cli::try_parse_from(["paceline"].into_iter().chain(line.split(' ')));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.expect_err("checked"));
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in ["", "run", "run --ranks 0 PROMPT", "models pull", "fly"] {
+            let arguments = ["paceline"].into_iter().chain(line.split(' ').filter(|word| !word.is_empty()));
+            assert!(Cli::try_parse_from(arguments).is_err(), "{line}");
+        }
+    }
+}

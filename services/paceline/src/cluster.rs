@@ -1,0 +1,198 @@
+//! A whole cluster as child processes of this one: N shards and a coordinator. It starts, watches and stops them;
+//! what they do is their own matter.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    future::{Future as _, poll_fn},
+    path::PathBuf,
+    task::Poll,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use tokio::time::timeout;
+
+use crate::{
+    event::Event,
+    process::{Log, ServiceEnded, ServiceProcess, ServiceSpec},
+    progress::{Bar, Progress},
+};
+
+/// How long a child may take until it listens.
+const LISTEN_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a child may take to end when asked.
+pub const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct ClusterSpec {
+    /// The executable with the `shard` and `coordinator` subcommands.
+    pub program: PathBuf,
+    /// Model file or directory.
+    pub model: PathBuf,
+    /// Name to serve it under.
+    pub model_name: String,
+    /// Where the coordinator listens.
+    pub listen: String,
+    /// Compute threads of each rank; its length is the number of ranks.
+    pub threads: Vec<usize>,
+    /// Further arguments of every shard.
+    pub shard_args: Vec<OsString>,
+    /// Further arguments of the coordinator.
+    pub coordinator_args: Vec<OsString>,
+    /// Variables added to every child's environment.
+    pub env: Vec<(String, String)>,
+    /// What to do with the children's logs.
+    pub log: Log,
+}
+
+/// A running cluster. Dropped, its processes are killed.
+#[derive(Debug)]
+pub struct Cluster {
+    shards: Vec<ServiceProcess>,
+    shard_addresses: Vec<String>,
+    coordinator: ServiceProcess,
+    address: String,
+}
+
+impl Cluster {
+    /// Starts shards, then the coordinator, and returns when the group can execute steps.
+    ///
+    /// # Errors
+    /// When a child cannot be started, ends early, or does not listen in time.
+    pub async fn start(spec: &ClusterSpec, progress: &Progress) -> anyhow::Result<Self> {
+        let mut shards = start_shards(spec)?;
+        let mut shard_addresses = Vec::new();
+        for shard in &mut shards {
+            shard_addresses.push(format!("http://{}", listening(shard).await?));
+        }
+        let mut coordinator = start_coordinator(spec, &shard_addresses)?;
+        let address = {
+            let ready = ready(&mut coordinator, spec.threads.len(), progress);
+            tokio::select! {
+                address = ready => address?,
+                ended = any_ended(shards.iter_mut()) => return Err(ended.into()),
+            }
+        };
+        Ok(Self { shards, shard_addresses, coordinator, address })
+    }
+
+    /// Where clients reach the coordinator, as a URL.
+    pub fn address(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Where the coordinator reaches the shards, as URLs in rank order.
+    pub fn shard_addresses(&self) -> &[String] {
+        &self.shard_addresses
+    }
+
+    /// Every process: shards in rank order, then the coordinator.
+    pub fn processes(&mut self) -> impl Iterator<Item = &mut ServiceProcess> {
+        self.shards.iter_mut().chain([&mut self.coordinator])
+    }
+
+    /// Waits until any process ends. Safe to cancel.
+    pub async fn any_ended(&mut self) -> ServiceEnded {
+        any_ended(self.processes()).await
+    }
+
+    /// Stops all processes, the coordinator first, so that streams end before shards go.
+    pub async fn stop(self) {
+        self.coordinator.stop(STOP_GRACE).await;
+        let mut shards = self.shards;
+        shards.iter_mut().for_each(ServiceProcess::ask_to_end);
+        for shard in shards {
+            shard.stop(STOP_GRACE).await;
+        }
+    }
+}
+
+/// `total` compute threads over ranks: as even as possible, and at least one each.
+pub fn share_threads(total: usize, n_ranks: usize) -> Vec<usize> {
+    (0..n_ranks).map(|rank| (total / n_ranks + usize::from(rank < total % n_ranks)).max(1)).collect()
+}
+
+fn start_shards(spec: &ClusterSpec) -> anyhow::Result<Vec<ServiceProcess>> {
+    let start = |(rank, threads): (usize, &usize)| {
+        let mut args: Vec<OsString> = vec!["shard".into(), "--listen".into(), "127.0.0.1:0".into()];
+        args.extend(["--model".into(), spec.model.clone().into()]);
+        args.extend(["--threads".into(), threads.to_string().into()]);
+        args.extend(spec.shard_args.iter().cloned());
+        service(spec, format!("shard {rank}"), args)
+    };
+    spec.threads.iter().enumerate().map(start).collect()
+}
+
+fn start_coordinator(spec: &ClusterSpec, shards: &[String]) -> anyhow::Result<ServiceProcess> {
+    let mut args: Vec<OsString> = vec!["coordinator".into(), "--listen".into(), spec.listen.clone().into()];
+    args.extend(["--model".into(), spec.model.clone().into()]);
+    args.extend(["--model-name".into(), spec.model_name.clone().into()]);
+    args.extend(["--shards".into(), shards.join(",").into()]);
+    args.extend(spec.coordinator_args.iter().cloned());
+    service(spec, "coordinator".into(), args)
+}
+
+fn service(spec: &ClusterSpec, name: String, args: Vec<OsString>) -> anyhow::Result<ServiceProcess> {
+    let service =
+        ServiceSpec { name, program: spec.program.clone(), args, env: spec.env.clone(), log: spec.log };
+    Ok(ServiceProcess::start(&service)?)
+}
+
+async fn listening(service: &mut ServiceProcess) -> anyhow::Result<String> {
+    let event = timeout(LISTEN_DEADLINE, service.next_event());
+    match event.await.with_context(|| format!("{} does not listen", service.name()))?? {
+        Event::Listening { address } => Ok(address),
+        other => bail!("{} said {other:?} before it listened", service.name()),
+    }
+}
+
+async fn ready(
+    coordinator: &mut ServiceProcess,
+    n_ranks: usize,
+    progress: &Progress,
+) -> anyhow::Result<String> {
+    let mut bars: BTreeMap<u32, Bar> = BTreeMap::new();
+    loop {
+        match coordinator.next_event().await? {
+            Event::Listening { .. } => {}
+            // All shards listen already, so trying again would not help.
+            Event::Forming { problem } => bail!("the group cannot be formed: {problem}"),
+            Event::Loading { rank, done_bytes, total_bytes } => {
+                let label = || format!("loading rank {rank} of {n_ranks}");
+                bars.entry(rank).or_insert_with(|| progress.bytes(&label(), total_bytes)).set(done_bytes);
+            }
+            Event::Ready { address, .. } => {
+                bars.values().for_each(Bar::finish);
+                return Ok(address);
+            }
+        }
+    }
+}
+
+/// The first of several processes to end.
+async fn any_ended(services: impl Iterator<Item = &mut ServiceProcess>) -> ServiceEnded {
+    let mut ends: Vec<_> = services.map(|service| Box::pin(service.ended())).collect();
+    poll_fn(|context| {
+        let ended = ends.iter_mut().find_map(|end| match end.as_mut().poll(context) {
+            Poll::Ready(ended) => Some(ended),
+            Poll::Pending => None,
+        });
+        ended.map_or(Poll::Pending, Poll::Ready)
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_are_shared_evenly_and_nobody_goes_without() {
+        assert_eq!(share_threads(8, 2), [4, 4]);
+        assert_eq!(share_threads(7, 3), [3, 2, 2]);
+        assert_eq!(share_threads(2, 4), [1, 1, 1, 1]);
+        assert_eq!(share_threads(5, 1), [5]);
+    }
+}

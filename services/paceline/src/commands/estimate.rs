@@ -1,0 +1,72 @@
+//! `paceline estimate`: memory for a model that is known by its config.json alone. No weights are needed.
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use paceline_model::{
+    ModelConfig,
+    estimate::{ConfigEstimate, Dtype, GIB},
+};
+
+use crate::{answer::write_stdout, options::read_json};
+
+/// Estimates the memory a model needs from its config.json alone.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  paceline estimate --config Mistral-7B-v0.1/config.json --dtype bfloat16
+  paceline estimate --config config.json --dtype q4_k --json
+
+GB is 10^9 bytes, GiB is 2^30 bytes. The Transformers guide and its memory calculator print GiB under the name GB,
+and count rotary tables but not the output head; the line `Transformers guide` follows them.")]
+pub struct EstimateArgs {
+    /// config.json of a model in the Hugging Face layout
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Storage type of the weights: float32, bfloat16, float16, int8, int4, or a GGUF type such as q4_k
+    #[arg(long, value_name = "TYPE", default_value = "bfloat16")]
+    dtype: String,
+    /// Write one JSON object, in bytes
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the file or the type is not understood.
+pub fn estimate(args: &EstimateArgs) -> anyhow::Result<()> {
+    let dtype = Dtype::from_name(&args.dtype).with_context(|| {
+        format!("--dtype `{}` is not known; known are {}", args.dtype, Dtype::names().join(", "))
+    })?;
+    let json = read_json(&args.config)?;
+    let config = ModelConfig::from_config_json(&json).with_context(|| args.config.display().to_string())?;
+    let estimate = ConfigEstimate::new(&config, dtype);
+    write_stdout(&if args.json { as_json(&estimate, &args.dtype) } else { as_text(&estimate, &args.dtype) })
+}
+
+fn as_text(estimate: &ConfigEstimate, dtype: &str) -> String {
+    let size = |bytes: u64| {
+        format!("{:>9.2} GB (10^9 bytes) {:>9.2} GiB (2^30 bytes)", bytes as f64 / 1e9, bytes as f64 / GIB)
+    };
+    let guide = estimate.guide_bytes as f64 / GIB;
+    let kv = estimate.kv_bytes_per_1000_tokens;
+    [
+        format!("parameters          {:>9.3} billion\n", estimate.n_parameters as f64 / 1e9),
+        format!("weights, {dtype:<10} {}\n", size(estimate.weight_bytes)),
+        format!("KV cache, f16       {} per 1000 tokens\n", size(kv)),
+        format!("Transformers guide  {guide:>9.2} GiB, printed there as {guide:.2} GB\n"),
+    ]
+    .concat()
+}
+
+fn as_json(estimate: &ConfigEstimate, dtype: &str) -> String {
+    let object = serde_json::json!({
+        "dtype": dtype,
+        "parameters": estimate.n_parameters,
+        "weight_bytes": estimate.weight_bytes,
+        "kv_bytes_per_1000_tokens": estimate.kv_bytes_per_1000_tokens,
+        "transformers_guide_bytes": estimate.guide_bytes,
+    });
+    format!("{object}\n")
+}

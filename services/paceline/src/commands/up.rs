@@ -1,0 +1,96 @@
+//! `paceline up`: a cluster of child processes that stays until it is stopped.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::{
+    answer::write_stdout,
+    cluster::{Cluster, ClusterSpec},
+    interrupt::Interrupts,
+    options::{ClusterOptions, ModelPlaces},
+    process::Log,
+    progress::Progress,
+};
+
+/// Starts a cluster on this machine, prints its addresses when it is ready, and stays until Ctrl-C.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  paceline up
+  paceline up --model qwen2.5-coder-1.5b-instruct --ranks 2 --listen 0.0.0.0:50051
+
+Standard output gets one line for each service, \"coordinator http://...\" first, once the cluster is ready.
+Clients: paceline generate, paceline chat, or any gRPC client (reflection is on).")]
+pub struct UpArgs {
+    #[command(flatten)]
+    cluster: ClusterOptions,
+    /// Where the coordinator listens for clients
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
+    listen: String,
+}
+
+/// Runs the command; a signal to stop is its normal end.
+///
+/// # Errors
+/// When the model cannot be had, a service fails, or the user interrupts before the cluster is ready.
+pub async fn up(args: &UpArgs, places: &ModelPlaces) -> anyhow::Result<()> {
+    let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
+    let model = places.obtain(args.cluster.model.as_deref(), &progress, &mut interrupts).await?;
+    let mut spec = embedded_spec(&args.cluster, model, &args.listen)?;
+    spec.log = Log::Forward;
+    let mut cluster = start(&spec, &progress, &mut interrupts).await?;
+    write_stdout(&addresses(&cluster))?;
+    progress.line("ready; Ctrl-C stops it");
+    let result = tokio::select! {
+        ended = cluster.any_ended() => Err(ended.into()),
+        _ = interrupts.next() => Ok(()),
+    };
+    tokio::select! {
+        () = cluster.stop() => result,
+        // Impatience: dropping the cluster kills it.
+        signal = interrupts.next() => Err(signal.into()),
+    }
+}
+
+/// What to start for these options: this executable, N times.
+///
+/// # Errors
+/// When the path of this executable is unknown.
+pub fn embedded_spec(
+    options: &ClusterOptions,
+    (model, model_name): (PathBuf, String),
+    listen: &str,
+) -> anyhow::Result<ClusterSpec> {
+    Ok(ClusterSpec {
+        program: std::env::current_exe()?,
+        model,
+        model_name,
+        listen: listen.into(),
+        threads: options.threads_per_rank(),
+        shard_args: options.shard_args(),
+        coordinator_args: options.coordinator_args(),
+        env: Vec::new(),
+        log: Log::Keep,
+    })
+}
+
+/// Starts the cluster unless a signal comes first; then nothing is left of it.
+///
+/// # Errors
+/// When it does not start, or the user interrupts.
+pub async fn start(
+    spec: &ClusterSpec,
+    progress: &Progress,
+    interrupts: &mut Interrupts,
+) -> anyhow::Result<Cluster> {
+    tokio::select! {
+        cluster = Cluster::start(spec, progress) => cluster,
+        signal = interrupts.next() => Err(signal.into()),
+    }
+}
+
+fn addresses(cluster: &Cluster) -> String {
+    let shards = cluster.shard_addresses().iter().enumerate();
+    let shards = shards.map(|(rank, address)| format!("shard {rank} {address}\n"));
+    [format!("coordinator {}\n", cluster.address())].into_iter().chain(shards).collect()
+}

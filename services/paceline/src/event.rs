@@ -1,0 +1,63 @@
+//! What services tell whoever started them: one JSON object a line on their standard output.
+
+use serde::Deserialize;
+
+/// One event of a shard or coordinator that runs with `--events`.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum Event {
+    /// The service accepts connections.
+    Listening {
+        /// `host:port`.
+        address: String,
+    },
+    /// The group is being formed, or has to be formed again.
+    Forming {
+        /// Why it is not formed yet.
+        problem: String,
+    },
+    /// A rank loads its slice.
+    Loading {
+        /// Which rank.
+        rank: u32,
+        /// Bytes of the slice done.
+        done_bytes: u64,
+        /// Bytes of the slice.
+        total_bytes: u64,
+    },
+    /// The group can execute steps.
+    Ready {
+        /// `host:port` of the coordinator.
+        address: String,
+        /// Name the model is served under.
+        model: String,
+        /// Ranks of the group.
+        ranks: u32,
+    },
+}
+
+impl Event {
+    /// The event of a line; `None` for lines that are none, such as those of a later version.
+    pub fn from_line(line: &str) -> Option<Self> {
+        serde_json::from_str(line).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_as_the_services_write_them() {
+        let listening = Event::from_line(r#"{"event":"listening","address":"127.0.0.1:41234"}"#);
+        assert_eq!(listening, Some(Event::Listening { address: "127.0.0.1:41234".into() }));
+        let loading = Event::from_line(r#"{"event":"loading","rank":1,"done_bytes":1,"total_bytes":2}"#);
+        assert_eq!(loading, Some(Event::Loading { rank: 1, done_bytes: 1, total_bytes: 2 }));
+        let ready = Event::from_line(r#"{"event":"ready","address":"a:1","model":"m","ranks":2}"#);
+        assert_eq!(ready, Some(Event::Ready { address: "a:1".into(), model: "m".into(), ranks: 2 }));
+        let forming = Event::from_line(r#"{"event":"forming","problem":"no memory"}"#);
+        assert_eq!(forming, Some(Event::Forming { problem: "no memory".into() }));
+        assert_eq!(Event::from_line(r#"{"event":"resized"}"#), None);
+        assert_eq!(Event::from_line("plain text"), None);
+    }
+}

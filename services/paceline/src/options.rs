@@ -1,0 +1,295 @@
+//! Options that several commands share, and what they mean on the wire. No command is run here.
+
+use std::{
+    ffi::OsString,
+    io::Read as _,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use paceline_wire::inference::{SamplingOptions, StopOptions};
+
+use crate::{
+    answer::Format,
+    cache::ModelCache,
+    catalogue::{Catalogue, ModelChoice},
+    cluster::share_threads,
+    error::PullError,
+    interrupt::{CancelFlag, Interrupts},
+    progress::Progress,
+    pull::{Existing, pull},
+};
+
+/// Most ranks a cluster is started with when the user does not say.
+const DEFAULT_RANKS: usize = 2;
+
+/// Where models come from and go to.
+#[derive(Args, Clone, Debug)]
+pub struct ModelPlaces {
+    /// Catalogue file whose models replace or follow the built-in ones
+    #[arg(long, global = true, value_name = "FILE", env = "PACELINE_CATALOGUE", help_heading = "Models")]
+    pub catalogue: Option<PathBuf>,
+    /// Directory of model files [default: $XDG_CACHE_HOME/paceline/models or ~/.cache/paceline/models]
+    #[arg(long, global = true, value_name = "DIR", env = "PACELINE_MODELS_DIR", help_heading = "Models")]
+    pub models_dir: Option<PathBuf>,
+}
+
+impl ModelPlaces {
+    /// The catalogue in force.
+    ///
+    /// # Errors
+    /// When the user's file is unusable.
+    pub fn catalogue(&self) -> anyhow::Result<Catalogue> {
+        Ok(Catalogue::load(self.catalogue.as_deref())?)
+    }
+
+    /// The cache in force.
+    ///
+    /// # Errors
+    /// When there is no place for one.
+    pub fn cache(&self) -> anyhow::Result<ModelCache> {
+        Ok(ModelCache::locate(self.models_dir.as_deref(), |name| std::env::var_os(name))?)
+    }
+
+    /// The file of a model argument, fetched when it is not there, and its name.
+    ///
+    /// # Errors
+    /// When the model is unknown or cannot be fetched, or the user interrupts.
+    pub async fn obtain(
+        &self,
+        model: Option<&str>,
+        progress: &Progress,
+        interrupts: &mut Interrupts,
+    ) -> anyhow::Result<(PathBuf, String)> {
+        let choice = self.catalogue()?.resolve(model)?;
+        let name = choice.name();
+        let entry = match choice {
+            ModelChoice::Path(path) => return Ok((path, name)),
+            ModelChoice::Known(entry) => entry,
+        };
+        let (cache, progress, cancel) = (self.cache()?, progress.clone(), CancelFlag::default());
+        let flag = cancel.clone();
+        let mut task =
+            tokio::task::spawn_blocking(move || pull(&entry, &cache, Existing::Trust, &progress, &flag));
+        tokio::select! {
+            pulled = &mut task => Ok((pulled??, name)),
+            signal = interrupts.next() => {
+                cancel.set();
+                // It ends because of the flag; what it says no longer matters.
+                let _ = task.await;
+                eprintln!("{}", PullError::Interrupted);
+                Err(signal.into())
+            }
+        }
+    }
+}
+
+/// How to split and run a model on this machine.
+#[derive(Args, Clone, Debug)]
+pub struct ClusterOptions {
+    /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
+    #[arg(long, short, value_name = "NAME|PATH")]
+    pub model: Option<String>,
+    /// Shards to split the model over [default: 2, or 1 on a single core]
+    #[arg(long, value_name = "N")]
+    pub ranks: Option<NonZeroUsize>,
+    /// Compute threads of all shards together [default: one a core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+    /// Instruction set: auto, scalar, avx2, avx512 or avx512vnni
+    #[arg(long, value_name = "ISA")]
+    pub isa: Option<String>,
+    /// How shards talk to each other: auto, shared-memory or tcp
+    #[arg(long, value_name = "TRANSPORT")]
+    pub transport: Option<String>,
+    /// Storage type of the KV cache: f16 or f32
+    #[arg(long, value_name = "TYPE")]
+    pub kv_type: Option<String>,
+    /// Blocks of 16 positions in the KV pool [default: chosen by the coordinator]
+    #[arg(long, value_name = "N")]
+    pub kv_blocks: Option<u32>,
+    /// Most tokens of prompt and output together [default: what the model was trained for]
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<u32>,
+    /// Most requests that run at once [default: chosen by the coordinator]
+    #[arg(long, value_name = "N")]
+    pub max_sequences: Option<u32>,
+}
+
+impl ClusterOptions {
+    /// Compute threads of each rank.
+    pub fn threads_per_rank(&self) -> Vec<usize> {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let ranks = self.ranks.map_or(cores.min(DEFAULT_RANKS), NonZeroUsize::get);
+        share_threads(self.threads.map_or(cores, NonZeroUsize::get), ranks)
+    }
+
+    /// Arguments for every shard.
+    pub fn shard_args(&self) -> Vec<OsString> {
+        flags(&[("--isa", self.isa.clone()), ("--transport", self.transport.clone())])
+    }
+
+    /// Arguments for the coordinator.
+    pub fn coordinator_args(&self) -> Vec<OsString> {
+        let text = |value: Option<u32>| value.map(|value| value.to_string());
+        flags(&[
+            ("--kv-type", self.kv_type.clone()),
+            ("--kv-blocks", text(self.kv_blocks)),
+            ("--context", text(self.context)),
+            ("--max-sequences", text(self.max_sequences)),
+        ])
+    }
+}
+
+fn flags(options: &[(&str, Option<String>)]) -> Vec<OsString> {
+    let given = options.iter().filter_map(|(flag, value)| value.as_ref().map(|value| (flag, value)));
+    given.flat_map(|(flag, value)| [OsString::from(flag), value.into()]).collect()
+}
+
+/// How tokens are chosen and when to stop.
+#[derive(Args, Clone, Debug)]
+pub struct SamplingArgs {
+    /// Most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 512, help_heading = "Sampling")]
+    pub max_tokens: u32,
+    /// 0 always takes the likeliest token; higher is more varied
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.7,
+        allow_negative_numbers = true,
+        help_heading = "Sampling"
+    )]
+    pub temperature: f32,
+    /// Keep only the K likeliest tokens; 0 keeps all
+    #[arg(long, value_name = "K", help_heading = "Sampling")]
+    pub top_k: Option<u32>,
+    /// Keep the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub top_p: Option<f32>,
+    /// Keep tokens at least this many times as likely as the likeliest
+    #[arg(long, value_name = "P", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub min_p: Option<f32>,
+    /// Factor that makes tokens of prompt and output less likely; 1 is off
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted once from the logit of tokens in the output
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub presence_penalty: Option<f32>,
+    /// Subtracted from the logit of a token for each time it is in the output
+    #[arg(long, value_name = "X", allow_negative_numbers = true, help_heading = "Sampling")]
+    pub frequency_penalty: Option<f32>,
+    /// The same seed gives the same text [default: a new one each time]
+    #[arg(long, value_name = "S", help_heading = "Sampling")]
+    pub seed: Option<u64>,
+    /// Text that ends the output; may be given several times
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    pub stop: Vec<String>,
+    /// Go on after the model's end token
+    #[arg(long, help_heading = "Sampling")]
+    pub ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    /// For the wire. Limits are the coordinator's matter.
+    pub fn sampling(&self) -> SamplingOptions {
+        SamplingOptions {
+            temperature: Some(self.temperature),
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            seed: self.seed,
+            ..SamplingOptions::default()
+        }
+    }
+
+    /// For the wire.
+    pub fn stop(&self) -> StopOptions {
+        StopOptions {
+            max_tokens: Some(self.max_tokens),
+            strings: self.stop.clone(),
+            token_ids: Vec::new(),
+            ignore_eos: Some(self.ignore_eos),
+        }
+    }
+}
+
+/// What to ask, and how to show the answer.
+#[derive(Args, Clone, Debug)]
+pub struct PromptArgs {
+    /// The prompt; `-` reads it from standard input
+    #[arg(value_name = "PROMPT", allow_hyphen_values = true)]
+    pub prompt: String,
+    /// Send the prompt as it is, without the model's chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// Write one JSON object with text, tokens, finish_reason, usage and timings instead of the text
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl PromptArgs {
+    /// How to write the answer.
+    pub fn format(&self) -> Format {
+        if self.json { Format::Json } else { Format::Text }
+    }
+
+    /// The prompt's text.
+    ///
+    /// # Errors
+    /// When standard input is asked for and is not UTF-8 text.
+    pub fn text(&self) -> anyhow::Result<String> {
+        if self.prompt != "-" {
+            return Ok(self.prompt.clone());
+        }
+        let mut text = String::new();
+        std::io::stdin()
+            .read_to_string(&mut text)
+            .context("the prompt on standard input is not readable text")?;
+        Ok(text)
+    }
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// When it cannot be read or is no JSON.
+pub fn read_json(path: &Path) -> anyhow::Result<serde_json::Value> {
+    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))
+}
+
+/// A server address as a URL: `host:port` gets `http://`.
+///
+/// # Errors
+/// When it has another scheme.
+pub fn server_url(server: &str) -> anyhow::Result<String> {
+    match server.split_once("://") {
+        None => Ok(format!("http://{server}")),
+        Some(("http", _)) => Ok(server.to_owned()),
+        Some((scheme, _)) => bail!("`{server}`: the scheme {scheme} is not known; use http://host:port"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_become_urls() {
+        assert_eq!(server_url("localhost:1").expect("plain"), "http://localhost:1");
+        assert_eq!(server_url("http://localhost:1").expect("URL"), "http://localhost:1");
+        assert!(server_url("ftp://x").expect_err("scheme").to_string().contains("ftp"));
+    }
+
+    #[test]
+    fn only_given_flags_are_passed_on() {
+        let passed = flags(&[("--isa", Some("scalar".into())), ("--transport", None)]);
+        assert_eq!(passed, ["--isa", "scalar"]);
+    }
+}

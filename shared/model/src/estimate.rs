@@ -1,0 +1,243 @@
+//! How much memory a model needs and how many bytes its ranks exchange, from shapes alone. Nothing is measured
+//! and nothing allocated.
+
+use paceline_domain::{KvType, WeightType, group::BLOCK_POSITIONS};
+
+use crate::kv_store::layer_shape;
+use crate::names::{Cut, Expected, Part, expected_tensors, shape};
+use crate::split::Slice;
+use crate::{ModelConfig, SplitPlan};
+use paceline_checkpoint::Format;
+
+/// Bytes of 1 GiB. "GB" in the Transformers guide and its calculator means this.
+pub const GIB: f64 = (1u64 << 30) as f64;
+
+/// A storage type of weights as named on the command line of `estimate`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dtype {
+    /// A whole number of bits a weight, with no scales beside them.
+    Bits(u32),
+    /// A type of Paceline's, scales included.
+    Weight(WeightType),
+}
+
+impl Dtype {
+    /// The type with this name: `float32`, `float16`, `bfloat16`, `int8`, `int4`, or the name of a [`WeightType`].
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name.to_ascii_lowercase().as_str() {
+            "float32" | "fp32" => Some(Self::Bits(32)),
+            "float16" | "fp16" | "bfloat16" => Some(Self::Bits(16)),
+            "int8" | "8bit" => Some(Self::Bits(8)),
+            "int4" | "4bit" => Some(Self::Bits(4)),
+            other => {
+                WeightType::ALL.into_iter().find(|weight_type| weight_type.name() == other).map(Self::Weight)
+            }
+        }
+    }
+
+    /// Every accepted name.
+    pub fn names() -> Vec<&'static str> {
+        let plain = ["float32", "float16", "bfloat16", "int8", "int4"];
+        plain.into_iter().chain(WeightType::ALL.map(WeightType::name)).collect()
+    }
+
+    /// Bytes of `n` weights.
+    pub fn bytes(self, n: u64) -> u64 {
+        let (bits, per) = match self {
+            Self::Bits(bits) => (u64::from(bits), 1),
+            Self::Weight(kind) => (8 * kind.block_bytes() as u64, kind.block_len() as u64),
+        };
+        (n * bits).div_ceil(8 * per)
+    }
+}
+
+/// Memory a model needs, from its configuration alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ConfigEstimate {
+    /// Parameters, tied ones counted once.
+    pub n_parameters: u64,
+    /// Bytes of all parameters in the asked type.
+    pub weight_bytes: u64,
+    /// What the Model Memory Calculator of the Transformers guide ("Optimizing inference", section
+    /// quantization) counts, in the asked type: the decoder without its output head, plus the rotary tables
+    /// (cosine and sine of every position, and the frequencies) that each layer of its implementation holds.
+    /// The guide prints it in GiB under the name GB.
+    pub guide_bytes: u64,
+    /// Bytes of KV cache for 1,000 tokens in f16.
+    pub kv_bytes_per_1000_tokens: u64,
+}
+
+impl ConfigEstimate {
+    /// Estimates for weights of one type.
+    pub fn new(config: &ModelConfig, dtype: Dtype) -> Self {
+        let tensors = expected_tensors(config, Format::Safetensors);
+        let n_parameters = tensors.iter().map(Expected::n_elements).sum();
+        let head: u64 =
+            tensors.iter().filter(|tensor| tensor.part == Part::Head).map(Expected::n_elements).sum();
+        let rotary_layer = config.head_dim / 2 + 2 * config.context_length * config.head_dim;
+        let rotary = (config.n_layers * rotary_layer) as u64;
+        Self {
+            n_parameters,
+            weight_bytes: dtype.bytes(n_parameters),
+            guide_bytes: dtype.bytes(n_parameters - head + rotary),
+            kv_bytes_per_1000_tokens: 1000 * kv_bytes_per_position(config),
+        }
+    }
+}
+
+impl Expected {
+    fn n_elements(&self) -> u64 {
+        self.shape.iter().map(|dim| *dim as u64).product()
+    }
+}
+
+/// What a decoder is set up for; memory follows from it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacity {
+    /// Storage type of the KV cache.
+    pub kv_type: KvType,
+    /// KV blocks in the pool.
+    pub n_kv_blocks: usize,
+    /// Most token rows in a forward pass.
+    pub max_rows: usize,
+    /// Most rows of a forward pass whose logits are asked for.
+    pub max_output_rows: usize,
+}
+
+/// Memory of one rank, and what it sends for each token of a pass.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemoryEstimate {
+    /// Bytes of weights in the file's types, norms and biases in f32.
+    pub weight_bytes: u64,
+    /// Bytes of KV cache for one position.
+    pub kv_bytes_per_position: u64,
+    /// Bytes of the whole KV pool.
+    pub kv_bytes: u64,
+    /// Bytes of activations, allocated once.
+    pub activation_bytes: u64,
+    /// Bytes of partial sums that this rank shows its peers for one token of a pass, all layers: once through
+    /// shared memory, once for each peer by TCP.
+    pub all_reduce_bytes_per_token: u64,
+    /// Bytes of logits this rank sends to rank 0 for one sampled token, when a filter needs the whole row.
+    pub gather_bytes_per_token: u64,
+}
+
+impl MemoryEstimate {
+    /// Estimates one rank. `weight_type` tells the type of a tensor in the file.
+    pub fn new(
+        config: &ModelConfig,
+        plan: &SplitPlan,
+        rank: usize,
+        capacity: Capacity,
+        weight_type: &dyn Fn(&Expected) -> WeightType,
+    ) -> Self {
+        let share = plan.share(rank);
+        let kv_layer = layer_shape(config, share, capacity.kv_type, capacity.n_kv_blocks);
+        let kv_block_bytes = (config.n_layers * kv_layer.block_bytes()) as u64;
+        let subtrees = plan.attention().tree.subtrees(rank).len() + plan.ffn().tree.subtrees(rank).len();
+        let alone = plan.n_ranks() == 1;
+        Self {
+            weight_bytes: weight_bytes(config, plan, rank, weight_type),
+            kv_bytes_per_position: kv_block_bytes / BLOCK_POSITIONS as u64,
+            kv_bytes: capacity.n_kv_blocks as u64 * kv_block_bytes,
+            activation_bytes: crate::scratch::ScratchShape::new(config, plan, rank).bytes(&capacity),
+            all_reduce_bytes_per_token: if alone {
+                0
+            } else {
+                (config.n_layers * subtrees * config.n_embd * 4) as u64
+            },
+            gather_bytes_per_token: if rank == 0 { 0 } else { 4 * share.vocab.len() as u64 },
+        }
+    }
+
+    /// All memory of the rank.
+    pub fn total_bytes(&self) -> u64 {
+        self.weight_bytes + self.kv_bytes + self.activation_bytes
+    }
+}
+
+fn kv_bytes_per_position(config: &ModelConfig) -> u64 {
+    (2 * config.n_layers * config.kv_width() * KvType::F16.bytes()) as u64
+}
+
+fn weight_bytes(
+    config: &ModelConfig,
+    plan: &SplitPlan,
+    rank: usize,
+    weight_type: &dyn Fn(&Expected) -> WeightType,
+) -> u64 {
+    let mut bytes = 0;
+    for tensor in expected_tensors(config, Format::Gguf) {
+        let slice = plan.slice(rank, tensor.cut, &tensor.shape);
+        bytes +=
+            slice_bytes(&slice, if tensor.shape.len() == 1 { WeightType::F32 } else { weight_type(&tensor) });
+        if config.tied_embeddings && tensor.part == Part::Embedding {
+            let head = plan.slice(rank, Cut::VocabRows, &shape(config, Part::Head));
+            bytes += slice_bytes(&head, weight_type(&tensor));
+        }
+    }
+    bytes
+}
+
+fn slice_bytes(slice: &Slice, weight_type: WeightType) -> u64 {
+    Dtype::Weight(weight_type).bytes(slice.len() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn mistral_7b() -> ModelConfig {
+        ModelConfig::from_config_json(&json!({
+            "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "sliding_window": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
+        }))
+        .expect("reads")
+    }
+
+    fn two_digits_of_gib(bytes: u64) -> String {
+        format!("{:.2}", bytes as f64 / GIB)
+    }
+
+    #[test]
+    fn mistral_7b_is_what_the_transformers_guide_states() {
+        let of = |name: &str| ConfigEstimate::new(&mistral_7b(), Dtype::from_name(name).expect("a type"));
+        assert_eq!(of("bfloat16").n_parameters, 7_241_732_096);
+        assert_eq!(of("bfloat16").weight_bytes, 14_483_464_192);
+        assert_eq!(two_digits_of_gib(of("bfloat16").guide_bytes), "13.74");
+        assert_eq!(two_digits_of_gib(of("int8").guide_bytes), "6.87");
+        assert_eq!(of("bfloat16").guide_bytes, 2 * of("int8").guide_bytes);
+        assert_eq!(of("f16").kv_bytes_per_1000_tokens, 131_072_000);
+    }
+
+    #[test]
+    fn dtypes_have_names_and_sizes() {
+        assert_eq!(Dtype::from_name("Q4_1").map(|dtype| dtype.bytes(64)), Some(40));
+        assert_eq!(Dtype::from_name("int4").map(|dtype| dtype.bytes(7)), Some(4));
+        assert!(Dtype::names().into_iter().all(|name| Dtype::from_name(name).is_some()));
+        assert_eq!(Dtype::from_name("float8"), None);
+    }
+
+    #[test]
+    fn ranks_share_weights_and_repeat_only_norms() {
+        let config = mistral_7b();
+        let capacity = Capacity { kv_type: KvType::F16, n_kv_blocks: 64, max_rows: 8, max_output_rows: 8 };
+        let of = |n_ranks: usize, rank: usize| {
+            let plan = SplitPlan::new(&config, n_ranks).expect("plan");
+            MemoryEstimate::new(&config, &plan, rank, capacity, &|_| WeightType::BF16)
+        };
+        let (one, norms) = (of(1, 0), (2 * 32 + 1) * 4096 * 4);
+        // The embedding is looked up in the file, not held.
+        assert_eq!(one.weight_bytes, 2 * (7_241_732_096 - 65 * 4096 - 32_000 * 4096) + norms);
+        let four: u64 = (0..4).map(|rank| of(4, rank).weight_bytes).sum();
+        assert_eq!(four, one.weight_bytes + 3 * norms);
+        assert_eq!(of(4, 1).kv_bytes_per_position * 4, one.kv_bytes_per_position);
+        assert_eq!(one.kv_bytes, 64 * 16 * one.kv_bytes_per_position);
+        assert_eq!((one.all_reduce_bytes_per_token, one.gather_bytes_per_token), (0, 0));
+        assert_eq!(of(4, 3).all_reduce_bytes_per_token, 32 * 2 * 4096 * 4);
+        assert_eq!(of(4, 3).gather_bytes_per_token, 32_000);
+    }
+}

@@ -1,0 +1,106 @@
+//! The buffers of a forward pass, allocated once for the largest batch. It computes nothing.
+
+use paceline_kernels::QuantizedRows;
+use paceline_kernels::rope::RopeTable;
+
+use crate::estimate::Capacity;
+use crate::{ModelConfig, SplitPlan};
+
+/// Widths of the buffers of one rank.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ScratchShape {
+    n_embd: usize,
+    query_width: usize,
+    kv_width: usize,
+    ffn_width: usize,
+    n_vocab: usize,
+    head_dim: usize,
+    /// Most subtree sums of an all-reduce.
+    n_partials: usize,
+}
+
+/// The buffers. Each comment is the shape for a batch of `n_rows`.
+pub(crate) struct Scratch {
+    /// The residual stream, `[n_rows, n_embd]`.
+    pub hidden: Vec<f32>,
+    /// `[n_rows, n_embd]`; also receives the sums of all-reduces.
+    pub normed: Vec<f32>,
+    /// `[n_rows, n_heads, head_dim]`
+    pub query: Vec<f32>,
+    /// `[n_rows, n_kv_heads, head_dim]`
+    pub key: Vec<f32>,
+    /// `[n_rows, n_kv_heads, head_dim]`
+    pub value: Vec<f32>,
+    /// `[n_rows, n_heads, head_dim]`
+    pub attended: Vec<f32>,
+    /// `[n_rows, n_ff]`
+    pub gate: Vec<f32>,
+    /// `[n_rows, n_ff]`
+    pub up: Vec<f32>,
+    /// `[n_subtrees, n_rows, n_embd]`
+    pub partials: Vec<f32>,
+    /// Rows whose logits are asked for, `[n_output_rows, n_embd]`.
+    pub chosen: Vec<f32>,
+    /// The same, normalized.
+    pub chosen_normed: Vec<f32>,
+    /// `[n_output_rows, n_vocab]`
+    pub logits: Vec<f32>,
+    /// Quantized input of the matrix product at hand.
+    pub quantized: QuantizedRows,
+    /// Angles of the batch's positions.
+    pub angles: RopeTable,
+    /// Last position seen of each sequence, while a batch is checked.
+    pub last_position: Vec<Option<u32>>,
+}
+
+impl ScratchShape {
+    pub(crate) fn new(config: &ModelConfig, plan: &SplitPlan, rank: usize) -> Self {
+        let share = plan.share(rank);
+        let n_subtrees = |tree: &paceline_domain::ReduceTree| tree.subtrees(rank).len();
+        Self {
+            n_embd: config.n_embd,
+            query_width: share.heads.len() * config.head_dim,
+            kv_width: share.kv_heads.len() * config.head_dim,
+            ffn_width: share.ffn.len(),
+            n_vocab: share.vocab.len(),
+            head_dim: config.head_dim,
+            n_partials: n_subtrees(&plan.attention().tree).max(n_subtrees(&plan.ffn().tree)),
+        }
+    }
+
+    /// Bytes of all buffers.
+    pub(crate) fn bytes(&self, capacity: &Capacity) -> u64 {
+        let floats = 2 * self.n_embd
+            + 2 * self.query_width
+            + 2 * self.kv_width
+            + 2 * self.ffn_width
+            + self.n_partials * self.n_embd
+            + self.head_dim;
+        // A group of 32 quantized activations has 32 codes and 16 bytes of scales and sums.
+        let widest = self.n_embd.max(self.query_width).max(self.ffn_width);
+        let quantized = widest.div_ceil(32) * 48;
+        let rows = capacity.max_rows as u64 * (4 * floats + quantized) as u64;
+        rows + 4 * (capacity.max_output_rows * (self.n_vocab + 2 * self.n_embd)) as u64
+    }
+
+    pub(crate) fn allocate(&self, capacity: &Capacity) -> Scratch {
+        let rows = |width: usize| vec![0.0; capacity.max_rows * width];
+        Scratch {
+            hidden: rows(self.n_embd),
+            normed: rows(self.n_embd),
+            query: rows(self.query_width),
+            key: rows(self.kv_width),
+            value: rows(self.kv_width),
+            attended: rows(self.query_width),
+            gate: rows(self.ffn_width),
+            up: rows(self.ffn_width),
+            partials: rows(self.n_partials * self.n_embd),
+            chosen: vec![0.0; capacity.max_output_rows * self.n_embd],
+            chosen_normed: vec![0.0; capacity.max_output_rows * self.n_embd],
+            logits: vec![0.0; capacity.max_output_rows * self.n_vocab],
+            quantized: QuantizedRows::new(),
+            angles: RopeTable::default(),
+            last_position: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! Random models of any supported shape, for tests and measurements: the same weights as a GGUF file or as a
+//! Hugging Face directory. Their text is noise; only their arithmetic is meant.
+
+use std::fs;
+use std::path::Path;
+
+use paceline_checkpoint::{Format, GgufWriter, MetadataValue};
+use paceline_domain::WeightType;
+
+use crate::config::{Architecture, PairLayout, RopeConfig, RopeScaling};
+use crate::names::{Expected, Part, expected_tensors};
+use crate::rope::llama3_factors;
+use crate::synthetic_rows::{Random, floats, row};
+use crate::weights::file_row;
+use crate::{ModelConfig, ModelError};
+
+/// A small llama whose every dimension is awkward: three heads, one leaf of 32 columns a head, an odd vocabulary.
+pub fn tiny_config() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        n_layers: 2,
+        n_embd: 96,
+        n_heads: 3,
+        n_kv_heads: 1,
+        head_dim: 32,
+        n_ff: 160,
+        n_vocab: 331,
+        context_length: 512,
+        rms_eps: 1e-5,
+        rope: RopeConfig { theta: 10_000.0, pair_layout: PairLayout::Half, scaling: RopeScaling::None },
+        sliding_window: None,
+        tied_embeddings: false,
+        qkv_bias: false,
+    }
+}
+
+/// A random model.
+#[derive(Clone)]
+pub struct Synthetic {
+    /// Its shape. The pair layout is that of the file that is written, whatever is said here.
+    pub config: ModelConfig,
+    /// Same seed, same weights, in every format.
+    pub seed: u64,
+    /// The type of each matrix by part and layer; one that rows do not fit is replaced by Q8_0 or F16.
+    pub weight_type: fn(Part, usize) -> WeightType,
+}
+
+struct Tensor {
+    expected: Expected,
+    weight_type: WeightType,
+    bytes: Vec<u8>,
+}
+
+impl Synthetic {
+    /// The model as a GGUF file, with a tokenizer of one token a byte.
+    ///
+    /// # Errors
+    /// A shape or name that GGUF cannot hold.
+    pub fn to_gguf(&self) -> Result<Vec<u8>, ModelError> {
+        let mut writer = GgufWriter::new();
+        for (key, value) in self.metadata().into_iter().chain(tokenizer_metadata(self.config.n_vocab)) {
+            writer = writer.metadata(key, value);
+        }
+        for tensor in self.tensors(Format::Gguf) {
+            let Tensor { expected, weight_type, bytes } = tensor;
+            writer = writer.tensor(expected.name, weight_type, &expected.shape, bytes);
+        }
+        if let Some(factors) = self.freq_factors() {
+            let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
+            writer = writer.tensor(crate::names::ROPE_FACTORS, WeightType::F32, &[factors.len()], bytes);
+        }
+        Ok(writer.to_bytes()?)
+    }
+
+    /// Writes the model as config.json and model.safetensors into a directory.
+    ///
+    /// # Errors
+    /// A type that safetensors do not have, or the file system's error.
+    pub fn write_hugging_face(&self, directory: &Path) -> Result<(), ModelError> {
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for tensor in self.tensors(Format::Safetensors) {
+            let dtype = match tensor.weight_type {
+                WeightType::F32 => "F32",
+                WeightType::F16 => "F16",
+                WeightType::BF16 => "BF16",
+                other => return Err(ModelError::Unfit(format!("safetensors have no {}", other.name()))),
+            };
+            let end = data.len() + tensor.bytes.len();
+            let entry = serde_json::json!({
+                "dtype": dtype, "shape": tensor.expected.shape, "data_offsets": [data.len(), end],
+            });
+            header.insert(tensor.expected.name, entry);
+            data.extend(tensor.bytes);
+        }
+        let header = serde_json::Value::Object(header).to_string();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.bytes());
+        file.extend(data);
+        let write = |name: &str, bytes: &[u8]| {
+            fs::write(directory.join(name), bytes)
+                .map_err(|error| ModelError::Load(format!("{name}: {error}")))
+        };
+        write("model.safetensors", &file)?;
+        write("config.json", self.config_json().to_string().as_bytes())
+    }
+
+    /// The Hugging Face configuration.
+    pub fn config_json(&self) -> serde_json::Value {
+        let config = &self.config;
+        let class = match (config.architecture, config.sliding_window) {
+            (Architecture::Qwen2, _) => "Qwen2ForCausalLM",
+            (Architecture::Llama, Some(_)) => "MistralForCausalLM",
+            (Architecture::Llama, None) => "LlamaForCausalLM",
+        };
+        let scaling = match &config.rope.scaling {
+            RopeScaling::None | RopeScaling::Factors(_) => serde_json::Value::Null,
+            RopeScaling::Linear(factor) => serde_json::json!({ "rope_type": "linear", "factor": factor }),
+            RopeScaling::Llama3(scaling) => serde_json::json!({
+                "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_context,
+            }),
+        };
+        serde_json::json!({
+            "architectures": [class], "hidden_act": "silu", "hidden_size": config.n_embd,
+            "intermediate_size": config.n_ff, "num_hidden_layers": config.n_layers,
+            "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads,
+            "head_dim": config.head_dim, "vocab_size": config.n_vocab,
+            "max_position_embeddings": config.context_length, "rms_norm_eps": config.rms_eps,
+            "rope_theta": config.rope.theta, "rope_scaling": scaling,
+            "sliding_window": config.sliding_window.map(|window| window.n_positions),
+            "use_sliding_window": config.sliding_window.is_some(),
+            "max_window_layers": config.sliding_window.map(|window| window.first_layer),
+            "tie_word_embeddings": config.tied_embeddings,
+        })
+    }
+
+    fn metadata(&self) -> Vec<(String, MetadataValue)> {
+        let config = &self.config;
+        let architecture = match config.architecture {
+            Architecture::Llama => "llama",
+            Architecture::Qwen2 => "qwen2",
+        };
+        let count = |n: usize| MetadataValue::from(n as u32);
+        let mut values = vec![
+            ("block_count", count(config.n_layers)),
+            ("context_length", count(config.context_length)),
+            ("embedding_length", count(config.n_embd)),
+            ("feed_forward_length", count(config.n_ff)),
+            ("attention.head_count", count(config.n_heads)),
+            ("attention.head_count_kv", count(config.n_kv_heads)),
+            ("attention.key_length", count(config.head_dim)),
+            ("attention.value_length", count(config.head_dim)),
+            ("rope.dimension_count", count(config.head_dim)),
+            ("attention.layer_norm_rms_epsilon", config.rms_eps.into()),
+            ("rope.freq_base", (config.rope.theta as f32).into()),
+        ];
+        if let RopeScaling::Linear(factor) = config.rope.scaling {
+            values.push(("rope.scaling.type", "linear".into()));
+            values.push(("rope.scaling.factor", (factor as f32).into()));
+        }
+        if let Some(window) = config.sliding_window {
+            values.push(("attention.sliding_window", count(window.n_positions)));
+        }
+        let named = values.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
+        [("general.architecture".to_string(), architecture.into())].into_iter().chain(named).collect()
+    }
+
+    fn freq_factors(&self) -> Option<Vec<f32>> {
+        match &self.config.rope.scaling {
+            RopeScaling::Llama3(scaling) => {
+                Some(llama3_factors(scaling, self.config.rope.theta, self.config.head_dim))
+            }
+            RopeScaling::Factors(factors) => Some(factors.clone()),
+            RopeScaling::None | RopeScaling::Linear(_) => None,
+        }
+    }
+
+    fn tensors(&self, format: Format) -> impl Iterator<Item = Tensor> + '_ {
+        let interleaved = format == Format::Gguf && self.config.architecture == Architecture::Llama;
+        let pair_layout = if interleaved { PairLayout::Interleaved } else { PairLayout::Half };
+        expected_tensors(&self.config, format)
+            .into_iter()
+            .map(move |expected| self.tensor(expected, pair_layout))
+    }
+
+    fn tensor(&self, expected: Expected, pair_layout: PairLayout) -> Tensor {
+        let layer = expected.layer.unwrap_or(0);
+        let random = |row: usize| Random::new(&[self.seed, expected.part as u64, layer as u64, row as u64]);
+        let n_rows = expected.shape[0];
+        let Some(n_cols) = expected.shape.get(1).copied() else {
+            let is_norm = matches!(expected.part, Part::AttentionNorm | Part::FfnNorm | Part::OutputNorm);
+            let (mean, deviation) = if is_norm { (1.0, 0.1) } else { (0.0, 0.2) };
+            let values = floats(&mut random(0), n_rows, mean, deviation);
+            let ordered =
+                self.in_file_order(&expected, pair_layout, n_rows, |logical| values[logical].to_le_bytes());
+            return Tensor { expected, weight_type: WeightType::F32, bytes: ordered.concat() };
+        };
+        let weight_type = fitting((self.weight_type)(expected.part, layer), n_cols);
+        let deviation = 1.0 / (n_cols as f32).sqrt();
+        let rows = self.in_file_order(&expected, pair_layout, n_rows, |logical| {
+            row(&mut random(logical), weight_type, n_cols, deviation)
+        });
+        Tensor { expected, weight_type, bytes: rows.concat() }
+    }
+
+    /// Rows in the order of the file; `make` gets the row in [`PairLayout::Half`] order.
+    fn in_file_order<T: Clone>(
+        &self,
+        expected: &Expected,
+        pair_layout: PairLayout,
+        n_rows: usize,
+        make: impl Fn(usize) -> T,
+    ) -> Vec<T> {
+        let mut rows: Vec<Option<T>> = vec![None; n_rows];
+        for logical in 0..n_rows {
+            let at = file_row(expected.part, pair_layout, self.config.head_dim, logical);
+            rows[at] = Some(make(logical));
+        }
+        rows.into_iter().map(|row| row.expect("invariant: rows are permuted")).collect()
+    }
+}
+
+/// The type itself when rows of `n_cols` are whole blocks of it, else the nearest that fits.
+fn fitting(weight_type: WeightType, n_cols: usize) -> WeightType {
+    [weight_type, WeightType::Q8_0, WeightType::F16]
+        .into_iter()
+        .find(|candidate| candidate.row_bytes(n_cols).is_some())
+        .expect("invariant: F16 fits any row")
+}
+
+/// A byte-level tokenizer without merges: one token for each byte, an end token, and fillers.
+fn tokenizer_metadata(n_vocab: usize) -> Vec<(String, MetadataValue)> {
+    const NORMAL: i32 = 1;
+    const CONTROL: i32 = 3;
+    const UNUSED: i32 = 5;
+    let end = 256.min(n_vocab - 1);
+    let token = |id: usize| match id {
+        id if id == end => "<|endoftext|>".to_string(),
+        id if id < 256 => byte_symbol(id as u8).to_string(),
+        id => format!("<|filler_{id}|>"),
+    };
+    let kind = |id: usize| {
+        if id == end {
+            CONTROL
+        } else if id < 256 {
+            NORMAL
+        } else {
+            UNUSED
+        }
+    };
+    [
+        ("model", "gpt2".into()),
+        ("pre", "smollm".into()),
+        ("tokens", (0..n_vocab).map(token).collect::<Vec<String>>().into()),
+        ("token_type", (0..n_vocab).map(kind).collect::<Vec<i32>>().into()),
+        ("merges", Vec::<String>::new().into()),
+        ("bos_token_id", (end as u32).into()),
+        ("eos_token_id", (end as u32).into()),
+        ("add_bos_token", false.into()),
+    ]
+    .into_iter()
+    .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value))
+    .collect()
+}
+
+/// The printable stand-in of a byte in byte-level vocabularies: itself when printable in Latin-1, else the next
+/// free character from U+0100 on (GPT-2's table).
+fn byte_symbol(byte: u8) -> char {
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    if printable(byte) {
+        return char::from(byte);
+    }
+    let before = (0..byte).filter(|earlier| !printable(*earlier)).count() as u32;
+    char::from_u32(0x100 + before).expect("invariant: U+0100.. are characters")
+}

@@ -1,0 +1,142 @@
+//! The same model gives the same bits whatever it runs on: any number of ranks, any instruction set, any threads,
+//! any batch, any prefill chunks, either file format.
+
+mod support;
+
+use paceline_checkpoint::Checkpoint;
+use paceline_domain::KvType;
+use paceline_kernels::Isa;
+use paceline_model::config::Architecture;
+use paceline_model::synthetic::Synthetic;
+use support::models;
+use support::rig::{Rig, Setup, Step, assert_same_bits, in_a_crowd, in_pieces, of_first_sequence, tokens};
+
+const N_TOKENS: usize = 40;
+const PLAIN: Setup = Setup { isa: Isa::Scalar, n_threads: 1, n_ranks: 1, kv_type: KvType::F16 };
+
+fn gguf(synthetic: &Synthetic) -> Rig {
+    Rig::new(Checkpoint::from_gguf_bytes(synthetic.to_gguf().expect("bytes")).expect("a checkpoint"))
+}
+
+/// The logits of the sequence under a schedule.
+fn run(rig: &Rig, steps: &[Step]) -> Vec<Vec<f32>> {
+    of_first_sequence(steps, rig.run(steps))
+}
+
+/// Calls `check(name, rig, sequence, expected bits)` for every model; expected is what one scalar thread computes
+/// token by token.
+fn for_each_model(check: impl Fn(&str, &Rig, &[u32], &[Vec<f32>])) {
+    for (name, synthetic) in models::all() {
+        let rig = gguf(&synthetic);
+        let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
+        let expected = run(&rig.with(PLAIN), &in_pieces(&sequence, &[1]));
+        assert!(expected.iter().flatten().all(|logit| logit.is_finite()), "{name}: a logit is not finite");
+        let spread = expected[N_TOKENS - 1].iter().copied().fold(f32::MIN, f32::max);
+        assert!(spread > 0.5, "{name}: the largest logit is {spread}, the model says nothing");
+        check(name, &rig, &sequence, &expected);
+    }
+}
+
+#[test]
+fn every_instruction_set_and_number_of_threads() {
+    for_each_model(|name, rig, sequence, expected| {
+        for isa in Isa::available() {
+            for n_threads in [1, 2] {
+                let rig = rig.with(Setup { isa, n_threads, ..PLAIN });
+                assert_same_bits(
+                    expected,
+                    &run(&rig, &in_pieces(sequence, &[N_TOKENS])),
+                    &format!("{name}, {isa}"),
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn every_number_of_ranks() {
+    for_each_model(|name, rig, sequence, expected| {
+        for n_ranks in [2, 3, 4, 7] {
+            let rig = rig.with(Setup { n_ranks, n_threads: 1, ..rig.setup });
+            let found = run(&rig, &in_pieces(sequence, &[17, 1, 30]));
+            assert_same_bits(expected, &found, &format!("{name}, {n_ranks} ranks"));
+        }
+    });
+}
+
+#[test]
+fn more_ranks_than_heads_and_leaves() {
+    let rig = gguf(&models::qwen2());
+    let sequence = tokens(1, 9, rig.config.n_vocab);
+    let expected = run(&rig, &in_pieces(&sequence, &[9]));
+    for n_ranks in [13, 64] {
+        let found = run(&rig.with(Setup { n_ranks, n_threads: 1, ..rig.setup }), &in_pieces(&sequence, &[4]));
+        assert_same_bits(&expected, &found, &format!("{n_ranks} ranks"));
+    }
+}
+
+#[test]
+fn any_prefill_chunks() {
+    for_each_model(|name, rig, sequence, expected| {
+        for lengths in [&[N_TOKENS][..], &[1], &[7], &[16, 3, 1, 1, 20]] {
+            assert_same_bits(
+                expected,
+                &run(rig, &in_pieces(sequence, lengths)),
+                &format!("{name}, {lengths:?}"),
+            );
+        }
+    });
+}
+
+#[test]
+fn any_batch() {
+    for_each_model(|name, rig, sequence, expected| {
+        for n_sequences in [1, 2, 7, 32] {
+            let steps = in_a_crowd(sequence, n_sequences, rig.config.n_vocab);
+            assert_same_bits(expected, &run(rig, &steps), &format!("{name}, {n_sequences} sequences"));
+        }
+    });
+}
+
+#[test]
+fn contexts_of_several_attention_chunks() {
+    for synthetic in [models::mistral(), models::llama_tied_q4_1()] {
+        let rig = gguf(&synthetic);
+        let sequence = tokens(3, 300, rig.config.n_vocab);
+        let expected = run(&rig.with(PLAIN), &in_pieces(&sequence, &[300]));
+        let found = run(&rig, &in_pieces(&sequence, &[250, 1, 1, 1, 1, 1, 1, 1, 1]));
+        assert_same_bits(&expected, &found, "decode across position 256");
+        let ranks = rig.with(Setup { n_ranks: 3, n_threads: 1, ..rig.setup });
+        assert_same_bits(&expected, &run(&ranks, &in_pieces(&sequence, &[100])), "three ranks");
+    }
+}
+
+#[test]
+fn f32_kv_is_the_same_everywhere_too_and_not_f16() {
+    let rig = gguf(&models::llama_tied_q4_1());
+    let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
+    let setup = Setup { kv_type: KvType::F32, ..PLAIN };
+    let expected = run(&rig.with(setup), &in_pieces(&sequence, &[1]));
+    for isa in Isa::available() {
+        let rig = rig.with(Setup { isa, n_ranks: 2, ..setup });
+        assert_same_bits(&expected, &run(&rig, &in_pieces(&sequence, &[N_TOKENS])), "f32 KV");
+    }
+    assert_ne!(expected, run(&rig, &in_pieces(&sequence, &[1])));
+}
+
+/// Rows of llama's queries and keys are stored in another order in the two formats; the bits must not show it.
+#[test]
+fn either_file_format() {
+    for (name, synthetic) in models::all() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let Ok(()) = synthetic.write_hugging_face(directory.path()) else { continue };
+        let from_gguf = gguf(&synthetic);
+        let from_safetensors = Rig::new(Checkpoint::open(directory.path()).expect("a checkpoint"));
+        if synthetic.config.architecture == Architecture::Llama {
+            assert_ne!(from_gguf.config.rope.pair_layout, from_safetensors.config.rope.pair_layout);
+        }
+        let sequence = tokens(5, N_TOKENS, synthetic.config.n_vocab);
+        let steps = in_pieces(&sequence, &[N_TOKENS]);
+        assert_same_bits(&run(&from_gguf, &steps), &run(&from_safetensors, &steps), name);
+    }
+}
