@@ -15,6 +15,7 @@ pub(crate) use quantized::{
 };
 pub use spec::PackSpec;
 
+use crate::aligned::AlignedVec;
 use crate::error::KernelError;
 use crate::formats::with_format;
 use crate::pool::ThreadPool;
@@ -48,7 +49,7 @@ pub struct PackedMatrix {
     n_subtrees: usize,
     layout: QuantizedLayout,
     tile_lines: usize,
-    lines: Vec<Line>,
+    lines: AlignedVec<Line>,
 }
 
 /// File bytes of a row.
@@ -69,10 +70,13 @@ impl PackedMatrix {
             },
             float: (QuantizedLayout::default(), float::tile_lines::<Format>(n_cols)),
         });
-        let n_lines = spec.n_rows.div_ceil(TILE_ROWS).checked_mul(tile_lines);
-        let mut lines = n_lines
-            .and_then(|n_lines| bytemuck::allocation::try_zeroed_vec(n_lines).ok())
+        let n_lines = spec
+            .n_rows
+            .div_ceil(TILE_ROWS)
+            .checked_mul(tile_lines)
+            .filter(|n_lines| *n_lines < isize::MAX as usize / size_of::<Line>())
             .ok_or(KernelError::TooLarge { n_rows: spec.n_rows, n_cols })?;
+        let mut lines = AlignedVec::zeroed(n_lines);
         let packer = Packer { spec, row, row_bytes, layout, bad_row: AtomicUsize::new(usize::MAX) };
         if tile_lines > 0 {
             pool.run_pieces(&mut lines, tile_lines, &|tile, lines| packer.pack_tile(tile, lines));
