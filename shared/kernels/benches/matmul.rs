@@ -53,7 +53,7 @@ fn main() {
 fn random_matrix(weight_type: WeightType, n_rows: usize, n_cols: usize, pool: &ThreadPool) -> PackedMatrix {
     let row_bytes = weight_type.row_bytes(n_cols).expect("whole blocks");
     // Bytes without the bit pattern of infinite or NaN numbers.
-    let bytes: Vec<u8> = (0..n_rows * row_bytes).map(|i| (i * 7919 >> 3) as u8 & 0x3b).collect();
+    let bytes: Vec<u8> = (0..n_rows * row_bytes).map(|i| ((i * 7919) >> 3) as u8 & 0x3b).collect();
     let spec = PackSpec::whole_rows(weight_type, n_rows, n_cols);
     PackedMatrix::pack(&spec, &|row| &bytes[row * row_bytes..][..row_bytes], pool).expect("a valid matrix")
 }

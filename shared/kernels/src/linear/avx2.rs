@@ -85,6 +85,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn no_bits(self) -> [__m256i; 2] {
+        [op!(_mm256_setzero_si256()); 2]
+    }
+
+    #[inline(always)]
     fn dot<const BITS: usize>(self, acc: [__m256i; 2], codes: [__m256i; 2], quad: i32) -> [__m256i; 2] {
         let quads = op!(_mm256_set1_epi32(quad));
         // Pairs of codes up to 6 bits fit i16: 2 * 63 * 127 < 2^15. Larger codes go as two nibbles.

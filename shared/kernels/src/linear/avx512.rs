@@ -91,6 +91,11 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn no_bits(self) -> __m512i {
+        op!(_mm512_setzero_si512())
+    }
+
+    #[inline(always)]
     fn dot<const BITS: usize>(self, acc: __m512i, codes: __m512i, quad: i32) -> __m512i {
         let quads = op!(_mm512_set1_epi32(quad));
         if VNNI {

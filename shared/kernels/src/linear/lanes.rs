@@ -23,6 +23,7 @@ pub(super) trait Lanes: Copy {
     /// `(bytes >> right) & mask` in each byte, `<<` for negative `right`; `mask` removes what crosses bytes.
     fn field(self, bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
     fn or(self, left: Self::Bytes, right: Self::Bytes) -> Self::Bytes;
+    fn no_bits(self) -> Self::Bytes;
     /// `acc + sum over the row's 4 bytes of code * activation code`, exact for codes of `BITS` bits.
     fn dot<const BITS: usize>(self, acc: Self::Ints, codes: Self::Bytes, quad: i32) -> Self::Ints;
 
@@ -89,22 +90,33 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const T: usize>(
 /// The codes of a group as bytes, one vector for each quad.
 #[inline(always)]
 fn unpack<V: Lanes, F: QuantFormat>(v: V, lines: &[Line]) -> [V::Bytes; QUADS] {
-    let mut codes = [v.load_bytes(&lines[0]); QUADS];
-    let mut is_first = true;
-    for (width, first_line, lowest) in planes(F::BITS) {
-        if width == 0 {
-            continue;
-        }
-        let mask = ((0xff >> (8 - width)) << lowest) as u8;
-        for quad in 0..QUADS {
-            let line = v.load_bytes(&lines[first_line + quad % width]);
-            let right = (quad / width * width) as i32 - lowest as i32;
-            let bits = if width == 8 { line } else { v.field(line, right, mask) };
-            codes[quad] = if is_first { bits } else { v.or(codes[quad], bits) };
-        }
-        is_first = false;
-    }
+    let [eight, four, two, one] = planes(F::BITS);
+    let mut codes = [v.no_bits(); QUADS];
+    // One call for each plane, not a loop, so that each is compiled for its own width.
+    add_plane::<V>(v, &mut codes, lines, eight);
+    add_plane::<V>(v, &mut codes, lines, four);
+    add_plane::<V>(v, &mut codes, lines, two);
+    add_plane::<V>(v, &mut codes, lines, one);
     codes
+}
+
+/// Adds the bits of one plane, given by its width, its first line and the lowest code bit it holds.
+#[inline(always)]
+fn add_plane<V: Lanes>(
+    v: V,
+    codes: &mut [V::Bytes; QUADS],
+    lines: &[Line],
+    (width, first_line, lowest): (usize, usize, usize),
+) {
+    if width == 0 {
+        return;
+    }
+    let mask = ((0xff >> (8 - width)) << lowest) as u8;
+    for quad in 0..QUADS {
+        let line = v.load_bytes(&lines[first_line + quad % width]);
+        let right = (quad / width * width) as i32 - lowest as i32;
+        codes[quad] = v.or(codes[quad], v.field(line, right, mask));
+    }
 }
 
 /// Scales of a group in all rows, for each half group.

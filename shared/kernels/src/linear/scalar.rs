@@ -1,8 +1,8 @@
 //! The definition of matrix products: plain loops over rows, tokens and columns.
 
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
-use crate::formats::{FloatFormat, QuantFormat, Scales};
-use crate::packed::{TILE_ROWS, columns_of_row, group_scale_bytes, scales_of_row, super_scale_bytes};
+use crate::formats::{FloatFormat, GROUP_LEN, QuantFormat, Scales};
+use crate::packed::{TILE_ROWS, codes_of_row, group_scale_bytes, scales_of_row, super_scale_bytes};
 use crate::quantize::QuantizedGroup;
 
 /// Sums a leaf of quantized weights.
@@ -14,7 +14,7 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sum
         let own = &leaf.weights.group_scales[group * own_bytes..][..own_bytes];
         let shared = &leaf.weights.super_scales[leaf.super_idx(group) * shared_bytes..][..shared_bytes];
         for row in 0..TILE_ROWS {
-            let weights = columns_of_row(lines, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
+            let weights = codes_of_row(lines, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
             let scales = scales_of_row::<F>(own, shared, row).resolve(F::SCALES);
             for (token, sums) in sums.iter_mut().enumerate() {
                 sums[row] = add_group::<F>(&weights, &scales, &leaf.token(token)[group], sums[row]);
@@ -24,7 +24,12 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sum
 }
 
 /// Adds the product of one group of a row with one group of activations.
-fn add_group<F: QuantFormat>(weights: &[i32; 32], scales: &Scales, x: &QuantizedGroup, acc: f32) -> f32 {
+fn add_group<F: QuantFormat>(
+    weights: &[i32; GROUP_LEN],
+    scales: &Scales,
+    x: &QuantizedGroup,
+    acc: f32,
+) -> f32 {
     let codes = x.codes();
     let dot = |half: usize| -> i32 {
         let columns = half * 16..half * 16 + 16;

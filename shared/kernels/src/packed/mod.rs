@@ -10,7 +10,7 @@ mod spec;
 
 pub(crate) use leaves::{Leaf, MAX_DEPTH};
 pub(crate) use quantized::{
-    QUADS, QuantizedLayout, TilePart, columns_of_row, group_scale_bytes, planes, scales_of_row,
+    QUADS, QuantizedLayout, TilePart, codes_of_row, group_scale_bytes, planes, scales_of_row,
     super_scale_bytes,
 };
 pub use spec::PackSpec;
