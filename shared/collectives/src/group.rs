@@ -3,7 +3,7 @@
 use crate::collective::{AbortFlag, Collective};
 use crate::endpoint::{Endpoint, PeerAddress};
 use crate::error::CollectiveError;
-use crate::shared_memory;
+use crate::handover;
 use crate::solo::Solo;
 use crate::tcp;
 use paceline_domain::Epoch;
@@ -76,7 +76,7 @@ pub fn connect(endpoint: Endpoint, spec: &GroupSpec) -> Result<Box<dyn Collectiv
             return Err(CollectiveError::Group(reason));
         }
         Transport::Auto | Transport::SharedMemory if is_one_host => {
-            (Box::new(shared_memory::connect(&endpoint, spec)?), "shared memory")
+            (Box::new(handover::connect(&endpoint, spec)?), "shared memory")
         }
         _ => (Box::new(tcp::connect(&endpoint, spec)?), "TCP"),
     };

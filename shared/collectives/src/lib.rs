@@ -15,6 +15,7 @@
 //! * [`solo`] – a group of one
 //! * `hello` – how two ranks prove the group's secret to each other
 //! * [`shared_memory`] – ranks of one host: slots in one region and the protocol that makes access sound
+//! * `handover` – how they come to share it
 //! * `region` – layout of and raw access to that memory
 //! * [`tcp`] – ranks on several hosts: full mesh of streams
 //! * `frame` – frames on such a stream
@@ -26,6 +27,7 @@ pub mod error;
 pub mod finish;
 mod frame;
 pub mod group;
+mod handover;
 mod hello;
 mod region;
 pub mod shared_memory;
