@@ -1,1 +1,30 @@
-//! Placeholder while the crate is being laid out.
+//! The coordinator: owns every request from validation to the last chunk. It never touches a tensor.
+//!
+//! # Layout, in the order a request meets it
+//! * [`config`] – command-line flags and environment
+//! * [`server`] – listens, forms the group, ends cleanly
+//! * [`service`] – the gRPC face for clients
+//! * [`validate`] – protobuf to domain; every limit is checked here, once
+//! * [`text`] – chat template and tokenizer, off the async threads
+//! * [`admission`] – a place in the queue, or a refusal at once
+//! * [`engine`] – the one event loop
+//! * [`scheduler`] – pure: which tokens of which sequences run in the next step
+//! * [`ledger`] – pure: who holds which KV blocks
+//! * [`shard_group`] – one stream to each rank
+//! * [`output`] – tokens of one request to text, stop rules, chunks
+#![forbid(unsafe_code)]
+
+pub mod admission;
+pub mod config;
+pub mod engine;
+pub mod ledger;
+pub mod output;
+pub mod scheduler;
+pub mod server;
+pub mod service;
+pub mod shard_group;
+pub mod text;
+pub mod validate;
+
+pub use config::Config;
+pub use server::run;

@@ -1,1 +1,21 @@
-//! Placeholder while the crate is being laid out.
+//! A shard: one rank of a group. It owns its slice of the weights and the KV memory that belongs to it, and
+//! executes the plans it is sent. It makes no decision: no clock, no scheduling, no abort of its own.
+//!
+//! # Layout
+//! * [`config`] – command-line flags and environment
+//! * [`server`] – listens, and ends cleanly
+//! * [`service`] – the gRPC session: handshake, then plans in and results out
+//! * [`executor`] – the thread that owns model, KV memory and collective
+//! * [`sequences`] – what a shard knows of each sequence
+//! * [`sampler`] – from logits of all ranks to tokens on rank 0
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod executor;
+pub mod sampler;
+pub mod sequences;
+pub mod server;
+pub mod service;
+
+pub use config::Config;
+pub use server::run;

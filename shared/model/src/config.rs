@@ -23,6 +23,16 @@ pub enum Architecture {
     Qwen2,
 }
 
+impl Architecture {
+    /// The name GGUF files give it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+        }
+    }
+}
+
 /// Names of what can be run, for error messages.
 pub const SUPPORTED: &str = "llama (Llama 2 and 3, SmolLM2, Mistral) and qwen2 (Qwen2, Qwen2.5)";
 

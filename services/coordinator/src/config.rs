@@ -1,0 +1,179 @@
+//! What a coordinator can be told. Nothing else in this crate reads flags or the environment.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, ValueEnum};
+use paceline_domain::{KvType, group::BLOCK_POSITIONS};
+use paceline_telemetry::shutdown::ParentWatch;
+use tonic::transport::Uri;
+
+/// Longest context served unless `--context` says otherwise, in tokens.
+const DEFAULT_CONTEXT: usize = 32_768;
+/// Smallest KV pool unless `--kv-blocks` says otherwise, in tokens.
+const DEFAULT_POOL: usize = 16_384;
+
+/// Flags of a coordinator.
+#[derive(Args, Clone, Debug)]
+pub struct Config {
+    /// Address to serve clients on; port 0 takes a free one
+    #[arg(long, env = "PACELINE_LISTEN", default_value = "127.0.0.1:50051")]
+    pub listen: SocketAddr,
+    /// GGUF file, or directory with config.json and safetensors; the same as the shards'
+    #[arg(long, env = "PACELINE_MODEL")]
+    pub model: PathBuf,
+    /// Name clients use for the model [default: the file's name without its ending]
+    #[arg(long, env = "PACELINE_MODEL_NAME")]
+    pub model_name: Option<String>,
+    /// Addresses of the shards in rank order, as http://host:port, separated by commas
+    #[arg(long, env = "PACELINE_SHARDS", value_delimiter = ',', required = true)]
+    pub shards: Vec<Uri>,
+    /// Blocks of 16 positions in each rank's KV pool [default: the context, at least 1024]
+    #[arg(long, env = "PACELINE_KV_BLOCKS")]
+    pub kv_blocks: Option<u32>,
+    /// Storage type of the KV cache
+    #[arg(long, env = "PACELINE_KV_TYPE", value_enum, default_value_t = KvChoice::F16)]
+    pub kv_type: KvChoice,
+    /// Most tokens of prompt and output together [default: the model's, at most 32768]
+    #[arg(long, env = "PACELINE_CONTEXT")]
+    pub context: Option<usize>,
+    /// Most token rows in one step, prompts and decoding together
+    #[arg(long, env = "PACELINE_MAX_ROWS", default_value_t = 256)]
+    pub max_rows: u32,
+    /// Most sequences that run at the same time
+    #[arg(long, env = "PACELINE_MAX_SEQUENCES", default_value_t = 64)]
+    pub max_sequences: usize,
+    /// Most tokens (prompt and output) that wait for a place before requests are refused
+    #[arg(long, env = "PACELINE_MAX_QUEUED_TOKENS", default_value_t = 1_000_000)]
+    pub max_queued_tokens: u64,
+    /// Milliseconds one collective may wait before the group counts as broken
+    #[arg(long, env = "PACELINE_COLLECTIVE_DEADLINE_MS", default_value_t = 10_000)]
+    pub collective_deadline_ms: u64,
+    /// Print one JSON object a line on standard output for each event (listening, loading, ready)
+    #[arg(long)]
+    pub events: bool,
+    /// Shut down when standard input is closed, so that the process never outlives its parent
+    #[arg(long)]
+    pub exit_with_stdin: bool,
+}
+
+/// Names of KV types.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub enum KvChoice {
+    F16,
+    F32,
+}
+
+impl From<KvChoice> for KvType {
+    fn from(choice: KvChoice) -> Self {
+        match choice {
+            KvChoice::F16 => Self::F16,
+            KvChoice::F32 => Self::F32,
+        }
+    }
+}
+
+/// Sizes that follow from flags and model together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sizes {
+    /// Most tokens of one sequence.
+    pub context: usize,
+    /// Blocks of the KV pool.
+    pub n_kv_blocks: u32,
+    /// Most token rows in one step.
+    pub max_rows: u32,
+    /// Most running sequences.
+    pub max_sequences: usize,
+}
+
+impl Config {
+    /// Whether standard input is watched.
+    pub fn parent_watch(&self) -> ParentWatch {
+        if self.exit_with_stdin { ParentWatch::Stdin } else { ParentWatch::Off }
+    }
+
+    /// The name clients use.
+    pub fn model_name(&self) -> String {
+        let from_path =
+            || self.model.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned());
+        self.model_name.clone().unwrap_or_else(from_path)
+    }
+
+    /// How long one collective may wait.
+    pub fn collective_deadline(&self) -> Duration {
+        Duration::from_millis(self.collective_deadline_ms)
+    }
+
+    /// Checks the flags against the model's own context length. All problems are reported together.
+    ///
+    /// # Errors
+    /// When a flag is out of its range.
+    pub fn sizes(&self, model_context: usize) -> anyhow::Result<Sizes> {
+        let context = self.context.unwrap_or(model_context.min(DEFAULT_CONTEXT));
+        let default_blocks = context.max(DEFAULT_POOL).div_ceil(BLOCK_POSITIONS);
+        let n_kv_blocks = self.kv_blocks.unwrap_or(u32::try_from(default_blocks).unwrap_or(u32::MAX));
+        let mut problems = Vec::new();
+        if context < 2 || context > model_context {
+            problems.push(format!("--context is {context}; this model takes from 2 to {model_context}"));
+        }
+        if n_kv_blocks == 0 || n_kv_blocks > 1 << 24 {
+            problems.push(format!("--kv-blocks is {n_kv_blocks}; it must be from 1 to {}", 1 << 24));
+        }
+        if !(1..=16_384).contains(&self.max_rows) {
+            problems.push(format!("--max-rows is {}; it must be from 1 to 16384", self.max_rows));
+        }
+        if self.max_sequences == 0 || self.max_sequences > self.max_rows as usize {
+            problems.push(format!(
+                "--max-sequences is {}; it must be from 1 to --max-rows ({}), so that each can decode in every step",
+                self.max_sequences, self.max_rows
+            ));
+        }
+        if self.shards.len() > 64 {
+            problems.push(format!("--shards names {} shards; a group has at most 64", self.shards.len()));
+        }
+        if !(10..=600_000).contains(&self.collective_deadline_ms) {
+            let given = self.collective_deadline_ms;
+            problems.push(format!("--collective-deadline-ms is {given}; it must be from 10 to 600000"));
+        }
+        anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
+        Ok(Sizes { context, n_kv_blocks, max_rows: self.max_rows, max_sequences: self.max_sequences })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        config: Config,
+    }
+
+    fn config(flags: &[&str]) -> Config {
+        let base = ["test", "--model", "m/tiny.gguf", "--shards", "http://a:1,http://b:2"];
+        Cli::parse_from(base.iter().chain(flags)).config
+    }
+
+    #[test]
+    fn defaults_follow_the_model() {
+        let sizes = config(&[]).sizes(131_072).unwrap();
+        assert_eq!((sizes.context, sizes.n_kv_blocks), (32_768, 2_048));
+        assert_eq!(config(&[]).sizes(2_048).unwrap().n_kv_blocks, 1_024);
+        assert_eq!(config(&[]).model_name(), "tiny");
+        assert_eq!(config(&[]).shards.len(), 2);
+    }
+
+    #[test]
+    fn all_problems_are_reported_together() {
+        let flags =
+            ["--context", "9999", "--kv-blocks", "0", "--max-rows", "0", "--collective-deadline-ms", "1"];
+        let message = config(&flags).sizes(512).unwrap_err().to_string();
+        for flag in ["--context", "--kv-blocks", "--max-rows", "--max-sequences", "--collective-deadline-ms"]
+        {
+            assert!(message.contains(flag), "{flag} in {message}");
+        }
+    }
+}

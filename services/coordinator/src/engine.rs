@@ -1,0 +1,322 @@
+//! The one event loop. It alone changes the scheduler and the requests; everything reaches it as an [`Event`].
+//! When a rank fails it forms the group anew and every live request goes on from its tokens.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepPlan, StepResult};
+use paceline_telemetry::context;
+use paceline_wire::inference as proto;
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+use tracing::{Span, info_span};
+
+use crate::{
+    admission::Place,
+    output::Output,
+    scheduler::{Commit, Limits, NewSequence, Scheduler},
+    shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
+};
+
+/// Waits between attempts to form a group.
+const REFORM_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// Events that may wait for the loop.
+pub const MAX_EVENTS: usize = 1024;
+
+/// Everything that can happen.
+pub enum Event {
+    /// A request with its place.
+    Submit(Box<Submission>),
+    /// A rank answered or failed.
+    Rank(RankEvent),
+    /// A group was formed, or could not be.
+    Formed(Result<ShardGroup, FormError>),
+    /// End all requests and the loop.
+    Stop,
+}
+
+/// A request on its way into the loop.
+pub struct Submission {
+    /// What to generate.
+    pub request: GenerateRequest,
+    /// Its output side; the first chunk has been made.
+    pub output: Output,
+    /// Where chunks go; holds all of them, so that sending never waits.
+    pub sender: mpsc::Sender<Result<proto::GenerateResponse, Status>>,
+    /// Its share of the token budget.
+    pub place: Place,
+    /// The request's span.
+    pub span: Span,
+}
+
+/// What the rest of the process may know of the group.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum GroupStatus {
+    /// Being formed; the text says what the last attempt met.
+    Forming(Option<String>),
+    /// Loading weights.
+    Loading {
+        /// Who.
+        rank: usize,
+        /// Bytes done.
+        done_bytes: u64,
+        /// Bytes in total.
+        total_bytes: u64,
+    },
+    /// Executing plans.
+    Ready {
+        /// Number of ranks.
+        n_ranks: usize,
+    },
+}
+
+struct Active {
+    output: Output,
+    sender: mpsc::Sender<Result<proto::GenerateResponse, Status>>,
+    _place: Place,
+    span: Span,
+}
+
+struct InFlight {
+    n_missing: usize,
+    from_rank_0: Option<StepResult>,
+    started: Instant,
+    _span: Span,
+}
+
+/// The loop's state.
+pub struct Engine {
+    spec: GroupSpec,
+    scheduler: Scheduler,
+    requests: HashMap<SequenceId, Active>,
+    group: Option<ShardGroup>,
+    in_flight: Option<InFlight>,
+    last_epoch: Epoch,
+    form_delay: Duration,
+    events: mpsc::Sender<Event>,
+    status: watch::Sender<GroupStatus>,
+}
+
+impl Engine {
+    /// A loop without a group. `events` is the sender of the channel that [`Self::run`] reads.
+    pub fn new(
+        spec: GroupSpec,
+        limits: Limits,
+        events: mpsc::Sender<Event>,
+    ) -> (Self, watch::Receiver<GroupStatus>) {
+        let (status, watcher) = watch::channel(GroupStatus::Forming(None));
+        let engine = Self {
+            spec,
+            scheduler: Scheduler::new(limits),
+            requests: HashMap::new(),
+            group: None,
+            in_flight: None,
+            last_epoch: first_epoch(),
+            form_delay: Duration::ZERO,
+            events,
+            status,
+        };
+        (engine, watcher)
+    }
+
+    /// Runs until [`Event::Stop`].
+    pub async fn run(mut self, mut inbox: mpsc::Receiver<Event>) {
+        self.form_group();
+        loop {
+            self.drop_abandoned();
+            self.start_step();
+            match inbox.recv().await {
+                Some(Event::Submit(submission)) => self.submit(*submission),
+                Some(Event::Rank(event)) => self.rank_event(event),
+                Some(Event::Formed(outcome)) => self.formed(outcome),
+                Some(Event::Stop) | None => break,
+            }
+        }
+        for (_, mut request) in self.requests.drain() {
+            let chunk = request.output.finished(&FinishReason::Cancelled, Instant::now());
+            // A client that is gone needs no last chunk.
+            let _ = request.sender.try_send(Ok(chunk));
+        }
+    }
+
+    fn form_group(&mut self) {
+        self.last_epoch = Epoch(self.last_epoch.0 + 1);
+        let (epoch, spec, events) = (self.last_epoch, self.spec.clone(), self.events.clone());
+        let (delay, status) = (self.form_delay, self.status.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            let (rank_events, forwarded) = mpsc::channel(64);
+            tokio::spawn(forward(forwarded, events.clone()));
+            let (loading, mut reports) = mpsc::channel::<LoadReport>(64);
+            let formed = async move {
+                let outcome = ShardGroup::form(&spec, epoch, loading, rank_events).await;
+                let _ = events.send(Event::Formed(outcome)).await;
+            };
+            let watched = async move {
+                while let Some((rank, done_bytes, total_bytes)) = reports.recv().await {
+                    status.send_replace(GroupStatus::Loading { rank, done_bytes, total_bytes });
+                }
+            };
+            tokio::join!(formed, watched);
+        });
+    }
+
+    fn formed(&mut self, outcome: Result<ShardGroup, FormError>) {
+        match outcome {
+            Ok(group) => {
+                for (rank, ready) in group.ranks.iter().enumerate() {
+                    tracing::info!(
+                        rank,
+                        isa = ready.isa,
+                        threads = ready.threads,
+                        weight_bytes = ready.weight_bytes,
+                        kv_bytes = ready.kv_bytes,
+                        "rank ready"
+                    );
+                }
+                self.form_delay = Duration::ZERO;
+                self.scheduler.begin_epoch(group.epoch());
+                self.status.send_replace(GroupStatus::Ready { n_ranks: group.n_ranks() });
+                self.group = Some(group);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no group yet");
+                self.status.send_replace(GroupStatus::Forming(Some(error.to_string())));
+                self.form_delay = (self.form_delay * 2).clamp(REFORM_DELAYS.0, REFORM_DELAYS.1);
+                self.form_group();
+            }
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { request, output, sender, place, span } = submission;
+        let sequence = self.scheduler.submit(NewSequence {
+            prompt: request.prompt.tokens().to_vec(),
+            max_tokens: request.stop.max_tokens,
+            sampling: request.sampling,
+        });
+        self.requests.insert(sequence, Active { output, sender, _place: place, span });
+    }
+
+    /// Ends requests whose client is gone.
+    fn drop_abandoned(&mut self) {
+        let scheduler = &mut self.scheduler;
+        self.requests.retain(|sequence, request| {
+            let is_there = !request.sender.is_closed();
+            if !is_there {
+                tracing::debug!(%sequence, "client gone");
+                scheduler.finish(*sequence);
+            }
+            is_there
+        });
+    }
+
+    fn start_step(&mut self) {
+        let Some(group) = &self.group else { return };
+        let Some(plan) = self.scheduler.plan() else { return };
+        let now = Instant::now();
+        for chunk in &plan.chunks {
+            if let Some(request) = self.requests.get_mut(&chunk.sequence) {
+                request.output.clock.scheduled.get_or_insert(now);
+            }
+        }
+        let span = self.step_span(&plan);
+        group.send(&plan, context::to_headers(&span));
+        self.in_flight =
+            Some(InFlight { n_missing: group.n_ranks(), from_rank_0: None, started: now, _span: span });
+    }
+
+    /// The step's span: child of its first request's, linked to the others'.
+    fn step_span(&self, plan: &StepPlan) -> Span {
+        let mut requests = plan.chunks.iter().filter_map(|chunk| self.requests.get(&chunk.sequence));
+        let Some(first) = requests.next() else { return Span::none() };
+        let span = info_span!(
+            parent: &first.span,
+            "step",
+            epoch = plan.epoch.0,
+            step = plan.step.0,
+            n_rows = plan.n_rows(),
+            n_sequences = plan.chunks.len(),
+        );
+        requests.for_each(|request| context::link(&span, &request.span));
+        span
+    }
+
+    fn rank_event(&mut self, event: RankEvent) {
+        let Some(group) = self.group.as_ref().filter(|group| group.epoch() == event.epoch) else { return };
+        let n_ranks = group.n_ranks();
+        let failure = match event.outcome {
+            Err(status) => Some(status.message().to_owned()),
+            Ok(result) => self.answer(event.rank, result).err(),
+        };
+        if let Some(problem) = failure {
+            tracing::warn!(rank = event.rank, n_ranks, problem, "group lost; forming it anew");
+            self.group = None;
+            self.in_flight = None;
+            self.status.send_replace(GroupStatus::Forming(Some(problem)));
+            self.form_delay = REFORM_DELAYS.0;
+            self.form_group();
+        }
+    }
+
+    fn answer(&mut self, rank: usize, result: StepResult) -> Result<(), String> {
+        let in_flight = self
+            .in_flight
+            .as_mut()
+            .ok_or_else(|| format!("an answer to step {} nobody asked for", result.step))?;
+        in_flight.n_missing -= 1;
+        tracing::trace!(rank, step = result.step.0, timings = ?result.timings, "rank answered");
+        if rank == 0 {
+            in_flight.from_rank_0 = Some(result);
+        }
+        if in_flight.n_missing > 0 {
+            return Ok(());
+        }
+        let done = self.in_flight.take().expect("invariant: checked above");
+        let result = done.from_rank_0.ok_or("rank 0 gave no answer")?;
+        tracing::debug!(
+            step = result.step.0,
+            elapsed_us = done.started.elapsed().as_micros() as u64,
+            "step done"
+        );
+        let commits = self.scheduler.apply(result).map_err(|error| error.to_string())?;
+        let now = Instant::now();
+        commits.into_iter().for_each(|commit| self.commit(commit, now));
+        Ok(())
+    }
+
+    fn commit(&mut self, commit: Commit, now: Instant) {
+        let Some(request) = self.requests.get_mut(&commit.sequence) else { return };
+        let pushed = request.output.push(&commit.sampled, now);
+        // The channel holds every chunk a request can have: it is closed or it has room.
+        let mut gone = request.sender.try_send(Ok(pushed.chunk)).is_err();
+        if let Some(reason) = &pushed.finish {
+            let usage = request.output.usage();
+            request.span.record("gen_ai.usage.input_tokens", usage.n_prompt);
+            request.span.record("gen_ai.usage.output_tokens", usage.n_completion);
+            let chunk = request.output.finished(reason, now);
+            let _ = request.sender.try_send(Ok(chunk));
+            gone = true;
+        }
+        if gone {
+            self.requests.remove(&commit.sequence);
+            self.scheduler.finish(commit.sequence);
+        }
+    }
+}
+
+/// Epochs only have to grow, also over restarts of this process: the time of day in milliseconds does.
+fn first_epoch() -> Epoch {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Epoch(since_1970.as_millis() as u64)
+}
+
+async fn forward(mut ranks: mpsc::Receiver<RankEvent>, events: mpsc::Sender<Event>) {
+    while let Some(event) = ranks.recv().await {
+        if events.send(Event::Rank(event)).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The output side of one request: committed tokens to numbered chunks of text. Its state is a function of the
+//! tokens pushed. It applies the stop rules and does not know about steps or shards.
+
+use std::{collections::HashSet, sync::Arc, time::Instant};
+
+use paceline_domain::{FinishReason, GenerateRequest, SampledToken, StopRules, TokenId, Usage};
+use paceline_text::{Detokenizer, StopMatcher, Tokenizer};
+use paceline_wire::inference as proto;
+
+/// Moments of a request that timings are made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// Arrival.
+    pub arrived: Instant,
+    /// Its first step was sent.
+    pub scheduled: Option<Instant>,
+    /// Its first token was committed.
+    pub first_token: Option<Instant>,
+}
+
+/// What became of a request so far.
+pub struct Output {
+    tokenizer: Arc<Tokenizer>,
+    detokenizer: Detokenizer,
+    stop_matcher: StopMatcher,
+    rules: StopRules,
+    end_tokens: HashSet<TokenId>,
+    n_prompt: u32,
+    n_tokens: u32,
+    next_index: u64,
+    /// Moments, set by the engine.
+    pub clock: Clock,
+}
+
+/// Chunks to send for one token, and the end if this was it.
+pub struct Pushed {
+    /// What to send now.
+    pub chunk: proto::GenerateResponse,
+    /// Set when no token must follow.
+    pub finish: Option<FinishReason>,
+}
+
+impl Output {
+    /// Before the first token.
+    pub fn new(request: &GenerateRequest, tokenizer: &Arc<Tokenizer>, arrived: Instant) -> Self {
+        let mut end_tokens: HashSet<TokenId> = request.stop.stop_tokens.iter().copied().collect();
+        if !request.stop.ignore_eos {
+            end_tokens.extend(tokenizer.eos_tokens());
+        }
+        Self {
+            tokenizer: tokenizer.clone(),
+            detokenizer: Detokenizer::new(tokenizer.clone()),
+            stop_matcher: StopMatcher::new(request.stop.stop_strings.clone()),
+            rules: request.stop.clone(),
+            end_tokens,
+            n_prompt: request.prompt.tokens().len() as u32,
+            n_tokens: 0,
+            next_index: 0,
+            clock: Clock { arrived, scheduled: None, first_token: None },
+        }
+    }
+
+    /// The next chunk with this content.
+    pub fn chunk(&mut self, event: proto::generate_response::Event) -> proto::GenerateResponse {
+        let index = self.next_index;
+        self.next_index += 1;
+        proto::GenerateResponse { index, event: Some(event) }
+    }
+
+    /// Takes a committed token.
+    pub fn push(&mut self, sampled: &SampledToken, now: Instant) -> Pushed {
+        self.clock.first_token.get_or_insert(now);
+        self.n_tokens += 1;
+        let mut text = String::new();
+        let mut finish = if self.end_tokens.contains(&sampled.token) {
+            Some(FinishReason::StopToken(sampled.token))
+        } else {
+            let piece = self.detokenizer.push(sampled.token);
+            self.match_stop(&piece, &mut text)
+        };
+        if finish.is_none() && self.n_tokens >= self.rules.max_tokens {
+            finish = Some(FinishReason::Length);
+        }
+        if matches!(finish, Some(FinishReason::StopToken(_) | FinishReason::Length)) {
+            let rest = self.detokenizer.finish();
+            match self.match_stop(&rest, &mut text) {
+                Some(stop_string) => finish = Some(stop_string),
+                None => text.push_str(&self.stop_matcher.finish()),
+            }
+        }
+        let delta = proto::Delta {
+            text,
+            token_ids: vec![sampled.token.0],
+            logprobs: sampled.logprob.map(|logprob| self.logprobs(sampled, logprob)).into_iter().collect(),
+        };
+        Pushed { chunk: self.chunk(proto::generate_response::Event::Delta(delta)), finish }
+    }
+
+    fn match_stop(&mut self, piece: &str, text: &mut String) -> Option<FinishReason> {
+        let output = self.stop_matcher.push(piece);
+        text.push_str(&output.text);
+        output.matched.map(FinishReason::StopString)
+    }
+
+    fn logprobs(&self, sampled: &SampledToken, logprob: f32) -> proto::TokenLogprobs {
+        let top = sampled.top_logprobs.iter().map(|top| proto::TopLogprob {
+            token_id: top.token.0,
+            logprob: top.logprob,
+            token: self.tokenizer.token_bytes(top.token).to_vec(),
+        });
+        proto::TokenLogprobs { logprob, top: top.collect() }
+    }
+
+    /// The last chunk.
+    pub fn finished(&mut self, reason: &FinishReason, now: Instant) -> proto::GenerateResponse {
+        let micros =
+            |moment: Instant| moment.saturating_duration_since(self.clock.arrived).as_micros() as u64;
+        let (kind, stop_string, stop_token_id) = match reason {
+            FinishReason::StopToken(token) => (proto::FinishReason::Stop, None, Some(token.0)),
+            FinishReason::StopString(i) => (proto::FinishReason::Stop, Some(*i as u32), None),
+            FinishReason::Length => (proto::FinishReason::Length, None, None),
+            FinishReason::Cancelled => (proto::FinishReason::Cancelled, None, None),
+        };
+        let usage = self.usage();
+        let finished = proto::Finished {
+            reason: kind.into(),
+            stop_string,
+            stop_token_id,
+            usage: Some(proto::Usage {
+                prompt_tokens: usage.n_prompt,
+                completion_tokens: usage.n_completion,
+                cached_tokens: usage.n_cached,
+            }),
+            timings: Some(proto::Timings {
+                queue_us: self.clock.scheduled.map_or(0, micros),
+                first_token_us: self.clock.first_token.map_or(0, micros),
+                total_us: micros(now),
+            }),
+        };
+        self.chunk(proto::generate_response::Event::Finished(finished))
+    }
+
+    /// Tokens counted so far.
+    pub fn usage(&self) -> Usage {
+        Usage { n_prompt: self.n_prompt, n_completion: self.n_tokens, n_cached: 0 }
+    }
+}

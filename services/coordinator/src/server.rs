@@ -1,0 +1,207 @@
+//! Opens the model's text side, forms the group, listens, and ends cleanly when asked to.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use paceline_checkpoint::Checkpoint;
+use paceline_model::ModelConfig;
+use paceline_wire::{
+    DESCRIPTORS,
+    inference::{Model, inference_server::InferenceServer},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::transport::{Server, server::TcpIncoming};
+use tonic_health::server::HealthReporter;
+
+use crate::{
+    Config,
+    admission::Admission,
+    engine::{Engine, Event, GroupStatus, MAX_EVENTS},
+    scheduler::Limits,
+    service::InferenceService,
+    shard_group::GroupSpec,
+    text::TextModel,
+    validate::Served,
+};
+
+/// How long clients may take to read their last chunks after a shutdown was asked for.
+const DRAIN: Duration = Duration::from_secs(3);
+/// Largest request: a prompt of the longest text and its options.
+const MAX_REQUEST_BYTES: usize = 4 << 20;
+
+/// Serves until `shutdown` resolves.
+///
+/// # Errors
+/// When the model cannot be opened or is not supported, a flag is out of range, or the address cannot be bound.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
+    let parts = Parts::open(&config)?;
+    let listener = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+    let address = listener.local_addr()?;
+    tracing::info!(%address, model = parts.served.model, "coordinator listening");
+    let print = if config.events { Print::Events } else { Print::Nothing };
+    print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
+
+    let (events, inbox) = mpsc::channel(MAX_EVENTS);
+    let (engine, status) = Engine::new(parts.group.clone(), parts.served.limits, events.clone());
+    let engine = tokio::spawn(engine.run(inbox));
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    let ready = format!("\"address\":\"{address}\",\"model\":{}", json_string(&parts.served.model));
+    let was_ready = Arc::new(AtomicBool::new(false));
+    tokio::spawn(announce(status.clone(), health_reporter, print, ready, was_ready.clone()));
+
+    let service = InferenceService {
+        served: parts.served,
+        model: parts.model,
+        text: parts.text,
+        admission: Admission::new(config.max_queued_tokens, Instant::now()),
+        events: events.clone(),
+        status,
+        was_ready,
+    };
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name("paceline.v1.Inference")
+        .with_service_name("grpc.health.v1.Health")
+        .build_v1()
+        .context("reflection descriptors")?;
+    let (stopped, stop) = oneshot::channel();
+    let serving = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_max_local_error_reset_streams(Some(1024))
+        .http2_max_header_list_size(Some(16 << 10))
+        .max_concurrent_streams(Some(256))
+        .add_service(InferenceServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(health)
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+            shutdown.await;
+            let _ = events.send(Event::Stop).await;
+            let _ = stopped.send(());
+        });
+    let served = tokio::select! {
+        served = serving => served.context("serving gRPC"),
+        () = async { let _ = stop.await; tokio::time::sleep(DRAIN).await } => Ok(()),
+    };
+    engine.abort();
+    served
+}
+
+/// What follows from the flags and the model file.
+struct Parts {
+    served: Served,
+    model: Model,
+    text: TextModel,
+    group: GroupSpec,
+}
+
+impl Parts {
+    fn open(config: &Config) -> anyhow::Result<Self> {
+        let path = config.model.display();
+        let checkpoint =
+            Checkpoint::open(&config.model).with_context(|| format!("cannot open the model {path}"))?;
+        let architecture = ModelConfig::from_checkpoint(&checkpoint)
+            .with_context(|| format!("cannot serve the model {path}"))?;
+        let text = TextModel::open(&checkpoint)
+            .with_context(|| format!("cannot use the tokenizer or template of {path}"))?;
+        let sizes = config.sizes(architecture.context_length)?;
+        let n_vocab = u32::try_from(text.tokenizer().n_vocab().min(architecture.n_vocab))?;
+        let limits = Limits {
+            n_kv_blocks: sizes.n_kv_blocks,
+            max_rows: sizes.max_rows,
+            max_sequences: sizes.max_sequences,
+        };
+        let name = config.model_name();
+        Ok(Self {
+            model: Model {
+                name: name.clone(),
+                architecture: architecture.architecture.name().to_owned(),
+                context_tokens: sizes.context as u32,
+                vocabulary_tokens: n_vocab,
+                digest: checkpoint.digest().to_string(),
+                ranks: config.shards.len() as u32,
+                chat: text.has_template(),
+            },
+            served: Served { model: name, n_vocab, context: sizes.context, limits },
+            text,
+            group: GroupSpec {
+                shards: config.shards.clone(),
+                model: checkpoint.digest(),
+                n_kv_blocks: sizes.n_kv_blocks,
+                kv_type: config.kv_type.into(),
+                max_rows: sizes.max_rows,
+                max_sampled_rows: sizes.max_sequences as u32,
+                n_vocab,
+                collective_deadline: config.collective_deadline(),
+            },
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Print {
+    Events,
+    Nothing,
+}
+
+impl Print {
+    fn event(self, line: std::fmt::Arguments<'_>) {
+        if self == Self::Events {
+            println!("{line}");
+        }
+    }
+}
+
+/// Tells health checks and the parent process how the group is doing.
+async fn announce(
+    mut status: watch::Receiver<GroupStatus>,
+    health: HealthReporter,
+    print: Print,
+    ready: String,
+    was_ready: Arc<AtomicBool>,
+) {
+    loop {
+        let now = status.borrow_and_update().clone();
+        match &now {
+            GroupStatus::Ready { n_ranks } => {
+                was_ready.store(true, Ordering::Relaxed);
+                health.set_serving::<InferenceServer<InferenceService>>().await;
+                health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+                print.event(format_args!("{{\"event\":\"ready\",{ready},\"ranks\":{n_ranks}}}"));
+            }
+            GroupStatus::Loading { rank, done_bytes, total_bytes } => print.event(format_args!(
+                "{{\"event\":\"loading\",\"rank\":{rank},\"done_bytes\":{done_bytes},\"total_bytes\":{total_bytes}}}"
+            )),
+            GroupStatus::Forming(problem) => {
+                health.set_not_serving::<InferenceServer<InferenceService>>().await;
+                health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+                if let Some(problem) = problem {
+                    print.event(format_args!("{{\"event\":\"forming\",\"problem\":{}}}", json_string(problem)));
+                }
+            }
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A JSON string literal.
+fn json_string(text: &str) -> String {
+    let escaped = text.chars().map(|character| match character {
+        '"' | '\\' => format!("\\{character}"),
+        character if character < ' ' => format!("\\u{:04x}", u32::from(character)),
+        character => character.to_string(),
+    });
+    format!("\"{}\"", escaped.collect::<String>())
+}

@@ -1,0 +1,189 @@
+//! The gRPC face for clients. It validates, tokenizes, asks for a place and hands over to the engine; it holds no
+//! state of its own.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use paceline_domain::RequestId;
+use paceline_telemetry::context;
+use paceline_text::{ControlText, SpecialTokens};
+use paceline_wire::{
+    inference::{
+        DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, ListModelsRequest,
+        ListModelsResponse, Model, Started, TokenizeRequest, TokenizeResponse,
+        generate_response::Event as Chunk, inference_server::Inference, tokenize_request,
+    },
+    status::{bad_request, busy, status},
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use tracing::{Instrument as _, Span, field, info_span};
+
+use crate::{
+    admission::Admission,
+    engine::{Event, GroupStatus, Submission},
+    output::Output,
+    text::{PromptError, TextModel},
+    validate::{self, Served, Source},
+};
+
+/// Most token ids that Detokenize takes.
+const MAX_DETOKENIZE: usize = 1 << 20;
+
+/// Answers clients.
+pub struct InferenceService {
+    /// What requests are held against.
+    pub served: Served,
+    /// What ListModels says.
+    pub model: Model,
+    /// Tokenizer and template.
+    pub text: TextModel,
+    /// The token budget.
+    pub admission: Arc<Admission>,
+    /// Into the loop.
+    pub events: mpsc::Sender<Event>,
+    /// State of the group.
+    pub status: watch::Receiver<GroupStatus>,
+    /// Whether there has been a group; from then on requests wait for the next one.
+    pub was_ready: Arc<AtomicBool>,
+}
+
+fn prompt_status(error: PromptError) -> Status {
+    status(error.kind(), error.to_string())
+}
+
+fn random<const N: usize>() -> Result<[u8; N], Status> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| Status::internal(format!("no random numbers: {error}")))?;
+    Ok(bytes)
+}
+
+impl InferenceService {
+    fn span(&self, request: &Request<GenerateRequest>) -> Span {
+        let operation = match request.get_ref().input {
+            Some(paceline_wire::inference::generate_request::Input::Chat(_)) => "chat",
+            _ => "generate",
+        };
+        let span = info_span!(
+            "generate",
+            otel.name = format!("{operation} {}", self.served.model),
+            otel.kind = "server",
+            gen_ai.operation.name = operation,
+            gen_ai.provider.name = "paceline",
+            gen_ai.request.model = self.served.model,
+            gen_ai.usage.input_tokens = field::Empty,
+            gen_ai.usage.output_tokens = field::Empty,
+        );
+        context::adopt(&span, request.metadata());
+        span
+    }
+
+    async fn submit(
+        &self,
+        request: GenerateRequest,
+        span: Span,
+    ) -> Result<ReceiverStream<Result<GenerateResponse, Status>>, Status> {
+        let arrived = Instant::now();
+        if !self.was_ready.load(Ordering::Relaxed) {
+            return Err(Status::unavailable("the shard group is still being formed; try again in a moment"));
+        }
+        validate::model(&self.served, request.model.as_deref())?;
+        let seed = u64::from_le_bytes(random()?);
+        let options = validate::options(&self.served, request.sampling, request.stop, seed)?;
+        let tokens = match validate::source(&self.served, request.input)? {
+            Source::Tokens(tokens) => tokens,
+            Source::Text(input) => {
+                let work = self.text.prompt_tokens(input);
+                work.instrument(info_span!("tokenize")).await.map_err(prompt_status)?
+            }
+        };
+        let id = RequestId(u128::from_le_bytes(random()?));
+        let request = validate::request(&self.served, id, tokens, options)?;
+        let n_prompt_tokens = request.prompt.tokens().len() as u32;
+        let max_tokens = request.stop.max_tokens;
+        let place = self
+            .admission
+            .admit(u64::from(n_prompt_tokens) + u64::from(max_tokens), Instant::now())
+            .map_err(|refusal| busy(refusal.to_string(), refusal.retry_after))?;
+        let mut output = Output::new(&request, self.text.tokenizer(), arrived);
+        let (sender, chunks) = mpsc::channel(max_tokens as usize + 2);
+        let started = Started {
+            request_id: id.to_string(),
+            model: self.served.model.clone(),
+            n_prompt_tokens,
+            seed: request.sampling.seed,
+        };
+        let _ = sender.try_send(Ok(output.chunk(Chunk::Started(started))));
+        let submission = Box::new(Submission { request, output, sender, place, span });
+        self.events
+            .send(Event::Submit(submission))
+            .await
+            .map_err(|_| Status::unavailable("the server is shutting down"))?;
+        Ok(ReceiverStream::new(chunks))
+    }
+}
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = ReceiverStream<Result<GenerateResponse, Status>>;
+
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let span = self.span(&request);
+        let request = request.into_inner();
+        let submit = self.submit(request, span.clone());
+        submit.instrument(span).await.map(Response::new)
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<TokenizeRequest>,
+    ) -> Result<Response<TokenizeResponse>, Status> {
+        let request = request.into_inner();
+        validate::model(&self.served, request.model.as_deref())?;
+        let special = if request.parse_special { SpecialTokens::Parse } else { SpecialTokens::Literal };
+        let input = match request.input {
+            Some(tokenize_request::Input::Text(text)) => validate::raw(text, special)?,
+            Some(tokenize_request::Input::Chat(chat)) => validate::chat(chat)?,
+            None => return Err(bad_request(&[("input".into(), "set `text` or `chat`".into())])),
+        };
+        let tokens = self.text.prompt_tokens(input).await.map_err(prompt_status)?;
+        Ok(Response::new(TokenizeResponse { token_ids: tokens.into_iter().map(|token| token.0).collect() }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<DetokenizeRequest>,
+    ) -> Result<Response<DetokenizeResponse>, Status> {
+        let request = request.into_inner();
+        validate::model(&self.served, request.model.as_deref())?;
+        let n_tokens = request.token_ids.len();
+        if n_tokens > MAX_DETOKENIZE {
+            let problem = format!("{n_tokens} token ids; at most {MAX_DETOKENIZE} are taken");
+            return Err(bad_request(&[("token_ids".into(), problem)]));
+        }
+        let control = if request.skip_special { ControlText::Skip } else { ControlText::Show };
+        let tokens = request.token_ids.into_iter().map(paceline_domain::TokenId).collect();
+        let text = self.text.decode(tokens, control).await.map_err(prompt_status)?;
+        Ok(Response::new(DetokenizeResponse { text }))
+    }
+
+    async fn list_models(
+        &self,
+        _request: Request<ListModelsRequest>,
+    ) -> Result<Response<ListModelsResponse>, Status> {
+        let ranks = match &*self.status.borrow() {
+            GroupStatus::Ready { n_ranks } => *n_ranks as u32,
+            _ => self.model.ranks,
+        };
+        Ok(Response::new(ListModelsResponse { models: vec![Model { ranks, ..self.model.clone() }] }))
+    }
+}

@@ -1,0 +1,283 @@
+//! Protobuf to domain. Every limit on a request is checked here, once, and every violation is reported.
+
+use paceline_domain::{
+    GenerateRequest, Prompt, RequestId, SamplingParams, StopRules, TokenId,
+    request::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
+};
+use paceline_text::{ChatMessage, SpecialTokens};
+use paceline_wire::{inference as proto, status::bad_request};
+use tonic::Status;
+
+use crate::{
+    scheduler::{Limits, Scheduler},
+    text::TextInput,
+};
+
+/// Most stop tokens of one request.
+const MAX_STOP_TOKENS: usize = 64;
+/// Longest text of a prompt or conversation.
+pub const MAX_PROMPT_BYTES: usize = 1 << 20;
+/// Most messages of a conversation.
+const MAX_MESSAGES: usize = 4096;
+
+/// What requests are held against.
+#[derive(Clone, Debug)]
+pub struct Served {
+    /// Name of the model.
+    pub model: String,
+    /// Usable tokens of the vocabulary.
+    pub n_vocab: u32,
+    /// Most tokens of prompt and output.
+    pub context: usize,
+    /// What one sequence can have at most.
+    pub limits: Limits,
+}
+
+/// Where a prompt comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// To be tokenized.
+    Text(TextInput),
+    /// As it is.
+    Tokens(Vec<TokenId>),
+}
+
+/// NOT_FOUND when the name is not the served model's.
+pub fn model(served: &Served, name: Option<&str>) -> Result<(), Status> {
+    match name {
+        Some(name) if name != served.model => Err(Status::not_found(format!(
+            "model {name:?} is not served here; this server has {:?}",
+            served.model
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn violation(field: &str, problem: impl Into<String>) -> Status {
+    bad_request(&[(field.into(), problem.into())])
+}
+
+/// The input of a request, with limits on its size.
+pub fn source(served: &Served, input: Option<proto::generate_request::Input>) -> Result<Source, Status> {
+    use proto::generate_request::Input;
+    match input {
+        None => Err(violation("input", "the request has no input; set `prompt`, `chat` or `token_ids`")),
+        Some(Input::Prompt(text)) => raw(text, SpecialTokens::Literal).map(Source::Text),
+        Some(Input::Chat(conversation)) => chat(conversation).map(Source::Text),
+        Some(Input::TokenIds(tokens)) => {
+            if let Some(id) = tokens.ids.iter().find(|id| **id >= served.n_vocab) {
+                let problem =
+                    format!("token id {id} is not below {}, the size of the vocabulary", served.n_vocab);
+                return Err(violation("token_ids", problem));
+            }
+            Ok(Source::Tokens(tokens.ids.into_iter().map(TokenId).collect()))
+        }
+    }
+}
+
+/// Raw text within the size limit.
+pub fn raw(text: String, special: SpecialTokens) -> Result<TextInput, Status> {
+    check_bytes("prompt", text.len())?;
+    Ok(TextInput::Raw(text, special))
+}
+
+/// A conversation within the size limits.
+pub fn chat(chat: proto::Chat) -> Result<TextInput, Status> {
+    if chat.messages.is_empty() || chat.messages.len() > MAX_MESSAGES {
+        let n = chat.messages.len();
+        return Err(violation(
+            "chat",
+            format!("chat has {n} messages; it must have from 1 to {MAX_MESSAGES}"),
+        ));
+    }
+    check_bytes(
+        "chat",
+        chat.messages.iter().map(|message| message.role.len() + message.content.len()).sum(),
+    )?;
+    let message = |message: proto::ChatMessage| ChatMessage { role: message.role, content: message.content };
+    Ok(TextInput::Chat(chat.messages.into_iter().map(message).collect()))
+}
+
+fn check_bytes(field: &str, n_bytes: usize) -> Result<(), Status> {
+    match n_bytes {
+        0 => Err(violation(field, format!("{field} is empty; give at least one character"))),
+        n if n > MAX_PROMPT_BYTES => {
+            Err(violation(field, format!("{field} has {n} bytes; at most {MAX_PROMPT_BYTES} are taken")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Everything but the prompt, checked before the work of tokenizing is done.
+pub fn options(
+    served: &Served,
+    sampling: Option<proto::SamplingOptions>,
+    stop: Option<proto::StopOptions>,
+    drawn_seed: u64,
+) -> Result<(SamplingParams, proto::StopOptions), Status> {
+    let sampling = sampling_params(sampling.unwrap_or_default(), drawn_seed);
+    let stop = stop.unwrap_or_default();
+    let mut violations: Vec<(String, String)> = sampling
+        .problems(served.n_vocab)
+        .into_iter()
+        .map(|problem| ("sampling".to_owned(), problem))
+        .collect();
+    violations.extend(stop_problems(served, &stop).into_iter().map(|problem| ("stop".to_owned(), problem)));
+    if violations.is_empty() { Ok((sampling, stop)) } else { Err(bad_request(&violations)) }
+}
+
+fn sampling_params(options: proto::SamplingOptions, drawn_seed: u64) -> SamplingParams {
+    let defaults = SamplingParams::default();
+    let mut logit_bias: Vec<_> =
+        options.logit_bias.into_iter().map(|(token, bias)| (TokenId(token), bias)).collect();
+    logit_bias.sort_unstable_by_key(|(token, _)| *token);
+    SamplingParams {
+        temperature: options.temperature.unwrap_or(defaults.temperature),
+        top_k: options.top_k.unwrap_or(defaults.top_k),
+        top_p: options.top_p.unwrap_or(defaults.top_p),
+        min_p: options.min_p.unwrap_or(defaults.min_p),
+        repetition_penalty: options.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+        presence_penalty: options.presence_penalty.unwrap_or(defaults.presence_penalty),
+        frequency_penalty: options.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+        logit_bias,
+        seed: options.seed.unwrap_or(drawn_seed),
+        n_logprobs: options.logprobs,
+    }
+}
+
+fn stop_problems(served: &Served, stop: &proto::StopOptions) -> Vec<String> {
+    let mut problems = Vec::new();
+    if stop.max_tokens == Some(0) {
+        problems.push("max_tokens is 0; it must be at least 1".into());
+    }
+    if stop.strings.len() > MAX_STOP_STRINGS {
+        problems.push(format!("{} stop strings; at most {MAX_STOP_STRINGS} are taken", stop.strings.len()));
+    }
+    for (i, string) in stop.strings.iter().take(MAX_STOP_STRINGS).enumerate() {
+        if string.is_empty() || string.len() > MAX_STOP_STRING_BYTES {
+            let n = string.len();
+            problems.push(format!(
+                "stop string {i} has {n} bytes; it must have from 1 to {MAX_STOP_STRING_BYTES}"
+            ));
+        }
+    }
+    if stop.token_ids.len() > MAX_STOP_TOKENS {
+        problems.push(format!("{} stop tokens; at most {MAX_STOP_TOKENS} are taken", stop.token_ids.len()));
+    }
+    for id in stop.token_ids.iter().take(MAX_STOP_TOKENS).filter(|id| **id >= served.n_vocab) {
+        problems.push(format!("stop token {id} is not below {}, the size of the vocabulary", served.n_vocab));
+    }
+    problems
+}
+
+/// Puts prompt and options together. `max_tokens` is cut to what the context leaves.
+pub fn request(
+    served: &Served,
+    id: RequestId,
+    tokens: Vec<TokenId>,
+    (sampling, stop): (SamplingParams, proto::StopOptions),
+) -> Result<GenerateRequest, Status> {
+    let n_prompt = tokens.len();
+    let prompt = Prompt::new(tokens).ok_or_else(|| violation("input", "the prompt has no tokens"))?;
+    let Some(room) = served.context.checked_sub(n_prompt).filter(|room| *room > 0) else {
+        let problem = format!(
+            "the prompt has {n_prompt} tokens; the context holds {} and at least one is needed for the answer: \
+             shorten the prompt by {} tokens",
+            served.context,
+            n_prompt + 1 - served.context
+        );
+        return Err(violation("input", problem));
+    };
+    let max_tokens = stop.max_tokens.map_or(room, |max| room.min(max as usize));
+    if !Scheduler::could_fit(&served.limits, n_prompt + max_tokens) {
+        return Err(Status::failed_precondition(format!(
+            "{n_prompt} prompt tokens and {max_tokens} to generate never fit the KV pool of {} blocks of 16: ask for \
+             fewer, or start the server with more --kv-blocks",
+            served.limits.n_kv_blocks
+        )));
+    }
+    let stop = StopRules {
+        max_tokens: max_tokens as u32,
+        stop_strings: stop.strings,
+        stop_tokens: stop.token_ids.into_iter().map(TokenId).collect(),
+        ignore_eos: stop.ignore_eos.unwrap_or(false),
+    };
+    Ok(GenerateRequest { id, prompt, sampling, stop })
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    fn served() -> Served {
+        let limits = Limits { n_kv_blocks: 4, max_rows: 16, max_sequences: 4 };
+        Served { model: "tiny".into(), n_vocab: 10, context: 100, limits }
+    }
+
+    #[test]
+    fn an_unknown_model_is_not_found_and_the_served_one_named() {
+        let status = model(&served(), Some("huge")).unwrap_err();
+        assert_eq!(status.code(), Code::NotFound);
+        assert!(status.message().contains("\"tiny\""));
+        assert!(model(&served(), Some("tiny")).is_ok() && model(&served(), None).is_ok());
+    }
+
+    #[test]
+    fn all_violations_come_at_once() {
+        let sampling =
+            proto::SamplingOptions { temperature: Some(-1.0), top_p: Some(2.0), ..Default::default() };
+        let stop = proto::StopOptions {
+            max_tokens: Some(0),
+            strings: vec![String::new()],
+            token_ids: vec![10],
+            ignore_eos: None,
+        };
+        let status = options(&served(), Some(sampling), Some(stop), 1).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        for part in ["temperature is -1", "top_p is 2", "max_tokens is 0", "stop string 0", "stop token 10"] {
+            assert!(status.message().contains(part), "{part} in {}", status.message());
+        }
+    }
+
+    #[test]
+    fn zero_is_a_value_and_absence_a_default() {
+        let given = proto::SamplingOptions { temperature: Some(0.0), seed: Some(0), ..Default::default() };
+        let (params, _) = options(&served(), Some(given), None, 77).unwrap();
+        assert_eq!((params.temperature, params.seed), (0.0, 0));
+        let (params, _) = options(&served(), None, None, 77).unwrap();
+        assert_eq!((params.temperature, params.seed), (1.0, 77));
+    }
+
+    #[test]
+    fn sizes_are_held_against_context_and_pool() {
+        let request = |n_prompt: usize, max_tokens: Option<u32>| {
+            let stop = proto::StopOptions { max_tokens, ..Default::default() };
+            let tokens = vec![TokenId(1); n_prompt];
+            request(&served(), RequestId(1), tokens, (SamplingParams::greedy(), stop))
+        };
+        assert_eq!(request(10, Some(5)).unwrap().stop.max_tokens, 5);
+        assert_eq!(request(10, Some(54)).unwrap().stop.max_tokens, 54);
+        assert_eq!(request(10, Some(55)).unwrap_err().code(), Code::FailedPrecondition);
+        let status = request(100, Some(1)).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains("by 1 tokens"), "{}", status.message());
+        assert_eq!(request(0, Some(1)).unwrap_err().code(), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn inputs_are_bounded() {
+        use proto::generate_request::Input;
+        let code = |input| source(&served(), input).map(drop).map_err(|status| status.code());
+        assert_eq!(code(None), Err(Code::InvalidArgument));
+        assert_eq!(code(Some(Input::Prompt(String::new()))), Err(Code::InvalidArgument));
+        assert_eq!(code(Some(Input::Prompt("x".repeat(MAX_PROMPT_BYTES + 1)))), Err(Code::InvalidArgument));
+        assert_eq!(code(Some(Input::Chat(proto::Chat::default()))), Err(Code::InvalidArgument));
+        assert_eq!(
+            code(Some(Input::TokenIds(proto::TokenIds { ids: vec![10] }))),
+            Err(Code::InvalidArgument)
+        );
+        assert_eq!(code(Some(Input::TokenIds(proto::TokenIds { ids: vec![9] }))), Ok(()));
+    }
+}

@@ -1,0 +1,116 @@
+//! What a shard can be told. Nothing else in this crate reads flags or the environment.
+
+use std::{net::SocketAddr, path::PathBuf, thread};
+
+use clap::{Args, ValueEnum};
+use paceline_collectives::{BindSpec, Transport};
+use paceline_kernels::Isa;
+use paceline_telemetry::shutdown::ParentWatch;
+
+/// Flags of a shard.
+#[derive(Args, Clone, Debug)]
+pub struct Config {
+    /// Address to serve the coordinator on; port 0 takes a free one
+    #[arg(long, env = "PACELINE_SHARD_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// GGUF file, or directory with config.json and safetensors
+    #[arg(long, env = "PACELINE_MODEL")]
+    pub model: PathBuf,
+    /// Compute threads [default: all cores]
+    #[arg(long, env = "PACELINE_THREADS")]
+    pub threads: Option<usize>,
+    /// Instruction set of the kernels; all give the same bits
+    #[arg(long, env = "PACELINE_ISA", value_enum, default_value_t = IsaChoice::Auto)]
+    pub isa: IsaChoice,
+    /// Address to bind for other shards (collectives over TCP)
+    #[arg(long, env = "PACELINE_PEER_BIND", default_value = "127.0.0.1")]
+    pub peer_bind: String,
+    /// Host name or address under which other shards reach this one [default: the bound one]
+    #[arg(long, env = "PACELINE_PEER_HOST")]
+    pub peer_host: Option<String>,
+    /// How ranks exchange partial sums; auto takes shared memory when all are on one host
+    #[arg(long, env = "PACELINE_TRANSPORT", value_enum, default_value_t = TransportChoice::Auto)]
+    pub transport: TransportChoice,
+    /// Print one JSON object a line on standard output for each event (listening)
+    #[arg(long)]
+    pub events: bool,
+    /// Shut down when standard input is closed, so that the process never outlives its parent
+    #[arg(long)]
+    pub exit_with_stdin: bool,
+}
+
+/// Names of instruction sets.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub enum IsaChoice {
+    Auto,
+    Scalar,
+    Avx2,
+    Avx512,
+    Avx512vnni,
+}
+
+/// Names of transports.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub enum TransportChoice {
+    Auto,
+    SharedMemory,
+    Tcp,
+}
+
+impl From<TransportChoice> for Transport {
+    fn from(choice: TransportChoice) -> Self {
+        match choice {
+            TransportChoice::Auto => Self::Auto,
+            TransportChoice::SharedMemory => Self::SharedMemory,
+            TransportChoice::Tcp => Self::Tcp,
+        }
+    }
+}
+
+impl Config {
+    /// Where this shard's collective listens.
+    pub fn peer_binding(&self) -> BindSpec {
+        BindSpec { host: self.peer_bind.clone(), port: 0, advertised_host: self.peer_host.clone() }
+    }
+
+    /// Whether standard input is watched.
+    pub fn parent_watch(&self) -> ParentWatch {
+        if self.exit_with_stdin { ParentWatch::Stdin } else { ParentWatch::Off }
+    }
+
+    /// Threads to compute with.
+    ///
+    /// # Errors
+    /// When none or more than 1024 are asked for.
+    pub fn n_threads(&self) -> anyhow::Result<usize> {
+        let n_cores = thread::available_parallelism().map_or(1, |n| n.get());
+        let n_threads = self.threads.unwrap_or(n_cores);
+        anyhow::ensure!(
+            (1..=1024).contains(&n_threads),
+            "--threads is {n_threads}; it must be from 1 to 1024"
+        );
+        Ok(n_threads)
+    }
+
+    /// The instruction set to use.
+    ///
+    /// # Errors
+    /// When this machine does not have the one asked for.
+    pub fn isa(&self) -> anyhow::Result<Isa> {
+        let isa = match self.isa {
+            IsaChoice::Auto => Isa::detect(),
+            IsaChoice::Scalar => Isa::Scalar,
+            IsaChoice::Avx2 => Isa::Avx2,
+            IsaChoice::Avx512 => Isa::Avx512,
+            IsaChoice::Avx512vnni => Isa::Avx512Vnni,
+        };
+        anyhow::ensure!(
+            isa.is_available(),
+            "--isa asks for {isa:?}, which this processor lacks; it has {:?}",
+            Isa::available()
+        );
+        Ok(isa)
+    }
+}

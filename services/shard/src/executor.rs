@@ -1,0 +1,317 @@
+//! The thread that owns model, KV memory and collective. Plans come in, results go out, in order; it ends at the
+//! first failure, because ranks must never disagree about what was done.
+
+use std::{
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use paceline_checkpoint::Checkpoint;
+use paceline_collectives::{
+    AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
+};
+use paceline_domain::{ErrorKind, KvType, StepNumber, StepPlan, StepResult, StepTimings};
+use paceline_kernels::{Kernels, Pinning, ThreadPool};
+use paceline_model::{Batch, Capacity, Decoder, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan};
+use paceline_wire::shard as proto;
+use tokio::sync::mpsc::Sender;
+use tonic::Status;
+use tracing::{Span, field, info_span};
+
+use crate::{
+    sampler::{LogitSlices, Sampler},
+    sequences::{PlanError, Sequences},
+};
+
+/// Plans that may wait for the executor; the coordinator never runs further ahead.
+pub const MAX_PLANS_AHEAD: usize = 4;
+/// How long ranks may take to find each other; all were told at the same moment.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What a process computes with, whatever group it joins.
+#[derive(Clone)]
+pub struct Machine {
+    /// The open model file.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Its architecture.
+    pub config: Arc<ModelConfig>,
+    /// Chosen kernels.
+    pub kernels: &'static Kernels,
+    /// Compute threads.
+    pub n_threads: usize,
+    /// How ranks exchange partial sums.
+    pub transport: Transport,
+}
+
+/// A rank's place in a group.
+pub struct Place {
+    /// The message that assigned it.
+    pub form: proto::Form,
+    /// Where the peers expect this rank.
+    pub endpoint: Endpoint,
+    /// Set to leave every wait at once.
+    pub abort: AbortFlag,
+}
+
+/// A plan with the trace it belongs to.
+pub struct TracedPlan {
+    /// The plan.
+    pub plan: StepPlan,
+    /// W3C `traceparent` and `tracestate`; empty when not traced.
+    pub trace: (String, String),
+}
+
+/// Why an executor ended.
+#[derive(thiserror::Error, Debug)]
+pub enum ExecutorError {
+    /// The group cannot be formed as asked.
+    #[error("cannot form the group: {0}")]
+    Form(String),
+    /// A plan contradicts what is here.
+    #[error("plan refused: {0}")]
+    Plan(#[from] PlanError),
+    /// The epoch or the step number is not the expected one.
+    #[error("stale or missing plan: {0}")]
+    Order(String),
+    /// Loading or the forward pass failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A peer is gone or too late.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+}
+
+impl ExecutorError {
+    /// Whose fault it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Form(_) => ErrorKind::Unfit,
+            Self::Plan(_) | Self::Order(_) => ErrorKind::Bug,
+            Self::Model(error) => error.kind(),
+            Self::Collective(error) => error.kind(),
+        }
+    }
+}
+
+/// What goes back to the coordinator.
+pub type Outbox = Sender<Result<proto::ShardMessage, Status>>;
+
+/// Starts the thread. It ends when `plans` is closed, after the first failure, or when the abort flag is set.
+///
+/// # Errors
+/// When the system gives no thread.
+pub fn start(
+    machine: Machine,
+    place: Place,
+    plans: mpsc::Receiver<TracedPlan>,
+    outbox: Outbox,
+) -> std::io::Result<thread::JoinHandle<()>> {
+    let rank = place.form.rank;
+    thread::Builder::new().name(format!("executor-{rank}")).spawn(move || {
+        let abort = place.abort.clone();
+        if let Err(error) = serve(machine, place, &plans, &outbox) {
+            // Peers that wait for this rank find out by themselves; the coordinator is told why.
+            if abort.is_set() {
+                tracing::debug!(rank, %error, "executor left its group");
+            } else {
+                tracing::error!(rank, %error, "executor ended");
+            }
+            let _ = outbox.blocking_send(Err(paceline_wire::status::status(error.kind(), error.to_string())));
+        }
+    })
+}
+
+fn serve(
+    machine: Machine,
+    place: Place,
+    plans: &mpsc::Receiver<TracedPlan>,
+    outbox: &Outbox,
+) -> Result<(), ExecutorError> {
+    let mut executor = Executor::form(machine, place, outbox)?;
+    while let Ok(traced) = plans.recv() {
+        let result = executor.step(&traced)?;
+        let message = proto::shard_message::Message::Result((&result).into());
+        if outbox.blocking_send(Ok(proto::ShardMessage { message: Some(message) })).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+struct Executor {
+    epoch: u64,
+    rank: usize,
+    last_step: StepNumber,
+    n_usable_vocab: usize,
+    decoder: Decoder,
+    collective: Box<dyn Collective>,
+    sequences: Sequences,
+    sampler: Sampler,
+}
+
+impl Executor {
+    fn form(machine: Machine, place: Place, outbox: &Outbox) -> Result<Self, ExecutorError> {
+        let form = place.form;
+        let (rank, n_ranks) = (form.rank as usize, form.peer_addresses.len());
+        let kv_type = KvType::from_name(&form.kv_type)
+            .ok_or_else(|| ExecutorError::Form(format!("KV type {:?} is not f16 or f32", form.kv_type)))?;
+        let spec = group_spec(&form, machine.transport, place.abort)?;
+        let collective = paceline_collectives::connect(place.endpoint, &spec)?;
+        let plan = SplitPlan::new(&machine.config, n_ranks)?;
+        let progress = |progress: LoadProgress| {
+            let LoadProgress { done_bytes, total_bytes } = progress;
+            let loading = proto::Loading { done_bytes, total_bytes };
+            let message = Some(proto::shard_message::Message::Loading(loading));
+            // A full outbox only loses a progress report.
+            let _ = outbox.try_send(Ok(proto::ShardMessage { message }));
+        };
+        let capacity = Capacity {
+            kv_type,
+            n_kv_blocks: form.n_kv_blocks as usize,
+            max_rows: form.max_rows as usize,
+            max_output_rows: form.max_sampled_rows as usize,
+        };
+        let decoder = Decoder::load(&LoadSpec {
+            checkpoint: &machine.checkpoint,
+            config: &machine.config,
+            plan: &plan,
+            rank,
+            capacity,
+            kernels: machine.kernels,
+            pool: Arc::new(ThreadPool::new(machine.n_threads, Pinning::None)),
+            progress: &progress,
+        })?;
+        let (weight_bytes, kv_bytes) = decoder.memory_bytes();
+        let ready = proto::Ready {
+            epoch: form.epoch,
+            numerics: decoder.fingerprint().numerics,
+            isa: machine.kernels.isa().name().into(),
+            threads: machine.n_threads as u32,
+            weight_bytes: weight_bytes as u64,
+            kv_bytes: kv_bytes as u64,
+        };
+        let message = Some(proto::shard_message::Message::Ready(ready));
+        let _ = outbox.blocking_send(Ok(proto::ShardMessage { message }));
+        Ok(Self {
+            epoch: form.epoch,
+            rank,
+            last_step: StepNumber(0),
+            n_usable_vocab: form.vocabulary_tokens as usize,
+            decoder,
+            collective,
+            sequences: Sequences::new(form.n_kv_blocks),
+            sampler: Sampler::default(),
+        })
+    }
+
+    fn step(&mut self, traced: &TracedPlan) -> Result<StepResult, ExecutorError> {
+        let plan = &traced.plan;
+        if plan.epoch.0 != self.epoch || plan.step.0 != self.last_step.0 + 1 {
+            return Err(ExecutorError::Order(format!(
+                "epoch {} step {} after epoch {} step {}",
+                plan.epoch, plan.step, self.epoch, self.last_step
+            )));
+        }
+        let started = Instant::now();
+        let span = self.span(traced);
+        let _entered = span.enter();
+        self.sequences.begin(plan)?;
+        let samples = self.forward_and_sample(plan)?;
+        self.last_step = plan.step;
+        let stats = self.collective.take_stats();
+        let timings = StepTimings {
+            total_us: started.elapsed().as_micros() as u64,
+            collective_wait_us: stats.wait.as_micros() as u64,
+            collective_bytes: stats.bytes_sent,
+        };
+        span.record("collective_wait_us", timings.collective_wait_us);
+        span.record("compute_us", timings.total_us.saturating_sub(timings.collective_wait_us));
+        span.record("collective_bytes", timings.collective_bytes);
+        Ok(StepResult { epoch: plan.epoch, step: plan.step, samples, timings })
+    }
+
+    fn span(&self, traced: &TracedPlan) -> Span {
+        let span = info_span!(
+            "forward",
+            rank = self.rank,
+            epoch = self.epoch,
+            step = traced.plan.step.0,
+            n_rows = traced.plan.n_rows(),
+            compute_us = field::Empty,
+            collective_wait_us = field::Empty,
+            collective_bytes = field::Empty,
+        );
+        paceline_telemetry::context::adopt_headers(&span, &traced.trace.0, &traced.trace.1);
+        span
+    }
+
+    fn forward_and_sample(
+        &mut self,
+        plan: &StepPlan,
+    ) -> Result<Vec<paceline_domain::SequenceSamples>, ExecutorError> {
+        if plan.chunks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = Rows::of(plan);
+        let block_tables: Vec<_> =
+            plan.chunks.iter().map(|chunk| self.sequences.get(chunk.sequence).blocks.as_slice()).collect();
+        let batch = Batch {
+            tokens: &rows.tokens,
+            positions: &rows.positions,
+            sequence_of_row: &rows.sequence_of_row,
+            block_tables: &block_tables,
+            output_rows: &rows.output_rows,
+        };
+        let logits = self.decoder.forward(&batch, self.collective.as_mut())?;
+        let slices =
+            LogitSlices { values: logits.values, vocab: logits.vocab_range, n_usable: self.n_usable_vocab };
+        Ok(self.sampler.sample(plan, &mut self.sequences, &slices, self.collective.as_mut())?)
+    }
+}
+
+/// A plan as flat rows.
+#[derive(Default)]
+struct Rows {
+    tokens: Vec<paceline_domain::TokenId>,
+    positions: Vec<u32>,
+    sequence_of_row: Vec<u32>,
+    output_rows: Vec<usize>,
+}
+
+impl Rows {
+    fn of(plan: &StepPlan) -> Self {
+        let mut rows = Self::default();
+        for (chunk_idx, chunk) in plan.chunks.iter().enumerate() {
+            let n_tokens = chunk.tokens.len();
+            rows.tokens.extend_from_slice(&chunk.tokens);
+            rows.positions.extend(chunk.start_pos..chunk.start_pos + n_tokens as u32);
+            rows.sequence_of_row.extend(std::iter::repeat_n(chunk_idx as u32, n_tokens));
+            let end = rows.tokens.len();
+            rows.output_rows.extend(end - chunk.n_sampled as usize..end);
+        }
+        rows
+    }
+}
+
+fn group_spec(
+    form: &proto::Form,
+    transport: Transport,
+    abort: AbortFlag,
+) -> Result<GroupSpec, ExecutorError> {
+    let peers =
+        form.peer_addresses.iter().map(|address| address.parse()).collect::<Result<Vec<PeerAddress>, _>>()?;
+    let secret = form.secret.as_slice().try_into().map_err(|_| {
+        ExecutorError::Form(format!("the secret has {} bytes instead of 32", form.secret.len()))
+    })?;
+    Ok(GroupSpec {
+        rank: form.rank as usize,
+        epoch: paceline_domain::Epoch(form.epoch),
+        peers,
+        secret,
+        transport,
+        connect_deadline: CONNECT_DEADLINE,
+        deadline: Duration::from_millis(form.collective_deadline_ms),
+        abort,
+    })
+}

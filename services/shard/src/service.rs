@@ -1,0 +1,216 @@
+//! The gRPC session: handshake, then plans in and results out. It holds no model state; closing the stream frees
+//! everything. A session with a higher epoch takes the place of an older one.
+
+use std::{
+    pin::Pin,
+    sync::{Mutex, mpsc},
+};
+
+use futures_util::{Stream, StreamExt as _};
+use paceline_collectives::{AbortFlag, BindSpec, Endpoint};
+use paceline_domain::{ErrorKind, StepPlan, group::PROTOCOL_VERSION};
+use paceline_wire::{
+    shard::{
+        CoordinatorMessage, Form, Hello, ShardMessage, Welcome, coordinator_message, shard_message,
+        shard_server::Shard,
+    },
+    status::status,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::executor::{self, MAX_PLANS_AHEAD, Machine, Outbox, Place, TracedPlan};
+
+/// Serves one session at a time.
+pub struct ShardService {
+    machine: Machine,
+    binding: BindSpec,
+    active: Mutex<Option<Active>>,
+}
+
+/// The session that holds the shard.
+struct Active {
+    epoch: u64,
+    abort: AbortFlag,
+}
+
+impl ShardService {
+    /// A free shard.
+    pub fn new(machine: Machine, binding: BindSpec) -> Self {
+        Self { machine, binding, active: Mutex::new(None) }
+    }
+
+    /// Checks a Hello and fences the session before it, if there is one.
+    fn admit(&self, hello: &Hello, abort: &AbortFlag) -> Result<(), Status> {
+        if hello.protocol != PROTOCOL_VERSION {
+            let message = format!(
+                "the coordinator speaks protocol {}, this shard {PROTOCOL_VERSION}: run the same version of both",
+                hello.protocol
+            );
+            return Err(Status::failed_precondition(message));
+        }
+        let own = self.machine.checkpoint.digest();
+        if hello.model_digest != own.0 {
+            let theirs: String = hello.model_digest.iter().map(|byte| format!("{byte:02x}")).collect();
+            let message = format!(
+                "the coordinator serves model {theirs}, this shard has {own}: give both the same --model"
+            );
+            return Err(Status::failed_precondition(message));
+        }
+        let mut active = self.active.lock().expect("invariant: no panic while the lock is held");
+        if let Some(active) = active.as_ref() {
+            if hello.epoch <= active.epoch {
+                let message = format!("epoch {} is not above the running one, {}", hello.epoch, active.epoch);
+                return Err(Status::aborted(message));
+            }
+            active.abort.abort();
+        }
+        *active = Some(Active { epoch: hello.epoch, abort: abort.clone() });
+        Ok(())
+    }
+}
+
+type MessageStream = Pin<Box<dyn Stream<Item = Result<ShardMessage, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Shard for ShardService {
+    type SessionStream = MessageStream;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<CoordinatorMessage>>,
+    ) -> Result<Response<MessageStream>, Status> {
+        let mut inbox = request.into_inner();
+        let Some(coordinator_message::Message::Hello(hello)) = next(&mut inbox).await? else {
+            return Err(Status::invalid_argument("a session begins with Hello"));
+        };
+        let abort = AbortFlag::new();
+        self.admit(&hello, &abort)?;
+        let endpoint =
+            Endpoint::bind(&self.binding).map_err(|error| status(error.kind(), error.to_string()))?;
+        let welcome = Welcome {
+            protocol: PROTOCOL_VERSION,
+            peer_address: endpoint.address().to_string(),
+            model_digest: self.machine.checkpoint.digest().0.to_vec(),
+            memory_bytes: 0,
+        };
+        let (outbox, messages) = tokio::sync::mpsc::channel(64);
+        let session =
+            Session { machine: self.machine.clone(), epoch: hello.epoch, abort: abort.clone(), outbox };
+        session.send(shard_message::Message::Welcome(welcome)).await;
+        tokio::spawn(session.run(inbox, endpoint));
+        // The coordinator may vanish without a word: then the response stream is dropped, and the executor with it.
+        let guard = AbortOnDrop(abort);
+        let messages = ReceiverStream::new(messages).map(move |message| {
+            let _held = &guard;
+            message
+        });
+        Ok(Response::new(Box::pin(messages)))
+    }
+}
+
+struct AbortOnDrop(AbortFlag);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+struct Session {
+    machine: Machine,
+    epoch: u64,
+    abort: AbortFlag,
+    outbox: Outbox,
+}
+
+impl Session {
+    async fn send(&self, message: shard_message::Message) {
+        let _ = self.outbox.send(Ok(ShardMessage { message: Some(message) })).await;
+    }
+
+    async fn run(self, inbox: Streaming<CoordinatorMessage>, endpoint: Endpoint) {
+        let outcome = self.drive(inbox, endpoint).await;
+        self.abort.abort();
+        if let Err(status) = outcome {
+            tracing::warn!(epoch = self.epoch, code = ?status.code(), message = status.message(), "session ended");
+            let _ = self.outbox.send(Err(status)).await;
+        }
+    }
+
+    async fn drive(
+        &self,
+        mut inbox: Streaming<CoordinatorMessage>,
+        endpoint: Endpoint,
+    ) -> Result<(), Status> {
+        let form = match next(&mut inbox).await? {
+            Some(coordinator_message::Message::Form(form)) => form,
+            Some(_) => return Err(Status::invalid_argument("Hello is followed by Form")),
+            None => return Ok(()),
+        };
+        check_form(&form, self.epoch)?;
+        let (plans, plan_queue) = mpsc::sync_channel(MAX_PLANS_AHEAD);
+        let place = Place { form, endpoint, abort: self.abort.clone() };
+        let executor = executor::start(self.machine.clone(), place, plan_queue, self.outbox.clone())
+            .map_err(|error| {
+                status(ErrorKind::Unavailable, format!("no thread for the executor: {error}"))
+            })?;
+        let fed = self.feed(&mut inbox, plans).await;
+        self.abort.abort();
+        // Joining may take one forward pass: not on a thread of the runtime.
+        match tokio::task::spawn_blocking(move || executor.join()).await {
+            Ok(Ok(())) => fed,
+            _ => Err(status(ErrorKind::Bug, "the executor panicked; its log says why")),
+        }
+    }
+
+    async fn feed(
+        &self,
+        inbox: &mut Streaming<CoordinatorMessage>,
+        plans: mpsc::SyncSender<TracedPlan>,
+    ) -> Result<(), Status> {
+        while let Some(message) = next(inbox).await? {
+            let coordinator_message::Message::Plan(mut plan) = message else {
+                return Err(Status::invalid_argument("after Form only plans are sent"));
+            };
+            let trace = (std::mem::take(&mut plan.traceparent), std::mem::take(&mut plan.tracestate));
+            let plan =
+                StepPlan::try_from(plan).map_err(|error| Status::invalid_argument(error.to_string()))?;
+            match plans.try_send(TracedPlan { plan, trace }) {
+                Ok(()) => {}
+                Err(mpsc::TrySendError::Full(_)) => {
+                    return Err(Status::resource_exhausted(format!(
+                        "more than {MAX_PLANS_AHEAD} plans ahead"
+                    )));
+                }
+                // The executor has said why it ended.
+                Err(mpsc::TrySendError::Disconnected(_)) => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_form(form: &Form, epoch: u64) -> Result<(), Status> {
+    let n_ranks = form.peer_addresses.len();
+    if form.epoch != epoch {
+        return Err(Status::aborted(format!("Form of epoch {} in a session of epoch {epoch}", form.epoch)));
+    }
+    if form.rank as usize >= n_ranks {
+        return Err(Status::invalid_argument(format!("rank {} of {n_ranks}", form.rank)));
+    }
+    if form.n_kv_blocks == 0 || form.max_rows == 0 || form.vocabulary_tokens == 0 {
+        return Err(Status::invalid_argument("Form needs KV blocks, rows and a vocabulary"));
+    }
+    Ok(())
+}
+
+async fn next(
+    inbox: &mut Streaming<CoordinatorMessage>,
+) -> Result<Option<coordinator_message::Message>, Status> {
+    match inbox.message().await? {
+        Some(CoordinatorMessage { message: Some(message) }) => Ok(Some(message)),
+        Some(_) => Err(Status::invalid_argument("an empty or unknown message")),
+        None => Ok(None),
+    }
+}
