@@ -3,10 +3,10 @@
 //!
 //! # Memory
 //! Opening allocates at most 1.4 bytes for each byte of a GGUF file and at most 2 bytes for each byte of a
-//! safetensors file, plus some KiB, however the header is made: metadata is kept as one copy of its bytes with four
-//! bytes of index per entry (a numeric array stays as compact as in the file), a tensor costs 32 bytes plus its name
-//! and its dimensions, and each vector is allocated once, after the items have been seen. The JSON files beside a
-//! safetensors file are bounded by their own limits below.
+//! safetensors file (1.1 when no name is written with escapes), plus some KiB, however the header is made. Metadata
+//! is kept as one copy of its bytes with four bytes of index per entry, so a numeric array stays as compact as in the
+//! file; a tensor costs 32 bytes plus its name and its dimensions; each vector is allocated once, after the items
+//! have been seen. The JSON files beside a safetensors file are bounded by their own limits below.
 
 /// Longest string value of a GGUF file, in bytes (chat templates are the long ones).
 pub const MAX_STRING_BYTES: u64 = 16 << 20;

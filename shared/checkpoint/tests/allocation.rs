@@ -57,7 +57,7 @@ struct Bench {
 impl Bench {
     fn check(&mut self, name: &str, extension: &str, bytes: &[u8]) {
         let path = self.directory.path().join(format!("model.{extension}"));
-        std::fs::write(&path, bytes).unwrap();
+        std::fs::write(&path, bytes).expect("the directory is ours");
         let (peak, is_taken) = peak_of_opening(&path);
         let limit = 2 * bytes.len() + CONSTANT;
         assert!(peak <= limit, "{name}: {peak} bytes on the heap for a file of {}", bytes.len());
@@ -113,6 +113,14 @@ fn gluttons(bench: &mut Bench) {
     bench.safetensors("a long shape", &format!(r#"{{"t":{{"dtype":"F16","shape":[{digits}1]}}}}"#), 0);
     bench.safetensors("a long name", &format!(r#"{{"{long}":{{}}}}"#), 0);
     bench.safetensors("a long name with an escape", &format!(r#"{{"{long}\n":{{}}}}"#), 0);
+    let escaped = "\\u0041".repeat(60_000);
+    let entry = r#"{"dtype":"F16","shape":[1],"data_offsets":[0,2]}"#;
+    bench.safetensors("a name of escapes", &format!(r#"{{"{escaped}":{entry}}}"#), 2);
+    bench.safetensors(
+        "a name and a type of escapes",
+        &format!(r#"{{"{escaped}":{{"dtype":"{escaped}"}}}}"#),
+        2,
+    );
     bench.safetensors("a long type", &format!(r#"{{"t":{{"dtype":"{long}\n"}}}}"#), 0);
     bench.safetensors("a long string for a number", &format!(r#"{{"t":{{"shape":["{long}"]}}}}"#), 0);
     bench.safetensors("a long field name", &format!(r#"{{"t":{{"{long}":0}}}}"#), 0);
@@ -128,10 +136,11 @@ fn next(state: &mut u64) -> u64 {
 
 /// Files with a few bytes or fields overwritten in their headers.
 fn damaged(bench: &mut Bench) {
-    let gguf = samples::gguf().metadata("list.long", vec![3u16; 30_000]).to_bytes().unwrap();
+    let gguf =
+        samples::gguf().metadata("list.long", vec![3u16; 30_000]).to_bytes().expect("the sample is valid");
     let safetensors = samples::valid_safetensors();
     let mut state = 20_260_101;
-    for round in 0..3000 {
+    for round in 0..1000 {
         for (extension, file, header_bytes) in [("gguf", &gguf, 1500), ("safetensors", &safetensors, 300)] {
             let mut file = file.clone();
             for _ in 0..=round % 3 {
@@ -157,5 +166,5 @@ fn opening_takes_at_most_twice_the_file() {
     gluttons(&mut bench);
     damaged(&mut bench);
     println!("{} taken, {} refused, at most {:.2}", bench.n_taken, bench.n_refused, bench.worst);
-    assert!(bench.n_taken > 100 && bench.n_refused > 1000, "faults of both kinds are in the set");
+    assert!(bench.n_taken > 100 && bench.n_refused > 500, "faults of both kinds are in the set");
 }

@@ -13,9 +13,9 @@ fn refusal(path: &Path) -> CheckpointError {
 
 /// A directory with these files.
 fn directory(files: &[(&str, &[u8])]) -> tempfile::TempDir {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().expect("there is room");
     for (name, bytes) in files {
-        std::fs::write(directory.path().join(name), bytes).unwrap();
+        std::fs::write(directory.path().join(name), bytes).expect("the directory is ours");
     }
     directory
 }
@@ -23,7 +23,8 @@ fn directory(files: &[(&str, &[u8])]) -> tempfile::TempDir {
 #[test]
 fn messages_say_what_to_do() {
     let weights = samples::valid_safetensors();
-    let cases: [(&[(&str, &[u8])], &str, &str); 8] = [
+    type Files<'a> = &'a [(&'a str, &'a [u8])];
+    let cases: [(Files<'_>, &str, &str); 8] = [
         (&[("m.gguf", b"")], "m.gguf", "the file is empty; download it again"),
         (&[("m.bin", b"PK\x03\x04")], "m.bin", "neither a GGUF nor a safetensors file; give one of those"),
         (&[("m.gguf", b"<html>404")], "m.gguf", "not a GGUF file"),

@@ -137,7 +137,7 @@ fn open_safetensors(file: Vec<u8>) -> Result<Checkpoint, CheckpointError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(20_000))]
+    #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn damaged_gguf_files_are_read_or_refused(faults in prop::collection::vec(fault(), 1..5)) {

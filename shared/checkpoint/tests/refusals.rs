@@ -178,7 +178,7 @@ fn getters_name_the_key_and_both_types() {
 fn the_writer_refuses_what_the_reader_would() {
     let tensor = |name: &str, shape: &[usize], n_bytes| {
         let writer = GgufWriter::new().tensor(name, WeightType::Q8_0, shape, vec![0; n_bytes]);
-        writer.to_bytes().err().expect("it is refused").to_string()
+        writer.to_bytes().expect_err("it is refused").to_string()
     };
     assert!(tensor("t", &[2, 32], 67).contains("shape [2, 32] needs 68 bytes, not 67"));
     assert!(tensor("t", &[2, 31], 68).contains("not a multiple of q8_0's block of 32"));

@@ -87,11 +87,10 @@ impl Addition {
                     *dst = left + right;
                 }
             }
-            (Operand::Register(_), Operand::Part { rank, subtree }) => {
-                dst.iter_mut().zip(part(rank, subtree)).for_each(|(left, right)| *left += right);
-            }
-            (Operand::Part { rank, subtree }, Operand::Register(_)) => {
-                dst.iter_mut().zip(part(rank, subtree)).for_each(|(right, left)| *right = left + *right);
+            // An f32 sum has the same bits either way round.
+            (Operand::Register(_), Operand::Part { rank, subtree })
+            | (Operand::Part { rank, subtree }, Operand::Register(_)) => {
+                dst.iter_mut().zip(part(rank, subtree)).for_each(|(sum, next)| *sum += next);
             }
             (Operand::Register(_), Operand::Register(_)) => {
                 // By the stack order the right one is the register after `dst`.

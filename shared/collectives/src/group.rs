@@ -3,7 +3,9 @@
 use crate::collective::{AbortFlag, Collective};
 use crate::endpoint::{Endpoint, PeerAddress};
 use crate::error::CollectiveError;
+use crate::handover;
 use crate::solo::Solo;
+use crate::tcp;
 use paceline_domain::Epoch;
 use std::fmt;
 use std::time::Duration;
@@ -66,8 +68,18 @@ pub fn connect(endpoint: Endpoint, spec: &GroupSpec) -> Result<Box<dyn Collectiv
             spec.rank
         )));
     }
-    if n_ranks == 1 {
-        return Ok(Box::new(Solo::new()));
-    }
-    Ok(Box::new(crate::shared_memory::connect(&endpoint, spec)?))
+    let is_one_host = spec.peers.iter().all(|peer| peer.is_same_host(endpoint.address()));
+    let (collective, transport): (Box<dyn Collective>, _) = match spec.transport {
+        _ if n_ranks == 1 => (Box::new(Solo::new()), "solo"),
+        Transport::SharedMemory if !is_one_host => {
+            let reason = "shared memory was asked for, but the ranks are on several hosts".to_owned();
+            return Err(CollectiveError::Group(reason));
+        }
+        Transport::Auto | Transport::SharedMemory if is_one_host => {
+            (Box::new(handover::connect(&endpoint, spec)?), "shared memory")
+        }
+        _ => (Box::new(tcp::connect(&endpoint, spec)?), "TCP"),
+    };
+    tracing::info!(rank = spec.rank, n_ranks, epoch = spec.epoch.0, transport, "joined the group");
+    Ok(collective)
 }

@@ -14,19 +14,25 @@
 //! * [`finish`] – the order of additions that finishes a tree, compiled once
 //! * [`solo`] – a group of one
 //! * `hello` – how two ranks prove the group's secret to each other
-//! * `shared_memory` – ranks of one host: slots in one region; `region` holds all of its unsafe code
-//! * `tcp` – ranks on several hosts: full mesh of framed streams
+//! * [`shared_memory`] – ranks of one host: slots in one region and the protocol that makes access sound
+//! * `handover` – how they come to share it
+//! * `region` – layout of and raw access to that memory
+//! * [`tcp`] – ranks on several hosts: full mesh of streams
+//! * `frame` – frames on such a stream
 //! * `wait` – deadline, abort flag and spinning, for all transports
 
 pub mod collective;
 pub mod endpoint;
 pub mod error;
 pub mod finish;
+mod frame;
 pub mod group;
+mod handover;
 mod hello;
 mod region;
 pub mod shared_memory;
 pub mod solo;
+pub mod tcp;
 mod wait;
 
 pub use collective::{AbortFlag, Collective, CollectiveStats};
@@ -35,3 +41,4 @@ pub use error::CollectiveError;
 pub use group::{GroupSpec, Transport, connect};
 pub use shared_memory::SharedMemory;
 pub use solo::Solo;
+pub use tcp::Tcp;

@@ -1,5 +1,5 @@
-//! The memory that ranks of one host share: its layout and all unsafe code of this crate. The protocol that makes
-//! the accesses sound is in `shared_memory`.
+//! The memory that ranks of one host share: its layout and raw access. The protocol that makes accesses sound is in
+//! `shared_memory`.
 //!
 //! One anonymous file, sealed against resizing so that no access can fault, mapped by every rank:
 //! header, one [`Control`] per rank, then two slots (for odd and even pieces) per rank: [`SlotHeader`] and

@@ -23,30 +23,20 @@
 //! that purpose: rank 0 then sets `left` in its place, and the death of rank 0 is seen by all.
 
 use crate::collective::{Collective, CollectiveStats, MAX_GATHER_BYTES, OpKind};
-use crate::endpoint::{Endpoint, unix_address};
 use crate::error::CollectiveError;
 use crate::finish::FinishPlans;
-use crate::group::GroupSpec;
-use crate::hello::{Greeter, accept_all, is_pause};
+use crate::hello::is_pause;
 use crate::region::{Control, Region, SLOT_BYTES};
 use crate::solo::check_shapes;
-use crate::wait::{Limits, NAP, SPINS_PER_LOOK, Watch, spin_time};
+use crate::wait::{Limits, SPINS_PER_LOOK, Watch};
 use paceline_domain::{Epoch, ReduceTree};
 use rustix::event::Timespec;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
 use rustix::thread::futex;
-use std::io::{ErrorKind, IoSlice, IoSliceMut, Read};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Tells this transport from others in a hello.
-const TRANSPORT: u32 = 1;
 const FLOAT_BYTES: usize = size_of::<f32>();
 
 /// A rank among ranks of the same host.
@@ -73,39 +63,9 @@ struct Sizes {
     n_bytes: usize,
 }
 
-/// Meets the peers and shares rank 0's region with them.
-pub(crate) fn connect(endpoint: &Endpoint, spec: &GroupSpec) -> Result<SharedMemory, CollectiveError> {
-    let n_ranks = spec.peers.len();
-    let limits =
-        Limits { deadline: spec.connect_deadline, abort: spec.abort.clone(), spin: spin_time(n_ranks) };
-    let watch = limits.watch("joining the group");
-    let greeter =
-        Greeter { rank: spec.rank, n_ranks, epoch: spec.epoch, transport: TRANSPORT, secret: &spec.secret };
-    let mut links: Vec<Option<UnixStream>> = (0..n_ranks).map(|_| None).collect();
-    let region = if spec.rank == 0 {
-        let (region, fd) = Region::create(n_ranks, spec.epoch)?;
-        for (rank, link) in accept_all(&endpoint.unix, &greeter, (1..n_ranks).collect(), &limits, &watch)? {
-            send_descriptor(&link, &fd).map_err(|_| watch.left(rank))?;
-            links[rank] = Some(link);
-        }
-        region
-    } else {
-        let mut link =
-            UnixStream::connect_addr(&unix_address(&spec.peers[0].unix_name)?).map_err(|_| watch.left(0))?;
-        greeter.greet(&mut link, 0, &watch)?;
-        let fd = receive_descriptor(&link, &watch)?;
-        links[0] = Some(link);
-        Region::attach(fd.as_fd(), n_ranks, spec.epoch)?
-    };
-    for link in links.iter().flatten() {
-        link.set_nonblocking(true).map_err(CollectiveError::io("configuring a unix socket"))?;
-    }
-    let limits = Limits { deadline: spec.deadline, ..limits };
-    Ok(SharedMemory::new(region, spec.rank, links, spec.epoch, limits))
-}
-
 impl SharedMemory {
-    fn new(
+    /// A member whose peers all have, or will have, this region.
+    pub(crate) fn new(
         region: Region,
         rank: usize,
         links: Vec<Option<UnixStream>>,
@@ -172,7 +132,7 @@ impl SharedMemory {
                 }
                 let n_bytes = tree.subtrees(peer).len() * len * FLOAT_BYTES;
                 // SAFETY: `await_piece` has seen this piece published, and its owner overwrites it only after this
-                // rank's next piece but one ("Why no piece is read while it is written").
+                // rank has published its next piece ("Why no piece is read while it is written").
                 let slot = unsafe { region.read(peer, sequence, n_bytes) };
                 &bytemuck::cast_slice(slot)[subtree * len..][..len]
             };
@@ -406,43 +366,11 @@ fn wake_sleepers(control: &Control) {
     }
 }
 
-fn send_descriptor(link: &UnixStream, fd: &OwnedFd) -> rustix::io::Result<()> {
-    let fds = [fd.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-    sendmsg(link, &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL).map(|_| ())
-}
-
-fn receive_descriptor(link: &UnixStream, watch: &Watch) -> Result<OwnedFd, CollectiveError> {
-    link.set_read_timeout(Some(NAP)).map_err(CollectiveError::io("setting a read timeout"))?;
-    loop {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [0];
-        let received =
-            recvmsg(link, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC);
-        match received.map_err(std::io::Error::from) {
-            Ok(_) => {
-                let descriptor = ancillary.drain().find_map(|message| match message {
-                    RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-                    _ => None,
-                });
-                return descriptor.ok_or_else(|| watch.left(0));
-            }
-            Err(error) if is_pause(&error) => {
-                watch.nap(0)?;
-            }
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(watch.left(0)),
-            Err(error) => return Err(CollectiveError::io("receiving shared memory")(error)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::collective::AbortFlag;
+    use std::os::fd::AsFd;
 
     fn pair(epochs: [u64; 2]) -> [SharedMemory; 2] {
         let (first, fd) = Region::create(2, Epoch(epochs[0])).unwrap();

@@ -8,7 +8,7 @@
 //! * [`dispatch`] – the table of function pointers of one instruction set
 //! * [`pool`] – the thread pool: one job at a time, tasks claimed one by one
 //! * [`formats`] – what the blocks of every weight type mean
-//! * [`quantize`] – activations as int8 codes with a scale for each 32
+//! * [`quantize`] – activations as 16-bit codes with a scale for each 32
 //! * [`packed`] – weights repacked into tiles of 16 interleaved rows
 //! * [`linear`] – products of packed weights with activations
 //! * [`error`] – why weights cannot be packed

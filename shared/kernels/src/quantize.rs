@@ -1,9 +1,13 @@
-//! Quantization of activations: each row, each 32 elements, symmetric int8 with an f32 scale. It knows nothing of
-//! weights.
+//! Quantization of activations: each row, each 32 elements, symmetric 16-bit codes with an f32 scale. It knows
+//! nothing of weights.
 //!
-//! For the 32 elements x of a group: `scale = max |x| / 127`, `code = round_ties_even(x * (1 / scale))` clamped to
-//! -127..=127. A group whose largest magnitude is below [`VANISHING`] is all zero. A NaN or infinity makes the
+//! For the 32 elements x of a group: `scale = max |x| / MAX_CODE`, `code = round_ties_even(x * (1 / scale))` clamped
+//! to +-[`MAX_CODE`]. A group whose largest magnitude is below [`VANISHING`] is all zero. A NaN or infinity makes the
 //! scale of its group NaN or infinite, so that it shows in every product.
+//!
+//! The multiply units take 8 bits, so a code is `256 * high + low` with two i8: a product is two exact int8 products,
+//! and weights are still read once. Eight bits alone are too few: on a text of 2,000 tokens SmolLM2 then prefers
+//! another token than in f32 at 3.7 % of the positions, with 16 bits at 0.1 %.
 
 use crate::Kernels;
 use crate::formats::GROUP_LEN;
@@ -12,12 +16,23 @@ use crate::pool::ThreadPool;
 /// Magnitude below which a group is taken for zero (2^-100): the reciprocal of its scale might not be finite.
 pub const VANISHING: f32 = f32::from_bits((127 - 100) << 23);
 
+/// Largest code: the high byte of `code + 128` is at most 127.
+pub const MAX_CODE: i32 = 32_639;
+
+/// The bytes of 32 codes as the multiply unit takes them: 4 consecutive i8 in each i32, the first in the lowest byte.
+pub(crate) type Quads = [i32; GROUP_LEN / 4];
+
+/// [`MAX_CODE`] among numbers.
+const LIMIT: f32 = MAX_CODE as f32;
+
 /// 32 quantized activations.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct QuantizedGroup {
-    /// Codes as the multiply unit takes them: 4 consecutive i8 in each i32, the first in the lowest byte.
-    pub(crate) quads: [i32; GROUP_LEN / 4],
+    /// High bytes of the codes, -127..=127.
+    pub(crate) high: Quads,
+    /// Low bytes of the codes, -128..=127.
+    pub(crate) low: Quads,
     /// What one unit of a code is worth.
     pub(crate) scale: f32,
     /// `scale * (sum of the codes as f32)`; multiplies the minimum of weights.
@@ -28,8 +43,9 @@ pub struct QuantizedGroup {
 
 impl QuantizedGroup {
     /// The codes in column order.
-    pub fn codes(&self) -> [i8; GROUP_LEN] {
-        std::array::from_fn(|column| (self.quads[column / 4] >> (column % 4 * 8)) as i8)
+    pub fn codes(&self) -> [i16; GROUP_LEN] {
+        let byte = |quads: &Quads, column: usize| i16::from((quads[column / 4] >> (column % 4 * 8)) as i8);
+        std::array::from_fn(|column| 256 * byte(&self.high, column) + byte(&self.low, column))
     }
 
     /// What one unit of a code is worth.
@@ -111,7 +127,7 @@ fn scale_and_inverse(largest: f32) -> (f32, f32) {
     if largest < VANISHING {
         return (0.0, 0.0);
     }
-    let scale = largest / 127.0;
+    let scale = largest / MAX_CODE as f32;
     (scale, 1.0 / scale)
 }
 
@@ -135,8 +151,8 @@ fn for_each_group(
 
 /// Joins codes and scale to a group.
 #[inline(always)]
-fn finish_group(quads: [i32; GROUP_LEN / 4], sums: [i32; 2], scale: f32) -> QuantizedGroup {
-    QuantizedGroup { quads, scale, scaled_sum: scale * (sums[0] + sums[1]) as f32, sums }
+fn finish_group(high: Quads, low: Quads, sums: [i32; 2], scale: f32) -> QuantizedGroup {
+    QuantizedGroup { high, low, scale, scaled_sum: scale * (sums[0] + sums[1]) as f32, sums }
 }
 
 /// The definition.
@@ -145,18 +161,20 @@ pub(crate) fn quantize_row_scalar(x: &[f32], out: &mut [QuantizedGroup]) {
         // Magnitudes compare as integers do, NaN above all.
         let largest = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
         let (scale, inverse) = scale_and_inverse(f32::from_bits(largest));
-        let mut quads = [0; GROUP_LEN / 4];
-        let mut sums = [0; 2];
+        let (mut high_bytes, mut low_bytes, mut sums) = (Quads::default(), Quads::default(), [0; 2]);
         for (column, x) in x.iter().enumerate() {
             let scaled = x * inverse;
-            // NaN becomes -127, as it does in the twins.
-            let scaled = if scaled > -127.0 { scaled } else { -127.0 };
-            let scaled = if scaled < 127.0 { scaled } else { 127.0 };
+            // NaN becomes the smallest code, as it does in the twins.
+            let scaled = if scaled > -LIMIT { scaled } else { -LIMIT };
+            let scaled = if scaled < LIMIT { scaled } else { LIMIT };
             let code = scaled.round_ties_even() as i32;
-            quads[column / 4] |= (code & 0xff) << (column % 4 * 8);
+            let high = (code + 128) >> 8;
+            let low = code - (high << 8);
+            high_bytes[column / 4] |= (high & 0xff) << (column % 4 * 8);
+            low_bytes[column / 4] |= (low & 0xff) << (column % 4 * 8);
             sums[column / 16] += code;
         }
-        finish_group(quads, sums, scale)
+        finish_group(high_bytes, low_bytes, sums, scale)
     });
 }
 
@@ -181,6 +199,18 @@ mod x86 {
         _mm_cvtsi128_si32(v)
     }
 
+    /// 32 integers of 8 bits as bytes.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn pack_avx2([a, b, c, d]: [__m256i; 4]) -> Quads {
+        // Packing works within 128-bit halves, so quads come out as 0 2 4 6 1 3 5 7.
+        let packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+        let packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        let mut quads = Quads::default();
+        // SAFETY: the array has the 32 bytes that are written.
+        unsafe { _mm256_storeu_si256(quads.as_mut_ptr().cast(), packed) };
+        quads
+    }
+
     #[target_feature(enable = "avx2,fma,f16c")]
     fn group_avx2(x: &[f32; GROUP_LEN]) -> QuantizedGroup {
         let magnitude = _mm256_set1_epi32(0x7fff_ffff);
@@ -193,23 +223,36 @@ mod x86 {
         }
         let (scale, inverse) = scale_and_inverse(f32::from_bits(largest_int_avx2(largest) as u32));
         let inverse = _mm256_set1_ps(inverse);
-        let [a, b, c, d] = parts.map(|part| {
-            let scaled = _mm256_max_ps(_mm256_mul_ps(part, inverse), _mm256_set1_ps(-127.0));
-            _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127.0)))
+        let codes = parts.map(|part| {
+            let scaled = _mm256_max_ps(_mm256_mul_ps(part, inverse), _mm256_set1_ps(-LIMIT));
+            _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(LIMIT)))
         });
+        let [a, b, c, d] = codes;
         let sums = [sum_avx2(_mm256_add_epi32(a, b)), sum_avx2(_mm256_add_epi32(c, d))];
-        // Packing works within 128-bit halves, so quads come out as 0 2 4 6 1 3 5 7.
-        let packed = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-        let packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        let mut quads = [0; GROUP_LEN / 4];
-        // SAFETY: the array has the 32 bytes that are written.
-        unsafe { _mm256_storeu_si256(quads.as_mut_ptr().cast(), packed) };
-        finish_group(quads, sums, scale)
+        let high = codes.map(|code| _mm256_srai_epi32::<8>(_mm256_add_epi32(code, _mm256_set1_epi32(128))));
+        let mut low = codes;
+        for (low, high) in low.iter_mut().zip(high) {
+            *low = _mm256_sub_epi32(*low, _mm256_slli_epi32::<8>(high));
+        }
+        finish_group(pack_avx2(high), pack_avx2(low), sums, scale)
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(crate) fn quantize_row_avx2(x: &[f32], out: &mut [QuantizedGroup]) {
         for_each_group(x, out, |x| group_avx2(x));
+    }
+
+    /// The lowest bytes of 32 integers.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+    fn pack_avx512([first, second]: [__m512i; 2]) -> Quads {
+        let [first, second] = [_mm512_cvtepi32_epi8(first), _mm512_cvtepi32_epi8(second)];
+        let mut quads = Quads::default();
+        let (low, high) = quads.split_at_mut(4);
+        // SAFETY: the half array has the 16 bytes that are written.
+        unsafe { _mm_storeu_si128(low.as_mut_ptr().cast(), first) };
+        // SAFETY: as above.
+        unsafe { _mm_storeu_si128(high.as_mut_ptr().cast(), second) };
+        quads
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
@@ -225,19 +268,14 @@ mod x86 {
         );
         let (scale, inverse) = scale_and_inverse(f32::from_bits(_mm512_reduce_max_epi32(largest) as u32));
         let inverse = _mm512_set1_ps(inverse);
-        let [low, high] = [low, high].map(|part| {
-            let scaled = _mm512_max_ps(_mm512_mul_ps(part, inverse), _mm512_set1_ps(-127.0));
-            _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(127.0)))
+        let codes = [low, high].map(|part| {
+            let scaled = _mm512_max_ps(_mm512_mul_ps(part, inverse), _mm512_set1_ps(-LIMIT));
+            _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(LIMIT)))
         });
-        let sums = [_mm512_reduce_add_epi32(low), _mm512_reduce_add_epi32(high)];
-        let mut quads = [0; GROUP_LEN / 4];
-        let (first, second) = quads.split_at_mut(4);
-        let [low, high] = [low, high].map(|part| _mm512_cvtepi32_epi8(part));
-        // SAFETY: the half array has the 16 bytes that are written.
-        unsafe { _mm_storeu_si128(first.as_mut_ptr().cast(), low) };
-        // SAFETY: as above.
-        unsafe { _mm_storeu_si128(second.as_mut_ptr().cast(), high) };
-        finish_group(quads, sums, scale)
+        let sums = codes.map(|codes| _mm512_reduce_add_epi32(codes));
+        let high = codes.map(|code| _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
+        // Narrowing keeps the lowest 8 bits, which are the low byte.
+        finish_group(pack_avx512(high), pack_avx512(codes), sums, scale)
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
@@ -261,7 +299,7 @@ mod tests {
         rows
     }
 
-    fn bits(group: &QuantizedGroup) -> (Vec<i8>, u32, u32, [i32; 2]) {
+    fn bits(group: &QuantizedGroup) -> (Vec<i16>, u32, u32, [i32; 2]) {
         (group.codes().to_vec(), group.scale.to_bits(), group.scaled_sum.to_bits(), group.sums)
     }
 
@@ -294,7 +332,7 @@ mod tests {
             let rows = quantized(Isa::Scalar, &x, x.len());
             for (x, group) in x.chunks(GROUP_LEN).zip(rows.groups()) {
                 for (x, code) in x.iter().zip(group.codes()) {
-                    prop_assert!((x - f32::from(code) * group.scale).abs() <= 0.5001 * group.scale);
+                    prop_assert!((x - f32::from(code) * group.scale).abs() <= 0.51 * group.scale);
                 }
             }
         }

@@ -38,3 +38,10 @@ pub use error::TextError;
 pub use special::SpecialTokens;
 pub use stop_matcher::{StopMatcher, StopOutput};
 pub use tokenizer::{ControlText, Tokenizer};
+
+/// One tokenizer and one template serve all threads.
+const _: () = {
+    const fn is_shared<T: Send + Sync>() {}
+    is_shared::<Tokenizer>();
+    is_shared::<ChatTemplate>();
+};

@@ -4,7 +4,10 @@
 //! one belongs to the word. Here the expressions have no look-ahead, which keeps the search linear; the last
 //! character of such a run is given back instead.
 
+use std::ops::Range;
+
 use regex::Regex;
+use serde_json::Value;
 
 use crate::error::TextError;
 
@@ -14,6 +17,26 @@ pub(crate) const SUPPORTED: &str = "smollm, qwen2, llama-bpe (llama3), gpt-2, de
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+";
 const QWEN2: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+";
 const LLAMA3: &str = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+";
+
+/// Expressions as tokenizer.json files write them, what they become without look-ahead, and what is given back. In
+/// `(?i:'s)` the long s counts as s, which the rules of GGUF files leave out.
+const PUBLISHED: [(&str, &str, GivesBack); 3] = [
+    (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        GPT2,
+        GivesBack::LastSpace,
+    ),
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+",
+        GivesBack::LastSpaceButNoBreak,
+    ),
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+",
+        GivesBack::LastSpaceButNoBreak,
+    ),
+];
 
 /// A family's rule: each stage cuts the pieces of the one before.
 #[derive(Debug)]
@@ -71,18 +94,30 @@ impl PreTokenizer {
             }
         };
         let is_llama3 = name.starts_with("llama");
-        let stages = stages.iter().map(|(pattern, gives_back)| Stage {
-            pattern: Regex::new(pattern).expect("invariant: the patterns above are valid"),
-            gives_back: *gives_back,
-        });
-        Ok((
-            Self { stages: stages.collect() },
-            FamilyDefaults { ignores_merges: is_llama3, adds_bos: is_llama3 },
-        ))
+        let family = FamilyDefaults { ignores_merges: is_llama3, adds_bos: is_llama3 };
+        Ok((Self { stages: stages.iter().map(Stage::new).collect() }, family))
+    }
+
+    /// The rule of a `pre_tokenizer` of tokenizer.json that cuts by published expressions and ends in byte letters.
+    /// `None` for anything else.
+    pub(crate) fn from_json(rule: &Value) -> Option<Self> {
+        let steps = rule["pretokenizers"].as_array().map_or(std::slice::from_ref(rule), Vec::as_slice);
+        let (last, cuts) = steps.split_last()?;
+        let is_plain = last["type"] == "ByteLevel" && last["add_prefix_space"] == false;
+        let mut stages: Vec<Stage> = cuts.iter().map(Stage::from_json).collect::<Option<_>>()?;
+        if last["use_regex"] != false {
+            stages.push(Stage::new(&(GPT2, GivesBack::LastSpace)));
+        }
+        is_plain.then_some(Self { stages })
     }
 
     /// The words of a text in order; together they are the text.
     pub(crate) fn words<'t>(&self, text: &'t str) -> impl Iterator<Item = &'t str> + use<'t> {
+        self.ranges(text).map(|range| &text[range])
+    }
+
+    /// Where the words of a text lie.
+    pub(crate) fn ranges(&self, text: &str) -> impl Iterator<Item = Range<usize>> + use<> {
         let mut ends = if text.is_empty() { Vec::new() } else { vec![text.len()] };
         for stage in &self.stages {
             let mut start = 0;
@@ -94,11 +129,27 @@ impl PreTokenizer {
             ends = finer;
         }
         let mut start = 0;
-        ends.into_iter().map(move |end| &text[std::mem::replace(&mut start, end)..end])
+        ends.into_iter().map(move |end| std::mem::replace(&mut start, end)..end)
     }
 }
 
 impl Stage {
+    fn new((pattern, gives_back): &(&str, GivesBack)) -> Self {
+        let pattern = Regex::new(pattern).expect("invariant: the patterns above are valid");
+        Self { pattern, gives_back: *gives_back }
+    }
+
+    fn from_json(step: &Value) -> Option<Self> {
+        if step["type"] == "Digits" {
+            let pattern = if step["individual_digits"] == true { r"\p{N}" } else { r"\p{N}+" };
+            return Some(Self::new(&(pattern, GivesBack::Nothing)));
+        }
+        let is_cut = step["type"] == "Split" && step["behavior"] == "Isolated" && step["invert"] == false;
+        let published = |(name, ..): &&(&str, &str, GivesBack)| is_cut && step["pattern"]["Regex"] == *name;
+        let (_, pattern, gives_back) = PUBLISHED.iter().find(published)?;
+        Some(Self::new(&(pattern, *gives_back)))
+    }
+
     /// Appends the ends of the pieces of `piece`, which starts at `offset` of the whole text. What lies between two
     /// matches is a piece too.
     fn cut(&self, piece: &str, offset: usize, ends: &mut Vec<usize>) {

@@ -6,11 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::TokenId;
 use serde_json::Value;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{
-    AddedVocabulary, Model, OffsetReferential, OffsetType, PostProcessor, PreTokenizer, Tokenizer as Pipeline,
+    AddedVocabulary, Model, NormalizedString, OffsetReferential, OffsetType, PostProcessor,
+    PreTokenizedString, PreTokenizer as _, Tokenizer as Pipeline,
 };
 
 use crate::error::TextError;
+use crate::pre_tokenizer::PreTokenizer;
 use crate::special::SpecialTokens;
 use crate::tokenizer::{Encoder, Parts};
 use crate::vocabulary::{Spelling, TokenKind, Vocabulary};
@@ -23,6 +26,9 @@ const MAX_IDS_PER_TOKEN: usize = 4;
 pub(crate) struct TokenizerJson {
     pipeline: Pipeline,
     literal: AddedVocabulary,
+    /// Cuts words where the rule is one we know. The library's expressions backtrack, and after a number of steps they
+    /// silently stop cutting.
+    words: Option<PreTokenizer>,
 }
 
 /// Builds everything a tokenizer is made of.
@@ -42,7 +48,8 @@ pub(crate) fn parts(checkpoint: &Checkpoint) -> Result<Parts, TextError> {
     }
     let mut literal = pipeline.get_added_vocabulary().clone();
     literal.set_encode_special_tokens(true);
-    let encoder = Encoder::TokenizerJson(Box::new(TokenizerJson { pipeline, literal }));
+    let words = PreTokenizer::from_json(&file["pre_tokenizer"]);
+    let encoder = Encoder::TokenizerJson(Box::new(TokenizerJson { pipeline, literal, words }));
     Ok(Parts { vocabulary, encoder, bos, adds_bos, eos, strips_leading_space })
 }
 
@@ -59,17 +66,33 @@ impl TokenizerJson {
             SpecialTokens::Literal => &self.literal,
         };
         let mut words = added.extract_and_normalize(self.pipeline.get_normalizer(), text);
-        let cut = match self.pipeline.get_pre_tokenizer() {
-            Some(pre_tokenizer) => pre_tokenizer.pre_tokenize(&mut words),
-            None => Ok(()),
-        };
-        cut.and_then(|()| words.tokenize(|word| self.pipeline.get_model().tokenize(word.get())))
+        self.cut(&mut words)
+            .and_then(|()| words.tokenize(|word| self.pipeline.get_model().tokenize(word.get())))
             .map_err(|error| TextError::Encode { n_bytes: text.len(), problem: error.to_string() })?;
         let splits = words.get_splits(OffsetReferential::Original, OffsetType::None);
         tokens.extend(
             splits.iter().flat_map(|(_, _, pieces)| pieces.iter().flatten()).map(|piece| TokenId(piece.id)),
         );
         Ok(())
+    }
+}
+
+impl TokenizerJson {
+    /// Cuts a text that was normalized into words, written in byte letters.
+    fn cut(&self, text: &mut PreTokenizedString) -> tokenizers::Result<()> {
+        match (&self.words, self.pipeline.get_pre_tokenizer()) {
+            (Some(words), _) => {
+                text.split(|_, piece| {
+                    let slice = |range| piece.slice(tokenizers::normalizer::Range::Normalized(range));
+                    let pieces: Option<Vec<NormalizedString>> =
+                        words.ranges(piece.get()).map(slice).collect();
+                    pieces.ok_or_else(|| "a word is not inside its text".into())
+                })?;
+                ByteLevel::new(false, false, false).pre_tokenize(text)
+            }
+            (None, Some(pre_tokenizer)) => pre_tokenizer.pre_tokenize(text),
+            (None, None) => Ok(()),
+        }
     }
 }
 

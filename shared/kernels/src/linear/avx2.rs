@@ -92,7 +92,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn dot<const BITS: usize>(self, acc: [__m256i; 2], codes: [__m256i; 2], quad: i32) -> [__m256i; 2] {
         let quads = op!(_mm256_set1_epi32(quad));
-        // Pairs of codes up to 6 bits fit i16: 2 * 63 * 127 < 2^15. Larger codes go as two nibbles.
+        // Pairs of codes up to 6 bits fit i16: 2 * 63 * 128 < 2^15. Larger codes go as two nibbles.
         if BITS <= 6 {
             let pairs = both!(H => _mm256_maddubs_epi16(codes[H], quads));
             let ones = op!(_mm256_set1_epi16(1));
@@ -110,6 +110,12 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn splat_int(self, value: i32) -> [__m256i; 2] {
         [op!(_mm256_set1_epi32(value)); 2]
+    }
+
+    #[inline(always)]
+    fn join(self, high: [__m256i; 2], low: [__m256i; 2]) -> [__m256i; 2] {
+        let high = both!(H => _mm256_slli_epi32::<8>(high[H]));
+        both!(H => _mm256_add_epi32(high[H], low[H]))
     }
 
     #[inline(always)]

@@ -102,7 +102,7 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
             // SAFETY: this type proves VNNI.
             return unsafe { _mm512_dpbusd_epi32(acc, codes, quads) };
         }
-        // Pairs of codes up to 6 bits fit i16: 2 * 63 * 127 < 2^15. Larger codes go as two nibbles.
+        // Pairs of codes up to 6 bits fit i16: 2 * 63 * 128 < 2^15. Larger codes go as two nibbles.
         if BITS <= 6 {
             let pairs = op!(_mm512_maddubs_epi16(codes, quads));
             let ones = op!(_mm512_set1_epi16(1));
@@ -119,6 +119,12 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     #[inline(always)]
     fn splat_int(self, value: i32) -> __m512i {
         op!(_mm512_set1_epi32(value))
+    }
+
+    #[inline(always)]
+    fn join(self, high: __m512i, low: __m512i) -> __m512i {
+        let high = op!(_mm512_slli_epi32::<8>(high));
+        op!(_mm512_add_epi32(high, low))
     }
 
     #[inline(always)]

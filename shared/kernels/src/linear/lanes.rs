@@ -28,6 +28,8 @@ pub(super) trait Lanes: Copy {
     fn dot<const BITS: usize>(self, acc: Self::Ints, codes: Self::Bytes, quad: i32) -> Self::Ints;
 
     fn splat_int(self, value: i32) -> Self::Ints;
+    /// `256 * high + low`.
+    fn join(self, high: Self::Ints, low: Self::Ints) -> Self::Ints;
     fn to_floats(self, ints: Self::Ints) -> Floats<Self>;
     fn load_u8(self, bytes: &[u8; TILE_ROWS]) -> Self::Ints;
     fn load_i8(self, bytes: &[u8; TILE_ROWS]) -> Self::Ints;
@@ -164,17 +166,17 @@ fn resolve<V: Lanes, F: QuantFormat>(v: V, own: &[u8], shared: &[u8]) -> LaneSca
     }
 }
 
-/// `sum of (code - OFFSET) * activation code`; `sum` is that of the activation codes.
+/// `sum of (code - OFFSET) * activation code` over these quads; `sum` is that of the activation codes.
 #[inline(always)]
-fn dot<V: Lanes, F: QuantFormat>(v: V, codes: &[V::Bytes], quads: &[i32], sum: i32) -> V::Ints {
-    let mut isum = v.splat_int(-F::OFFSET * sum);
-    for (codes, quad) in codes.iter().zip(quads) {
-        isum = match F::BITS {
-            8 => v.dot::<8>(isum, *codes, *quad),
-            _ => v.dot::<6>(isum, *codes, *quad),
+fn dot<V: Lanes, F: QuantFormat>(v: V, codes: &[V::Bytes], high: &[i32], low: &[i32], sum: i32) -> V::Ints {
+    let (mut high_sum, mut low_sum) = (v.splat_int(0), v.splat_int(-F::OFFSET * sum));
+    for ((codes, high), low) in codes.iter().zip(high).zip(low) {
+        (high_sum, low_sum) = match F::BITS {
+            8 => (v.dot::<8>(high_sum, *codes, *high), v.dot::<8>(low_sum, *codes, *low)),
+            _ => (v.dot::<6>(high_sum, *codes, *high), v.dot::<6>(low_sum, *codes, *low)),
         };
     }
-    isum
+    v.join(high_sum, low_sum)
 }
 
 /// Adds the product of one group of all rows with one group of activations.
@@ -191,14 +193,15 @@ fn add_group<V: Lanes, F: QuantFormat>(
     if F::SCALES.per_half() {
         for half in 0..2 {
             let own = half * QUADS / 2..(half + 1) * QUADS / 2;
-            let isum = dot::<V, F>(v, &codes[own.clone()], &x.quads[own], x.sums[half]);
+            let (high, low) = (&x.high[own.clone()], &x.low[own.clone()]);
+            let isum = dot::<V, F>(v, &codes[own], high, low, x.sums[half]);
             acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[half], x_scale), acc);
             if F::SCALES.has_min() {
                 acc = v.simd().fma(scales.min[half], v.simd().splat(x.scale * x.sums[half] as f32), acc);
             }
         }
     } else {
-        let isum = dot::<V, F>(v, codes, &x.quads, x.sums[0] + x.sums[1]);
+        let isum = dot::<V, F>(v, codes, &x.high, &x.low, x.sums[0] + x.sums[1]);
         acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[0], x_scale), acc);
         if F::SCALES.has_min() {
             acc = v.simd().fma(scales.min[0], v.simd().splat(x.scaled_sum), acc);

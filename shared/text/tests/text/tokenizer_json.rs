@@ -75,6 +75,65 @@ fn smollm2_has_the_same_ids_from_both_files() {
     assert_eq!((tokenizer.bos(), tokenizer.adds_bos()), (Some(TokenId(1)), false));
 }
 
+/// Pre-tokenizers and normalizers as the makers of SmolLM2, Qwen 2, Llama 3 and GPT-2 write them, on SmolLM2's
+/// vocabulary, and one that only the library knows.
+#[test]
+fn published_pipelines_equal_the_library() {
+    let texts = fixture::strings(&fixture::golden("texts.json"));
+    let bytes =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let split = |digits: &str| {
+        let regex = format!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        );
+        let split =
+            json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+        json!({"type": "Sequence", "pretokenizers": [split, bytes]})
+    };
+    let gpt2 =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let nfc = json!({"type": "NFC"});
+    let pipelines = [
+        ("smollm2", Value::Null, Value::Null, false),
+        ("qwen2", nfc.clone(), split(r"\p{N}"), false),
+        ("llama3", Value::Null, split(r"\p{N}{1,3}"), true),
+        ("gpt2", nfc, gpt2, false),
+        ("other", Value::Null, split(r"\p{N}{2}"), false),
+    ];
+    let base = smollm2_json(&fixture::model(fixture::SMOLLM2));
+    for (name, normalizer, pre_tokenizer, ignore_merges) in pipelines {
+        let mut file = base.clone();
+        file["normalizer"] = normalizer;
+        if !pre_tokenizer.is_null() {
+            file["pre_tokenizer"] = pre_tokenizer;
+        }
+        file["model"]["ignore_merges"] = ignore_merges.into();
+        let tokenizer = tokenizer(&file).unwrap();
+        let library = tokenizers::Tokenizer::from_bytes(file.to_string()).unwrap();
+        for text in &texts {
+            let expected = library.encode_fast(text.as_str(), false).unwrap();
+            let tokens = tokenizer.encode(text, SpecialTokens::Parse).unwrap();
+            assert!(tokens.iter().map(|token| &token.0).eq(expected.get_ids()), "{name} {text:?}");
+        }
+    }
+}
+
+/// The library's own regular expressions have a step limit, after which they silently stop cutting: long runs must
+/// not reach it.
+#[test]
+fn long_runs_have_the_same_ids_from_both_files() {
+    let gguf = fixture::model(fixture::SMOLLM2);
+    let from_gguf = Tokenizer::from_checkpoint(&gguf).unwrap();
+    let tokenizer = tokenizer(&smollm2_json(&gguf)).unwrap();
+    for unit in [" ", "a", "\n", "😀", "1", "<|im_end"] {
+        let text = unit.repeat((1 << 20) / unit.len()) + "x y";
+        let start = std::time::Instant::now();
+        let tokens = tokenizer.encode(&text, SpecialTokens::Parse).unwrap();
+        println!("tokenizer.json {unit:?}: {} tokens in {:?}", tokens.len(), start.elapsed());
+        assert!(tokens == from_gguf.encode(&text, SpecialTokens::Parse).unwrap(), "{unit:?}");
+    }
+}
+
 /// A tiny Llama-2-like file: byte fallback, a space before the text, a post-processor that adds `<s>`.
 fn llama2_json() -> Value {
     let mut vocab = serde_json::Map::new();
