@@ -6,7 +6,8 @@ use std::{
     process::{Command, Output},
 };
 
-use paceline_model::synthetic::Synthetic;
+use paceline_domain::WeightType;
+use paceline_model::synthetic::{Synthetic, tiny_config};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -64,7 +65,8 @@ fn estimate_names_what_it_does_not_understand() {
 
 fn tiny_model(dir: &TempDir) -> PathBuf {
     let path = dir.path().join("tiny.gguf");
-    fs::write(&path, Synthetic::default().to_gguf().expect("writes")).expect("writes");
+    let model = Synthetic { config: tiny_config(), seed: 1, weight_type: |_, _| WeightType::Q8_0 };
+    fs::write(&path, model.to_gguf().expect("writes")).expect("writes");
     path
 }
 

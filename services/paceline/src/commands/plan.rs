@@ -47,6 +47,9 @@ pub struct PlanArgs {
     /// Most token rows in one step
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_rows: usize,
+    /// Most requests that run at once
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_sequences: usize,
     /// Write one JSON object, in bytes
     #[arg(long)]
     json: bool,
@@ -71,8 +74,12 @@ pub async fn plan(args: &PlanArgs, places: &ModelPlaces) -> anyhow::Result<()> {
     let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
     let (path, name) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let checkpoint = Checkpoint::open(&path)?;
-    let capacity =
-        Capacity { kv_type, n_kv_blocks: args.kv_tokens.div_ceil(BLOCK_POSITIONS), max_rows: args.max_rows };
+    let capacity = Capacity {
+        kv_type,
+        n_kv_blocks: args.kv_tokens.div_ceil(BLOCK_POSITIONS),
+        max_rows: args.max_rows,
+        max_output_rows: args.max_sequences,
+    };
     let ranks = ranks(&checkpoint, args.ranks.get(), capacity)?;
     write_stdout(&if args.json { as_json(&name, &ranks) } else { as_text(&name, args, &ranks) })
 }

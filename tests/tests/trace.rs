@@ -1,0 +1,157 @@
+//! One trace from the client through coordinator and shards, as a real OTLP receiver sees it.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::{Arc, Mutex},
+};
+
+use opentelemetry_proto::tonic::{
+    collector::trace::v1::{
+        ExportTraceServiceRequest, ExportTraceServiceResponse,
+        trace_service_server::{TraceService, TraceServiceServer},
+    },
+    common::v1::{KeyValue, any_value::Value},
+    trace::v1::Span,
+};
+use paceline_tests::{
+    ClusterSpec, TestCluster,
+    client::{generate, greedy},
+};
+use paceline_wire::inference::GenerateRequest;
+use tokio::net::TcpListener;
+use tonic::{Request, Response, Status, transport::server::TcpIncoming};
+
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const CLIENT_SPAN: &str = "b7ad6b7169203331";
+
+/// A span with the service that sent it.
+#[derive(Clone, Debug)]
+struct Received {
+    service: String,
+    span: Span,
+}
+
+/// Keeps every span it is sent.
+#[derive(Clone, Default)]
+struct Receiver(Arc<Mutex<Vec<Received>>>);
+
+#[tonic::async_trait]
+impl TraceService for Receiver {
+    async fn export(
+        &self,
+        request: Request<ExportTraceServiceRequest>,
+    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        let mut spans = self.0.lock().expect("not poisoned");
+        for resource_spans in request.into_inner().resource_spans {
+            let attributes = resource_spans.resource.map(|resource| resource.attributes).unwrap_or_default();
+            let service = text(&attributes, "service.name").expect("a service name");
+            let received = resource_spans.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            spans.extend(received.map(|span| Received { service: service.clone(), span }));
+        }
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+fn value<'a>(attributes: &'a [KeyValue], key: &str) -> Option<&'a Value> {
+    let attribute = attributes.iter().find(|attribute| attribute.key == key)?;
+    attribute.value.as_ref()?.value.as_ref()
+}
+
+fn text(attributes: &[KeyValue], key: &str) -> Option<String> {
+    match value(attributes, key)? {
+        Value::StringValue(text) => Some(text.clone()),
+        _ => None,
+    }
+}
+
+fn number(attributes: &[KeyValue], key: &str) -> Option<i64> {
+    match value(attributes, key)? {
+        Value::IntValue(number) => Some(*number),
+        // An unsigned number may come as text.
+        Value::StringValue(text) => text.parse().ok(),
+        _ => None,
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+async fn receiver() -> (Receiver, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
+    let address = format!("http://{}", listener.local_addr().expect("has an address"));
+    let receiver = Receiver::default();
+    let service = TraceServiceServer::new(receiver.clone());
+    let server = tonic::transport::Server::builder().add_service(service);
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+    (receiver, address)
+}
+
+fn traced(request: GenerateRequest, flags: &str) -> Request<GenerateRequest> {
+    let mut request = Request::new(request);
+    let header = format!("00-{TRACE}-{CLIENT_SPAN}-{flags}");
+    request.metadata_mut().insert("traceparent", header.parse().expect("ASCII"));
+    request
+}
+
+/// All spans of a cluster that answered one request.
+async fn spans_of(n_ranks: usize, flags: &str) -> Vec<Received> {
+    let (receiver, endpoint) = receiver().await;
+    let spec = ClusterSpec::small(n_ranks).env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint);
+    let cluster = TestCluster::start(spec).await;
+    let mut client = cluster.client().await;
+    let request = traced(greedy("The quick brown fox", 4), flags);
+    assert_eq!(generate(&mut client, request).await.expect("generates").tokens.len(), 4);
+    drop(client);
+    cluster.stop().await;
+    receiver.0.lock().expect("not poisoned").clone()
+}
+
+#[tokio::test]
+async fn one_trace_id_is_seen_in_the_coordinator_and_every_shard() {
+    let n_ranks = 3;
+    let received = spans_of(n_ranks, "01").await;
+    let ours: Vec<&Received> =
+        received.iter().filter(|received| hex(&received.span.trace_id) == TRACE).collect();
+    let services: BTreeSet<&str> = ours.iter().map(|received| received.service.as_str()).collect();
+    assert_eq!(services, BTreeSet::from(["paceline-coordinator", "paceline-shard"]));
+
+    let by_id: HashMap<String, &Received> =
+        ours.iter().map(|received| (hex(&received.span.span_id), *received)).collect();
+    assert_eq!(by_id.len(), ours.len(), "span ids are distinct");
+    for received in &ours {
+        let parent = hex(&received.span.parent_span_id);
+        let known = parent == CLIENT_SPAN || by_id.contains_key(&parent);
+        assert!(known, "{} of {} has the parent {parent}", received.span.name, received.service);
+    }
+
+    let entry: Vec<_> =
+        ours.iter().filter(|received| hex(&received.span.parent_span_id) == CLIENT_SPAN).collect();
+    assert_eq!(entry.len(), 1, "one span is the client's child");
+    assert_eq!(entry[0].service, "paceline-coordinator");
+    assert_eq!(entry[0].span.name, "generate test-model");
+
+    let forwards: Vec<_> = ours.iter().filter(|received| received.span.name == "forward").collect();
+    let ranks: HashSet<i64> =
+        forwards.iter().filter_map(|received| number(&received.span.attributes, "rank")).collect();
+    assert_eq!(ranks, (0..n_ranks as i64).collect(), "every shard has spans in the trace");
+    for forward in forwards {
+        let step = by_id[&hex(&forward.span.parent_span_id)];
+        assert_eq!((step.service.as_str(), step.span.name.as_str()), ("paceline-coordinator", "step"));
+    }
+}
+
+#[tokio::test]
+async fn prompts_and_answers_are_in_no_span() {
+    let received = spans_of(1, "01").await;
+    assert!(!received.is_empty());
+    let all = format!("{received:?}");
+    assert!(!all.contains("quick brown"), "the prompt is in a span");
+}
+
+#[tokio::test]
+async fn a_trace_that_its_client_does_not_sample_is_not_sent() {
+    let received = spans_of(2, "00").await;
+    let ours = received.iter().filter(|received| hex(&received.span.trace_id) == TRACE).count();
+    assert_eq!(ours, 0);
+}
