@@ -67,13 +67,16 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
         status,
         was_ready,
     };
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .with_service_name("paceline.v1.Inference")
-        .with_service_name("grpc.health.v1.Health")
-        .build_v1()
-        .context("reflection descriptors")?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("paceline.v1.Inference")
+            .with_service_name("grpc.health.v1.Health")
+    };
+    // Python's reflection client and older tools speak v1alpha only.
+    let old_reflection = reflection().build_v1alpha().context("reflection descriptors")?;
+    let reflection = reflection().build_v1().context("reflection descriptors")?;
     let (stopped, stop) = oneshot::channel();
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
@@ -84,6 +87,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
         .add_service(InferenceServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(health)
         .add_service(reflection)
+        .add_service(old_reflection)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
             shutdown.await;
             let _ = events.send(Event::Stop).await;
