@@ -1,5 +1,5 @@
 //! Paged attention: which queries are worked on together, by how many threads, and in which order partial results
-//! are merged. The arithmetic is in [`chunk`]; nothing here changes a bit of a row.
+//! are merged. The arithmetic is in `chunk`; nothing here changes a bit of a row.
 //!
 //! A row attends to the keys of its sequence at positions `0 ..= position`, or the last `window` of them. Positions
 //! are cut into chunks of [`CHUNK`], counted from position 0. Each chunk gives a partial result (largest score, sum
@@ -8,7 +8,7 @@
 //!
 //! # Layout
 //! * this file – arguments, the plan of tasks, and running it
-//! * [`chunk`] – scores, softmax and weighted values of one chunk; merging; the SIMD twins
+//! * `chunk` – scores, softmax and weighted values of one chunk; merging; the SIMD twins
 
 pub(crate) mod chunk;
 

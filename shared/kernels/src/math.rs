@@ -1,7 +1,7 @@
 //! exp, ln, sin and cos by fixed operations of ours, so that no result depends on a system's libm.
 //!
 //! # Layout
-//! * [`exp`] – exp of f32 with its SIMD twins: softmax, SiLU, sampling
+//! * [`mod@exp`] – exp of f32 with its SIMD twins: softmax, SiLU, sampling
 //! * this file – exp, ln, sin and cos of f64, scalar only: tables and noise
 
 pub mod exp;

@@ -311,29 +311,36 @@ fn weigh_values<S: Simd, E: KvElement, const T: usize>(
     (first_query, queries, weights): (usize, &[Query<'_>], &[[f32; CHUNK]]),
     out: &mut Partials<'_>,
 ) {
+    let weighted = |n: usize, positions| Weighted { weights: &weights[n..], positions };
     let start = queries.iter().map(|query| query.start).max().unwrap_or(0);
     let end = queries.iter().map(|query| query.end).min().unwrap_or(0);
     let dim = out.value_dim;
     for (n, query) in queries.iter().enumerate() {
         let before = if start < end { query.start..start } else { query.start..query.end };
         let values = out.values_mut(first_query + n);
-        value_rows::<S, E, 1, T>(s, args, &weights[n..], before, values);
+        value_rows::<S, E, 1, T>(s, args, weighted(n, before), values);
     }
     if start >= end {
         return;
     }
     let values = &mut out.values[first_query * dim..(first_query + queries.len()) * dim];
     match queries.len() {
-        1 => value_rows::<S, E, 1, T>(s, args, weights, start..end, values),
-        2 => value_rows::<S, E, 2, T>(s, args, weights, start..end, values),
-        3 if T > 2 => value_rows::<S, E, 3, T>(s, args, weights, start..end, values),
-        4 if T > 2 => value_rows::<S, E, 4, T>(s, args, weights, start..end, values),
+        1 => value_rows::<S, E, 1, T>(s, args, weighted(0, start..end), values),
+        2 => value_rows::<S, E, 2, T>(s, args, weighted(0, start..end), values),
+        3 if T > 2 => value_rows::<S, E, 3, T>(s, args, weighted(0, start..end), values),
+        4 if T > 2 => value_rows::<S, E, 4, T>(s, args, weighted(0, start..end), values),
         n => unreachable!("invariant: a tile of at most {T} queries has {n}"),
     }
     for (n, query) in queries.iter().enumerate() {
         let values = out.values_mut(first_query + n);
-        value_rows::<S, E, 1, T>(s, args, &weights[n..], end..query.end, values);
+        value_rows::<S, E, 1, T>(s, args, weighted(n, end..query.end), values);
     }
+}
+
+/// Positions whose values are added up, and their weights, per query.
+struct Weighted<'a> {
+    weights: &'a [[f32; CHUNK]],
+    positions: std::ops::Range<usize>,
 }
 
 /// `values[n] += weights[n][j] * v[j]` for the positions j in order, up to T registers of columns at a time.
@@ -341,22 +348,21 @@ fn weigh_values<S: Simd, E: KvElement, const T: usize>(
 fn value_rows<S: Simd, E: KvElement, const N: usize, const T: usize>(
     s: S,
     args: &ChunkArgs<'_, E>,
-    weights: &[[f32; CHUNK]],
-    positions: std::ops::Range<usize>,
+    weighted: Weighted<'_>,
     values: &mut [f32],
 ) {
-    if positions.is_empty() {
+    if weighted.positions.is_empty() {
         return;
     }
     let n_columns = values.len() / N / LANES;
     let values = values.as_chunks_mut::<LANES>().0;
     let mut column = 0;
     while column + T <= n_columns {
-        value_tile::<S, E, N, T>(s, args, weights, positions.clone(), values, column);
+        value_tile::<S, E, N, T>(s, args, &weighted, values, column);
         column += T;
     }
     while column < n_columns {
-        value_tile::<S, E, N, 1>(s, args, weights, positions.clone(), values, column);
+        value_tile::<S, E, N, 1>(s, args, &weighted, values, column);
         column += 1;
     }
 }
@@ -365,8 +371,7 @@ fn value_rows<S: Simd, E: KvElement, const N: usize, const T: usize>(
 fn value_tile<S: Simd, E: KvElement, const N: usize, const C: usize>(
     s: S,
     args: &ChunkArgs<'_, E>,
-    weights: &[[f32; CHUNK]],
-    positions: std::ops::Range<usize>,
+    Weighted { weights, positions }: &Weighted<'_>,
     values: &mut [[f32; LANES]],
     column: usize,
 ) {
