@@ -1,6 +1,9 @@
-//! The buffers of a forward pass, allocated once for the largest batch. It computes nothing.
+//! The buffers of a forward pass, for the largest batch: allocated at load, or by the first batches where a kernel
+//! keeps its own. It computes nothing.
 
 use paceline_kernels::QuantizedRows;
+use paceline_kernels::formats::GROUP_LEN;
+use paceline_kernels::quantize::QuantizedGroup;
 use paceline_kernels::rope::RopeTable;
 
 use crate::estimate::Capacity;
@@ -76,9 +79,8 @@ impl ScratchShape {
             + 2 * self.ffn_width
             + self.n_partials * self.n_embd
             + self.head_dim;
-        // A group of 32 quantized activations has 32 codes and 16 bytes of scales and sums.
         let widest = self.n_embd.max(self.query_width).max(self.ffn_width);
-        let quantized = widest.div_ceil(32) * 48;
+        let quantized = widest.div_ceil(GROUP_LEN) * size_of::<QuantizedGroup>();
         let rows = capacity.max_rows as u64 * (4 * floats + quantized) as u64;
         rows + 4 * (capacity.max_output_rows * (self.n_vocab + 2 * self.n_embd)) as u64
     }

@@ -57,6 +57,11 @@ impl Synthetic {
     /// # Errors
     /// A shape or name that GGUF cannot hold.
     pub fn to_gguf(&self) -> Result<Vec<u8>, ModelError> {
+        Ok(self.gguf_writer().to_bytes()?)
+    }
+
+    /// [`Self::to_gguf`] before it is bytes, so that something can be added.
+    pub fn gguf_writer(&self) -> GgufWriter {
         let mut writer = GgufWriter::new();
         for (key, value) in self.metadata().into_iter().chain(tokenizer_metadata(self.config.n_vocab)) {
             writer = writer.metadata(key, value);
@@ -69,7 +74,7 @@ impl Synthetic {
             let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
             writer = writer.tensor(crate::names::ROPE_FACTORS, WeightType::F32, &[factors.len()], bytes);
         }
-        Ok(writer.to_bytes()?)
+        writer
     }
 
     /// Writes the model as config.json and model.safetensors into a directory.

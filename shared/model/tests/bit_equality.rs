@@ -4,15 +4,19 @@
 mod support;
 
 use paceline_checkpoint::Checkpoint;
+use paceline_collectives::Transport;
 use paceline_domain::KvType;
 use paceline_kernels::Isa;
 use paceline_model::config::Architecture;
 use paceline_model::synthetic::Synthetic;
 use support::models;
-use support::rig::{Rig, Setup, Step, assert_same_bits, in_a_crowd, in_pieces, of_first_sequence, tokens};
+use support::rig::{
+    Link, Rig, Setup, Step, assert_same_bits, in_a_crowd, in_pieces, of_first_sequence, tokens,
+};
 
 const N_TOKENS: usize = 40;
-const PLAIN: Setup = Setup { isa: Isa::Scalar, n_threads: 1, n_ranks: 1, kv_type: KvType::F16 };
+const PLAIN: Setup =
+    Setup { isa: Isa::Scalar, n_threads: 1, n_ranks: 1, kv_type: KvType::F16, link: Link::Table };
 
 fn gguf(synthetic: &Synthetic) -> Rig {
     Rig::new(Checkpoint::from_gguf_bytes(synthetic.to_gguf().expect("bytes")).expect("a checkpoint"))
@@ -72,6 +76,23 @@ fn more_ranks_than_heads_and_leaves() {
     for n_ranks in [13, 64] {
         let found = run(&rig.with(Setup { n_ranks, n_threads: 1, ..rig.setup }), &in_pieces(&sequence, &[4]));
         assert_same_bits(&expected, &found, &format!("{n_ranks} ranks"));
+    }
+}
+
+#[test]
+fn every_transport() {
+    for synthetic in [models::llama_tied_q4_1(), models::qwen2()] {
+        let rig = gguf(&synthetic);
+        let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
+        let steps = in_pieces(&sequence, &[17, 1, 30]);
+        let expected = run(&rig, &steps);
+        for transport in [Transport::SharedMemory, Transport::Tcp] {
+            for n_ranks in [2, 3] {
+                let link = Link::Real(transport);
+                let found = run(&rig.with(Setup { n_ranks, n_threads: 1, link, ..rig.setup }), &steps);
+                assert_same_bits(&expected, &found, &format!("{n_ranks} ranks by {transport:?}"));
+            }
+        }
     }
 }
 

@@ -6,3 +6,4 @@ pub mod models;
 pub mod reference;
 pub mod rig;
 pub mod threads;
+pub mod transports;

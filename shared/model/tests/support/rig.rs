@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use paceline_checkpoint::Checkpoint;
-use paceline_collectives::{Collective, Solo};
+use paceline_collectives::{Collective, Solo, Transport};
 use paceline_domain::{BlockId, KvType, TokenId};
 use paceline_kernels::{Isa, Kernels, Pinning, ThreadPool};
 use paceline_model::{Batch, Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
 
 use super::threads::Threads;
+use super::transports;
 
 /// A model and what it runs on.
 #[derive(Clone)]
@@ -24,6 +25,16 @@ pub struct Setup {
     pub n_threads: usize,
     pub n_ranks: usize,
     pub kv_type: KvType,
+    pub link: Link,
+}
+
+/// How ranks reach each other.
+#[derive(Clone, Copy, Debug)]
+pub enum Link {
+    /// A table in memory: nothing that could go wrong.
+    Table,
+    /// A transport of the product.
+    Real(Transport),
 }
 
 /// One token of one sequence.
@@ -43,7 +54,8 @@ pub type AllLogits = Vec<Vec<Vec<f32>>>;
 impl Rig {
     pub fn new(checkpoint: Checkpoint) -> Self {
         let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
-        let setup = Setup { isa: Isa::detect(), n_threads: 2, n_ranks: 1, kv_type: KvType::F16 };
+        let setup =
+            Setup { isa: Isa::detect(), n_threads: 2, n_ranks: 1, kv_type: KvType::F16, link: Link::Table };
         Self { checkpoint: Arc::new(checkpoint), config, setup }
     }
 
@@ -54,12 +66,7 @@ impl Rig {
     /// Runs the steps on all ranks and joins their parts of the vocabulary.
     pub fn run(&self, steps: &[Step]) -> AllLogits {
         let plan = SplitPlan::new(&self.config, self.setup.n_ranks).expect("a plan");
-        let collectives: Vec<Box<dyn Collective>> = match self.setup.n_ranks {
-            1 => vec![Box::new(Solo::new())],
-            n => {
-                Threads::group(n).into_iter().map(|member| Box::new(member) as Box<dyn Collective>).collect()
-            }
-        };
+        let collectives = self.group();
         let parts: Vec<AllLogits> = std::thread::scope(|scope| {
             let run = |mut collective: Box<dyn Collective>| {
                 let plan = &plan;
@@ -75,6 +82,15 @@ impl Rig {
             }
         }
         joined
+    }
+
+    fn group(&self) -> Vec<Box<dyn Collective>> {
+        let boxed = |member: Threads| Box::new(member) as Box<dyn Collective>;
+        match (self.setup.n_ranks, self.setup.link) {
+            (1, _) => vec![Box::new(Solo::new())],
+            (n_ranks, Link::Table) => Threads::group(n_ranks).into_iter().map(boxed).collect(),
+            (n_ranks, Link::Real(transport)) => transports::group(transport, n_ranks),
+        }
     }
 
     fn run_rank(&self, plan: &SplitPlan, collective: &mut dyn Collective, steps: &[Step]) -> AllLogits {
