@@ -9,6 +9,7 @@
 //! * [`group`] – how a group of shards is described: model digest, fingerprint, KV geometry
 //! * [`weight_type`] – storage types of weights and their block sizes
 //! * [`reduce_tree`] – the canonical summation tree over K that keeps bits equal for any number of ranks
+#![forbid(unsafe_code)]
 
 pub mod error;
 pub mod group;
