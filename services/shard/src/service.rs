@@ -3,7 +3,7 @@
 
 use std::{
     pin::Pin,
-    sync::{Mutex, mpsc},
+    sync::{Arc, Mutex, MutexGuard, mpsc},
 };
 
 use futures_util::{Stream, StreamExt as _};
@@ -25,7 +25,7 @@ use crate::executor::{self, MAX_PLANS_AHEAD, Machine, Outbox, Place, TracedPlan}
 pub struct ShardService {
     machine: Machine,
     binding: BindSpec,
-    active: Mutex<Option<Active>>,
+    active: Occupancy,
 }
 
 /// The session that holds the shard.
@@ -34,10 +34,42 @@ struct Active {
     abort: AbortFlag,
 }
 
+/// Who holds the shard, if anybody.
+#[derive(Clone, Default)]
+struct Occupancy(Arc<Mutex<Option<Active>>>);
+
+impl Occupancy {
+    fn lock(&self) -> MutexGuard<'_, Option<Active>> {
+        self.0.lock().expect("invariant: no panic while the lock is held")
+    }
+
+    /// Gives the shard to a session and fences the one before it.
+    fn enter(&self, epoch: u64, abort: &AbortFlag) -> Result<(), Status> {
+        let mut active = self.lock();
+        if let Some(active) = active.as_ref() {
+            if epoch <= active.epoch {
+                let message = format!("epoch {epoch} is not above the running one, {}", active.epoch);
+                return Err(Status::aborted(message));
+            }
+            active.abort.abort();
+        }
+        *active = Some(Active { epoch, abort: abort.clone() });
+        Ok(())
+    }
+
+    /// A session ended; a later one may hold the shard already.
+    fn leave(&self, epoch: u64) {
+        let mut active = self.lock();
+        if active.as_ref().is_some_and(|active| active.epoch == epoch) {
+            *active = None;
+        }
+    }
+}
+
 impl ShardService {
     /// A free shard.
     pub fn new(machine: Machine, binding: BindSpec) -> Self {
-        Self { machine, binding, active: Mutex::new(None) }
+        Self { machine, binding, active: Occupancy::default() }
     }
 
     /// Checks a Hello and fences the session before it, if there is one.
@@ -57,16 +89,7 @@ impl ShardService {
             );
             return Err(Status::failed_precondition(message));
         }
-        let mut active = self.active.lock().expect("invariant: no panic while the lock is held");
-        if let Some(active) = active.as_ref() {
-            if hello.epoch <= active.epoch {
-                let message = format!("epoch {} is not above the running one, {}", hello.epoch, active.epoch);
-                return Err(Status::aborted(message));
-            }
-            active.abort.abort();
-        }
-        *active = Some(Active { epoch: hello.epoch, abort: abort.clone() });
-        Ok(())
+        self.active.enter(hello.epoch, abort)
     }
 }
 
@@ -119,6 +142,7 @@ impl Drop for AbortOnDrop {
 
 struct Session {
     machine: Machine,
+    occupancy: Occupancy,
     epoch: u64,
     abort: AbortFlag,
     outbox: Outbox,
@@ -132,6 +156,7 @@ impl Session {
     async fn run(self, inbox: Streaming<CoordinatorMessage>, endpoint: Endpoint) {
         let outcome = self.drive(inbox, endpoint).await;
         self.abort.abort();
+        self.occupancy.leave(self.epoch);
         if let Err(status) = outcome {
             tracing::warn!(epoch = self.epoch, code = ?status.code(), message = status.message(), "session ended");
             let _ = self.outbox.send(Err(status)).await;
@@ -212,5 +237,25 @@ async fn next(
         Some(CoordinatorMessage { message: Some(message) }) => Ok(Some(message)),
         Some(_) => Err(Status::invalid_argument("an empty or unknown message")),
         None => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_higher_epoch_fences_the_session_before_it() {
+        let occupancy = Occupancy::default();
+        let [first, second] = [AbortFlag::new(), AbortFlag::new()];
+        occupancy.enter(5, &first).unwrap();
+        assert_eq!(occupancy.enter(5, &second).unwrap_err().code(), tonic::Code::Aborted);
+        assert!(!first.is_set());
+        occupancy.enter(6, &second).unwrap();
+        assert!(first.is_set() && !second.is_set());
+        occupancy.leave(5);
+        assert!(occupancy.enter(6, &first).is_err(), "the later session still holds the shard");
+        occupancy.leave(6);
+        assert!(occupancy.enter(1, &AbortFlag::new()).is_ok(), "a free shard takes any epoch");
     }
 }
