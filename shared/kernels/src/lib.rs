@@ -53,6 +53,6 @@ pub use packed::{InputKind, PackSpec, PackedMatrix};
 pub use pool::{Pinning, ThreadPool};
 pub use quantize::{QuantizedRows, quantize_rows};
 
-/// Version of the summation orders of this crate: part of a group's fingerprint. It grows when a kernel's scalar
-/// definition comes to give other bits.
+/// Version of the order of operations: part of a group's fingerprint. It grows when a kernel's scalar definition, or
+/// the order in which the model uses kernels and leaves, comes to give other bits.
 pub const NUMERICS: u32 = 1;

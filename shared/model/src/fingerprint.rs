@@ -3,10 +3,7 @@
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::group::PROTOCOL_VERSION;
 use paceline_domain::{Fingerprint, KvType};
-
-/// Version of the canonical order of operations: leaves, chunks, quantization of activations, polynomials. Raised
-/// by every change that changes a bit of a logit.
-pub const NUMERICS: u32 = 1;
+use paceline_kernels::NUMERICS;
 
 /// The fingerprint of a process that runs this checkpoint.
 pub fn fingerprint(checkpoint: &Checkpoint, kv_type: KvType) -> Fingerprint {
