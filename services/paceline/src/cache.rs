@@ -167,8 +167,8 @@ mod tests {
         };
         let both = environment(&[("HOME", "/home/x"), ("XDG_CACHE_HOME", "/caches")]);
         let dir = |cache: Result<ModelCache, PullError>| cache.expect("a place").dir().to_path_buf();
-        assert_eq!(dir(ModelCache::locate(Some(Path::new("/given")), &both)), Path::new("/given"));
-        assert_eq!(dir(ModelCache::locate(None, &both)), Path::new("/caches/paceline/models"));
+        assert_eq!(dir(ModelCache::locate(Some(Path::new("/given")), both)), Path::new("/given"));
+        assert_eq!(dir(ModelCache::locate(None, both)), Path::new("/caches/paceline/models"));
         let home = environment(&[("HOME", "/home/x"), ("XDG_CACHE_HOME", "")]);
         assert_eq!(dir(ModelCache::locate(None, home)), Path::new("/home/x/.cache/paceline/models"));
         assert!(matches!(ModelCache::locate(None, |_| None), Err(PullError::NoCacheDirectory)));
