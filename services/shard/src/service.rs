@@ -118,8 +118,13 @@ impl Shard for ShardService {
             memory_bytes: 0,
         };
         let (outbox, messages) = tokio::sync::mpsc::channel(64);
-        let session =
-            Session { machine: self.machine.clone(), epoch: hello.epoch, abort: abort.clone(), outbox };
+        let session = Session {
+            machine: self.machine.clone(),
+            occupancy: self.active.clone(),
+            epoch: hello.epoch,
+            abort: abort.clone(),
+            outbox,
+        };
         session.send(shard_message::Message::Welcome(welcome)).await;
         tokio::spawn(session.run(inbox, endpoint));
         // The coordinator may vanish without a word: then the response stream is dropped, and the executor with it.
