@@ -16,6 +16,8 @@ use opentelemetry_proto::tonic::{
 use paceline_tests::{
     ClusterSpec, TestCluster,
     client::{generate, greedy},
+    models::small_model,
+    program::command,
 };
 use paceline_wire::inference::GenerateRequest;
 use tokio::net::TcpListener;
@@ -139,6 +141,23 @@ async fn one_trace_id_is_seen_in_the_coordinator_and_every_shard() {
         let step = by_id[&hex(&forward.span.parent_span_id)];
         assert_eq!((step.service.as_str(), step.span.name.as_str()), ("paceline-coordinator", "step"));
     }
+}
+
+#[tokio::test]
+async fn the_command_line_is_the_root_of_its_trace() {
+    let (receiver, endpoint) = receiver().await;
+    let model = small_model().to_string_lossy().into_owned();
+    let arguments = ["run", "--model", &model, "--ranks", "2", "--max-tokens", "2", "Hello"];
+    let output =
+        command(&arguments).env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint).output().await.expect("runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let received = receiver.0.lock().expect("not poisoned").clone();
+    let root =
+        received.iter().find(|received| received.service == "paceline").expect("a span of the command");
+    assert_eq!((root.span.name.as_str(), root.span.parent_span_id.len()), ("paceline run", 0));
+    let trace = received.iter().filter(|received| received.span.trace_id == root.span.trace_id);
+    let services: BTreeSet<&str> = trace.map(|received| received.service.as_str()).collect();
+    assert_eq!(services, BTreeSet::from(["paceline", "paceline-coordinator", "paceline-shard"]));
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::{future::Future, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use paceline_telemetry::{Telemetry, TelemetryConfig};
+use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
     commands::{
@@ -77,11 +78,11 @@ pub fn main() -> ExitCode {
 
 async fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
-        Command::Shard(args) => with_telemetry("paceline-shard", "info", service::shard(args)).await,
+        Command::Shard(args) => with_telemetry("paceline-shard", "info", |_| service::shard(args)).await,
         Command::Coordinator(args) => {
-            with_telemetry("paceline-coordinator", "info", service::coordinator(args)).await
+            with_telemetry("paceline-coordinator", "info", |_| service::coordinator(args)).await
         }
-        _ => with_telemetry("paceline", "warn", command(cli)).await,
+        _ => with_telemetry("paceline", "warn", |config| command(cli).instrument(span(cli, config))).await,
     }
 }
 
@@ -99,20 +100,33 @@ async fn command(cli: &Cli) -> anyhow::Result<()> {
     }
 }
 
-async fn with_telemetry(
+/// The root of the traces of a client command. Without an exporter there is none: its context, not sampled, would
+/// tell servers that do export to leave their spans out.
+fn span(cli: &Cli, config: &TelemetryConfig) -> Span {
+    let name = match &cli.command {
+        Command::Run(_) => "paceline run",
+        Command::Generate(_) => "paceline generate",
+        Command::Chat(_) => "paceline chat",
+        _ => return Span::none(),
+    };
+    if config.export { info_span!("command", otel.name = name, otel.kind = "client") } else { Span::none() }
+}
+
+async fn with_telemetry<W>(
     service: &'static str,
     default_log: &str,
-    work: impl Future<Output = anyhow::Result<()>>,
-) -> anyhow::Result<()> {
+    work: impl FnOnce(&TelemetryConfig) -> W,
+) -> anyhow::Result<()>
+where
+    W: Future<Output = anyhow::Result<()>>,
+{
     let mut config = TelemetryConfig::from_env(service);
-    if ["PACELINE_LOG", "RUST_LOG"]
-        .iter()
-        .all(|name| std::env::var_os(name).is_none_or(|value| value.is_empty()))
-    {
+    let unset = |name: &&str| std::env::var_os(name).is_none_or(|value| value.is_empty());
+    if ["PACELINE_LOG", "RUST_LOG"].iter().all(unset) {
         config.log_filter = default_log.into();
     }
     let telemetry = Telemetry::start(&config)?;
-    let result = work.await;
+    let result = work(&config).await;
     telemetry.stop();
     result
 }

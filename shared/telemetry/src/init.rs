@@ -1,7 +1,7 @@
 //! Sets up logs and span export for one process. Whoever calls [`Telemetry::start`] must keep the guard and call
 //! [`Telemetry::stop`] at the end, or the last spans are lost.
 
-use std::env;
+use std::{env, io::IsTerminal as _};
 
 use anyhow::Context as _;
 use opentelemetry::{global, trace::TracerProvider as _};
@@ -67,7 +67,10 @@ impl Telemetry {
         let provider = builder.build();
         let filter = EnvFilter::try_new(&config.log_filter)
             .with_context(|| format!("log filter {:?} does not parse", config.log_filter))?;
-        let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_filter(filter);
+        let logs = tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_filter(filter);
         let spans = tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("paceline"))
             .with_filter(EnvFilter::new("off,paceline=trace"));
