@@ -10,23 +10,30 @@
 pub mod status;
 pub mod step;
 
-/// What clients speak: `paceline.v1`.
+/// The generated code, nested as its packages are, because they refer to each other by path.
 #[allow(missing_docs, clippy::all)]
-pub mod inference {
-    tonic::include_proto!("paceline.v1");
-}
-
-/// What coordinator and shards speak: `paceline.shard.v1`.
-#[allow(missing_docs, clippy::all)]
-pub mod shard {
-    tonic::include_proto!("paceline.shard.v1");
+mod paceline {
+    pub mod v1 {
+        tonic::include_proto!("paceline.v1");
+    }
+    pub mod shard {
+        pub mod v1 {
+            tonic::include_proto!("paceline.shard.v1");
+        }
+    }
+    pub mod draft {
+        pub mod v1 {
+            tonic::include_proto!("paceline.draft.v1");
+        }
+    }
 }
 
 /// What coordinators and the draft service speak: `paceline.draft.v1`.
-#[allow(missing_docs, clippy::all)]
-pub mod draft {
-    tonic::include_proto!("paceline.draft.v1");
-}
+pub use paceline::draft::v1 as draft;
+/// What coordinator and shards speak: `paceline.shard.v1`.
+pub use paceline::shard::v1 as shard;
+/// What clients speak: `paceline.v1`.
+pub use paceline::v1 as inference;
 
 /// The compiled descriptors of all three, for the reflection service.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
