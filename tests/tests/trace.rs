@@ -69,8 +69,6 @@ fn text(attributes: &[KeyValue], key: &str) -> Option<String> {
 fn number(attributes: &[KeyValue], key: &str) -> Option<i64> {
     match value(attributes, key)? {
         Value::IntValue(number) => Some(*number),
-        // An unsigned number may come as text.
-        Value::StringValue(text) => text.parse().ok(),
         _ => None,
     }
 }

@@ -228,17 +228,18 @@ impl Engine {
             Some(InFlight { n_missing: group.n_ranks(), from_rank_0: None, started: now, _span: span });
     }
 
-    /// The step's span: child of its first request's, linked to the others'.
+    /// The step's span: child of its first request's, linked to the others'. Numbers are signed because OTLP has no
+    /// unsigned ones.
     fn step_span(&self, plan: &StepPlan) -> Span {
         let mut requests = plan.chunks.iter().filter_map(|chunk| self.requests.get(&chunk.sequence));
         let Some(first) = requests.next() else { return Span::none() };
         let span = info_span!(
             parent: &first.span,
             "step",
-            epoch = plan.epoch.0,
-            step = plan.step.0,
-            n_rows = plan.n_rows(),
-            n_sequences = plan.chunks.len(),
+            epoch = plan.epoch.0 as i64,
+            step = plan.step.0 as i64,
+            n_rows = plan.n_rows() as i64,
+            n_sequences = plan.chunks.len() as i64,
         );
         requests.for_each(|request| context::link(&span, &request.span));
         span
@@ -294,8 +295,8 @@ impl Engine {
         let mut gone = request.sender.try_send(Ok(pushed.chunk)).is_err();
         if let Some(reason) = &pushed.finish {
             let usage = request.output.usage();
-            request.span.record("gen_ai.usage.input_tokens", usage.n_prompt);
-            request.span.record("gen_ai.usage.output_tokens", usage.n_completion);
+            request.span.record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
+            request.span.record("gen_ai.usage.output_tokens", i64::from(usage.n_completion));
             let chunk = request.output.finished(reason, now);
             let _ = request.sender.try_send(Ok(chunk));
             gone = true;

@@ -225,19 +225,20 @@ impl Executor {
             collective_wait_us: stats.wait.as_micros() as u64,
             collective_bytes: stats.bytes_sent,
         };
-        span.record("collective_wait_us", timings.collective_wait_us);
-        span.record("compute_us", timings.total_us.saturating_sub(timings.collective_wait_us));
-        span.record("collective_bytes", timings.collective_bytes);
+        span.record("collective_wait_us", timings.collective_wait_us as i64);
+        span.record("compute_us", timings.total_us.saturating_sub(timings.collective_wait_us) as i64);
+        span.record("collective_bytes", timings.collective_bytes as i64);
         Ok(StepResult { epoch: plan.epoch, step: plan.step, samples, timings })
     }
 
+    /// Numbers are signed because OTLP has no unsigned ones: they would go out as text.
     fn span(&self, traced: &TracedPlan) -> Span {
         let span = info_span!(
             "forward",
-            rank = self.rank,
-            epoch = self.epoch,
-            step = traced.plan.step.0,
-            n_rows = traced.plan.n_rows(),
+            rank = self.rank as i64,
+            epoch = self.epoch as i64,
+            step = traced.plan.step.0 as i64,
+            n_rows = traced.plan.n_rows() as i64,
             compute_us = field::Empty,
             collective_wait_us = field::Empty,
             collective_bytes = field::Empty,
