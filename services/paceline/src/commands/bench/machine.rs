@@ -13,12 +13,14 @@ const MIN_BUFFER_BYTES: usize = 1 << 30;
 const CACHES_READ: usize = 4;
 /// What a thread reads before it claims the next piece.
 const PIECE_WORDS: usize = 1 << 17;
-/// Sweeps over the buffer, of which the fastest counts.
+/// Times the buffer is read, and stretches of it that are timed one by one, so that a disturbance spoils few of
+/// them. The fastest counts; before a stretch comes again, all others have passed through the caches.
 const N_SWEEPS: usize = 12;
+const STRETCHES: usize = 8;
 /// Rounds of products in a task, tasks of each thread, and how often; the fastest counts.
-const ROUNDS: usize = 20_000;
-const TASKS_PER_THREAD: usize = 200;
-const N_TRIES: usize = 8;
+const ROUNDS: usize = 5_000;
+const TASKS_PER_THREAD: usize = 80;
+const N_TRIES: usize = 100;
 
 /// What some threads reach together.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -68,18 +70,20 @@ pub fn measure(kernels: &'static Kernels, thread_counts: &[usize]) -> Vec<Limits
 
 fn read_bytes_per_s(kernels: &'static Kernels, pool: &ThreadPool, words: &[u64]) -> f64 {
     let pieces: Vec<&[u64]> = words.chunks(PIECE_WORDS).collect();
-    let sweep = || {
-        pool.run(pieces.len(), &|piece| {
-            black_box(sum_words(kernels, pieces[piece]));
+    let n_pieces = pieces.len() / STRETCHES;
+    let read = |attempt: usize| {
+        let stretch = &pieces[attempt % STRETCHES * n_pieces..][..n_pieces];
+        pool.run(n_pieces, &|piece| {
+            black_box(sum_words(kernels, stretch[piece]));
         })
     };
-    size_of_val(words) as f64 / fastest_s(N_SWEEPS, sweep)
+    (n_pieces * PIECE_WORDS * size_of::<u64>()) as f64 / fastest_s(N_SWEEPS * STRETCHES, read)
 }
 
 fn products_per_s(kernels: &'static Kernels, pool: &ThreadPool) -> f64 {
     let operands = DotOperands::new(|i| i as u8, |i| i as i8);
     let n_tasks = TASKS_PER_THREAD * pool.n_threads();
-    let multiply = || {
+    let multiply = |_| {
         pool.run(n_tasks, &|_| {
             black_box(dot_rounds(kernels, &operands, ROUNDS));
         })
@@ -87,10 +91,10 @@ fn products_per_s(kernels: &'static Kernels, pool: &ThreadPool) -> f64 {
     (n_tasks * ROUNDS * PRODUCTS_PER_ROUND) as f64 / fastest_s(N_TRIES, multiply)
 }
 
-fn fastest_s(n_tries: usize, work: impl Fn()) -> f64 {
-    let seconds = (0..n_tries).map(|_| {
+fn fastest_s(n_tries: usize, work: impl Fn(usize)) -> f64 {
+    let seconds = (0..n_tries).map(|attempt| {
         let started = Instant::now();
-        work();
+        work(attempt);
         started.elapsed().as_secs_f64()
     });
     seconds.fold(f64::INFINITY, f64::min)
