@@ -8,6 +8,7 @@ use tracing::{Instrument as _, Span, info_span};
 
 use crate::{
     commands::{
+        bench::{self, BenchArgs},
         chat::{self, ChatArgs},
         estimate::{self, EstimateArgs},
         generate::{self, GenerateArgs},
@@ -48,6 +49,7 @@ enum Command {
     Models(ModelsCommand),
     Plan(PlanArgs),
     Estimate(EstimateArgs),
+    Bench(BenchArgs),
     Shard(ShardArgs),
     Coordinator(CoordinatorArgs),
 }
@@ -95,6 +97,7 @@ async fn command(cli: &Cli) -> anyhow::Result<()> {
         Command::Models(command) => models::models(command, &cli.places).await,
         Command::Plan(args) => plan::plan(args, &cli.places).await,
         Command::Estimate(args) => estimate::estimate(args),
+        Command::Bench(args) => bench::bench(args, &cli.places).await,
         Command::Shard(args) => service::shard(args).await,
         Command::Coordinator(args) => service::coordinator(args).await,
     }

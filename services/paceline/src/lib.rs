@@ -1,5 +1,5 @@
 //! The command line of Paceline. It starts services as processes and talks to them as any client does; it computes
-//! nothing itself.
+//! nothing itself, but for measurements.
 //!
 //! # Layout
 //! * [`cli`] – the command line and its dispatch

@@ -21,6 +21,7 @@
 //! * [`rope`] – rotary position embedding
 //! * [`kv`] – memory of the paged KV cache of one layer
 //! * [`attention`] – paged attention over it
+//! * [`machine`] – loops that show how fast the machine reads and multiplies
 
 pub mod aligned;
 pub mod argmax;
@@ -32,6 +33,7 @@ pub mod formats;
 pub mod isa;
 pub mod kv;
 pub mod linear;
+pub mod machine;
 pub mod math;
 pub mod packed;
 pub mod pool;

@@ -1,5 +1,6 @@
 //! The commands, one file each.
 
+pub mod bench;
 pub mod chat;
 pub mod estimate;
 pub mod generate;

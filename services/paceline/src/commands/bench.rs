@@ -1,0 +1,312 @@
+//! `paceline bench`: how fast the engine runs a model, and how near that is to what the machine can do. No service
+//! is started.
+
+mod engine;
+mod machine;
+mod shape;
+mod spread;
+
+use std::{num::NonZeroUsize, sync::Arc, thread};
+
+use anyhow::Context as _;
+use clap::Args;
+use paceline_checkpoint::Checkpoint;
+use paceline_kernels::{Isa, Kernels};
+use paceline_model::{ModelConfig, names};
+use serde_json::json;
+
+use self::{
+    engine::{Job, Measured},
+    machine::Limits,
+    shape::{Shape, Work},
+    spread::Spread,
+};
+use crate::{
+    answer::write_stdout, cluster::share_threads, interrupt::Interrupts, options::ModelPlaces,
+    progress::Progress,
+};
+
+/// Activations are 16-bit codes in two int8 planes, so each weight meets two bytes.
+const ACTIVATION_PLANES: u64 = 2;
+
+/// Measures the engine on a model, or the limits of this machine.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  paceline bench --model qwen2.5-coder-1.5b-instruct --shapes pp512,tg128,tg64x8 --threads 2
+  paceline bench --ranks 2 --json
+  paceline bench --machine
+
+Shapes: ppN runs a prompt of N tokens (512 a pass); tgN decodes N tokens after a prompt of 16, which is not timed;
+tgNxB decodes B sequences together, tokens/s of all of them. A step is the forward pass and the greedy choice of the
+next token, in this process, without services. Ranks are threads of this process joined through shared memory, with
+--threads shared among them.
+
+tokens/s    median of the repeats (and least and largest)
+GB/s        10^9 bytes read a second: each pass reads all packed weights once and the KV cache of each sequence once
+bandwidth   that, as a share of what --machine finds for as many threads, reading a buffer of 1 GiB or more
+peak        int8 multiply-adds a second of the quantized matrices, as a share of what --machine finds. Each weight
+            meets two int8 per token, because activations are 16-bit codes kept as two int8 planes: a matrix of N
+            weights costs 2 N multiply-adds a row (the output head only in rows that are sampled). Attention, norms
+            and matrices of plain numbers are not counted. The machine's peak are multiply-adds of bytes with the
+            best instruction set and no memory access (1 multiply-add = 2 operations in GOP/s).
+The machine is measured before and after the model, and the better of the two counts.")]
+pub struct BenchArgs {
+    /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
+    #[arg(long, short, value_name = "NAME|PATH")]
+    model: Option<String>,
+    /// What to run: ppN, tgN, tgNxB
+    #[arg(long, value_name = "SHAPES", value_delimiter = ',', default_value = "pp512,tg128,tg64x8,tg64x32")]
+    shapes: Vec<Shape>,
+    /// Compute threads of all ranks together [default: one a core]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Ranks to split the model over
+    #[arg(long, value_name = "N", default_value = "1")]
+    ranks: NonZeroUsize,
+    /// Measurements of each shape
+    #[arg(long, value_name = "N", default_value = "5")]
+    repeat: NonZeroUsize,
+    /// Measure the machine alone, with 1 thread up to --threads
+    #[arg(long, conflicts_with_all = ["model", "shapes", "ranks", "repeat"])]
+    machine: bool,
+    /// Do not measure the machine; shares are then unknown
+    #[arg(long, conflicts_with = "machine")]
+    no_machine: bool,
+    /// Instruction set: auto, scalar, avx2, avx512 or avx512vnni
+    #[arg(long, value_name = "ISA", default_value = "auto")]
+    isa: String,
+    /// Write JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the model cannot be had, read or run, or the user interrupts.
+pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()> {
+    let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
+    let kernels = kernels(&args.isa)?;
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let n_threads = args.threads.map_or(cores, NonZeroUsize::get);
+    let format = if args.json { Format::Json } else { Format::Table };
+    if args.machine {
+        let work = move || Ok(show_machine(kernels, n_threads, format));
+        return write_stdout(&interruptible(work, &mut interrupts).await?);
+    }
+    let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
+    let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
+    let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
+    let work = move || {
+        let checkpoint = Arc::new(Checkpoint::open(&path)?);
+        let config = ModelConfig::from_checkpoint(&checkpoint)?;
+        let threads_of_rank = share_threads(n_threads, ranks);
+        let job = Job { checkpoint, config, kernels, threads_of_rank, shapes, n_repeats };
+        let (measured, limits) = measure(&job, machine)?;
+        Ok(Report { model, job, measured, limits }.show(format))
+    };
+    write_stdout(&interruptible(work, &mut interrupts).await?)
+}
+
+#[derive(Clone, Copy)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Clone, Copy)]
+enum Machine {
+    Measured,
+    Unknown,
+}
+
+/// Runs blocking work on a thread of its own; a signal ends the program without waiting for it.
+async fn interruptible<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+    interrupts: &mut Interrupts,
+) -> anyhow::Result<T> {
+    tokio::select! {
+        result = tokio::task::spawn_blocking(work) => result?,
+        signal = interrupts.next() => Err(signal.into()),
+    }
+}
+
+fn kernels(isa: &str) -> anyhow::Result<&'static Kernels> {
+    let isa = match isa {
+        "auto" => Isa::detect(),
+        name => Isa::from_name(name).with_context(|| format!("--isa `{name}` is not known"))?,
+    };
+    anyhow::ensure!(isa.is_available(), "this CPU has no {isa}");
+    Ok(Kernels::for_isa(isa))
+}
+
+/// The limits are those of the machine's best instruction set, whatever the engine is told to use.
+fn measure(job: &Job, machine: Machine) -> anyhow::Result<(Measured, Option<Limits>)> {
+    let n_threads = job.threads_of_rank.iter().sum();
+    let limits = || match machine {
+        Machine::Measured => machine::measure(Kernels::detect(), &[n_threads]).pop(),
+        Machine::Unknown => None,
+    };
+    let before = limits();
+    let measured = engine::run(job)?;
+    let limits = before.zip(limits()).map(|(before, after)| before.max(after));
+    Ok((measured, limits))
+}
+
+fn show_machine(kernels: &'static Kernels, n_threads: usize, format: Format) -> String {
+    let thread_counts: Vec<usize> = (1..=n_threads).collect();
+    let limits = machine::measure(kernels, &thread_counts);
+    let isa = kernels.isa().name();
+    let mut text = match format {
+        Format::Table => format!("{isa}\nthreads   read GB/s   int8 GOP/s\n"),
+        Format::Json => String::new(),
+    };
+    for (n_threads, limits) in thread_counts.iter().zip(limits) {
+        let (read, products) = (limits.read_gb_per_s(), limits.int8_gop_per_s());
+        text += &match format {
+            Format::Table => format!("{n_threads:>7} {read:>11.1} {products:>12.0}\n"),
+            Format::Json => {
+                let (read, products) = (rounded(read, 2), rounded(products, 1));
+                let line = json!({ "threads": n_threads, "isa": isa, "read_gb_per_s": read, "int8_gop_per_s": products });
+                format!("{line}\n")
+            }
+        };
+    }
+    text
+}
+
+/// Everything that is known at the end.
+struct Report {
+    model: String,
+    job: Job,
+    measured: Measured,
+    limits: Option<Limits>,
+}
+
+/// One line of the report.
+struct Line {
+    tokens_per_s: Spread,
+    bytes_per_s: f64,
+    share_of_bandwidth: Option<f64>,
+    share_of_peak: Option<f64>,
+}
+
+impl Report {
+    fn show(&self, format: Format) -> String {
+        let products = Products::of(&self.job);
+        let lines = self.job.shapes.iter().zip(&self.measured.seconds);
+        let lines = lines.map(|(shape, seconds)| (*shape, self.line(*shape, seconds, &products)));
+        match format {
+            Format::Json => lines.map(|(shape, line)| self.json(shape, &line)).collect(),
+            Format::Table => self.heading() + &lines.map(|(shape, line)| line.row(shape)).collect::<String>(),
+        }
+    }
+
+    fn line(&self, shape: Shape, seconds: &[f64], products: &Products) -> Line {
+        let work = shape.work();
+        let per_second: Vec<f64> = seconds.iter().map(|seconds| shape.n_tokens() as f64 / seconds).collect();
+        let tokens_per_s = Spread::of(&per_second);
+        let median_s = shape.n_tokens() as f64 / tokens_per_s.median;
+        let kv_bytes = work.n_kv_positions * self.measured.kv_bytes_per_position;
+        let bytes_per_s = (work.n_passes * self.measured.weight_bytes + kv_bytes) as f64 / median_s;
+        let products_per_s = products.during(&work) as f64 / median_s;
+        Line {
+            tokens_per_s,
+            bytes_per_s,
+            share_of_bandwidth: self.limits.map(|limits| bytes_per_s / limits.read_bytes_per_s),
+            share_of_peak: self.limits.map(|limits| products_per_s / limits.products_per_s),
+        }
+    }
+
+    fn heading(&self) -> String {
+        let (n_ranks, isa) = (self.job.threads_of_rank.len(), self.job.kernels.isa());
+        let n_threads: usize = self.job.threads_of_rank.iter().sum();
+        let weights = self.measured.weight_bytes as f64 / 1e9;
+        let mut text = format!(
+            "{}, {weights:.2} GB of weights, {n_threads} threads, {n_ranks} ranks, {isa}\n",
+            self.model
+        );
+        if let Some(limits) = &self.limits {
+            let (read, products) = (limits.read_gb_per_s(), limits.int8_gop_per_s());
+            text += &format!("this machine now: reads {read:.1} GB/s, {products:.0} int8 GOP/s\n");
+        }
+        text + "\nshape         tokens/s      min      max     GB/s  bandwidth    peak\n"
+    }
+
+    fn json(&self, shape: Shape, line: &Line) -> String {
+        let share = |share: Option<f64>| share.map(|share| rounded(share, 4));
+        let object = json!({
+            "model": self.model,
+            "shape": shape.to_string(),
+            "threads": self.job.threads_of_rank.iter().sum::<usize>(),
+            "ranks": self.job.threads_of_rank.len(),
+            "tokens_per_s": rounded(line.tokens_per_s.median, 2),
+            "gb_per_s": rounded(line.bytes_per_s / 1e9, 3),
+            "share_of_bandwidth": share(line.share_of_bandwidth),
+            "share_of_peak": share(line.share_of_peak),
+            "tokens_per_s_min": rounded(line.tokens_per_s.min, 2),
+            "tokens_per_s_max": rounded(line.tokens_per_s.max, 2),
+            "read_gb_per_s": self.limits.map(|limits| rounded(limits.read_gb_per_s(), 2)),
+            "int8_gop_per_s": self.limits.map(|limits| rounded(limits.int8_gop_per_s(), 1)),
+            "weight_bytes": self.measured.weight_bytes,
+            "isa": self.job.kernels.isa().name(),
+        });
+        format!("{object}\n")
+    }
+}
+
+impl Line {
+    fn row(&self, shape: Shape) -> String {
+        let Spread { median, min, max } = self.tokens_per_s;
+        let percent =
+            |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.1} %", 100.0 * share));
+        format!(
+            "{:<12} {median:>9.1} {min:>8.1} {max:>8.1} {:>8.1} {:>10} {:>7}\n",
+            shape.to_string(),
+            self.bytes_per_s / 1e9,
+            percent(self.share_of_bandwidth),
+            percent(self.share_of_peak),
+        )
+    }
+}
+
+/// Int8 products that the quantized matrices of a model cost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Products {
+    of_row: u64,
+    of_output_row: u64,
+}
+
+impl Products {
+    fn of(job: &Job) -> Self {
+        let (config, checkpoint) = (&job.config, &job.checkpoint);
+        let mut products = Self::default();
+        for tensor in names::expected_tensors(config, checkpoint.format()) {
+            let Some(view) = checkpoint.tensor(&tensor.name) else { continue };
+            if view.weight_type().is_quantized() {
+                let n: u64 = tensor.shape.iter().map(|length| *length as u64).product();
+                products.add(tensor.part, n * ACTIVATION_PLANES, config);
+            }
+        }
+        products
+    }
+
+    fn add(&mut self, part: names::Part, n: u64, config: &ModelConfig) {
+        match part {
+            names::Part::Head => self.of_output_row += n,
+            // Looked up for each row, multiplied only when it is the head too.
+            names::Part::Embedding if config.tied_embeddings => self.of_output_row += n,
+            names::Part::Embedding => {}
+            _ => self.of_row += n,
+        }
+    }
+
+    fn during(&self, work: &Work) -> u64 {
+        self.of_row * work.n_rows + self.of_output_row * work.n_output_rows
+    }
+}
+
+fn rounded(value: f64, n_decimals: i32) -> f64 {
+    let scale = 10_f64.powi(n_decimals);
+    (value * scale).round() / scale
+}

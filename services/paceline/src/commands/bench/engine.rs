@@ -1,0 +1,312 @@
+//! The engine under measurement: a decoder for each rank, as shards run it, the ranks as threads of this process.
+//! There is no scheduler, no gRPC and no text; whole steps are run, forward pass and greedy choice.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use paceline_checkpoint::Checkpoint;
+use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
+use paceline_domain::{BlockId, Epoch, KvType, TokenId, group::BLOCK_POSITIONS};
+use paceline_kernels::{Kernels, Pinning, ThreadPool, argmax::argmax};
+use paceline_model::{Batch, Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_sampling::{Candidate, merge};
+
+use super::shape::{PROMPT_TOKENS, Shape};
+
+/// Decode steps before the clock starts.
+const WARM_UP_STEPS: usize = 2;
+/// How long a rank waits for its peers; loading is not under this deadline.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// What to measure.
+pub struct Job {
+    /// The open model file.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Its architecture.
+    pub config: ModelConfig,
+    /// Chosen kernels.
+    pub kernels: &'static Kernels,
+    /// Compute threads of each rank.
+    pub threads_of_rank: Vec<usize>,
+    /// Shapes, in this order.
+    pub shapes: Vec<Shape>,
+    /// Measurements of each.
+    pub n_repeats: usize,
+}
+
+/// What was measured.
+pub struct Measured {
+    /// Seconds, `[shape][repeat]`.
+    pub seconds: Vec<Vec<f64>>,
+    /// Bytes of packed weights of all ranks.
+    pub weight_bytes: u64,
+    /// Bytes of a cached position of all ranks.
+    pub kv_bytes_per_position: u64,
+}
+
+/// Runs the job; returns when every rank has ended.
+///
+/// # Errors
+/// When a shape does not fit the model, or a rank cannot load or run.
+pub fn run(job: &Job) -> anyhow::Result<Measured> {
+    for shape in &job.shapes {
+        if shape.n_positions() > job.config.context_length {
+            let (n, context) = (shape.n_positions(), job.config.context_length);
+            bail!("{shape} takes {n} positions, the model was made for {context}");
+        }
+    }
+    let n_ranks = job.threads_of_rank.len();
+    let plan = SplitPlan::new(&job.config, n_ranks)?;
+    let endpoints = (0..n_ranks)
+        .map(|_| Endpoint::bind(&BindSpec::default()))
+        .collect::<Result<Vec<_>, _>>()
+        .context("ranks cannot be joined")?;
+    let peers: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address().clone()).collect();
+    let (abort, chosen) = (AbortFlag::new(), Chosen::new(capacity(&job.shapes).max_output_rows));
+    let results: Vec<anyhow::Result<Measured>> = thread::scope(|scope| {
+        let start = |(rank, endpoint): (usize, Endpoint)| {
+            let spec = GroupSpec {
+                rank,
+                epoch: Epoch(1),
+                peers: peers.clone(),
+                // Nobody else is told the addresses, and nothing secret is computed.
+                secret: [0; 32],
+                transport: Transport::Auto,
+                connect_deadline: DEADLINE,
+                deadline: DEADLINE,
+                abort: abort.clone(),
+            };
+            let (plan, chosen) = (&plan, &chosen);
+            scope.spawn(move || {
+                let result =
+                    Rank::load(job, plan, endpoint, &spec, chosen).and_then(|mut rank| rank.measure(job));
+                if result.is_err() {
+                    spec.abort.abort();
+                }
+                result
+            })
+        };
+        let ranks: Vec<_> = endpoints.into_iter().enumerate().map(start).collect();
+        let join = |rank: thread::ScopedJoinHandle<'_, _>| {
+            rank.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        ranks.into_iter().map(join).collect()
+    });
+    combine(results)
+}
+
+/// Times are those of rank 0, bytes are of all ranks. Of several errors the first rank's is told; the others follow
+/// from it or are alike.
+fn combine(results: Vec<anyhow::Result<Measured>>) -> anyhow::Result<Measured> {
+    let ranks = results.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
+    let weight_bytes = ranks.iter().map(|rank| rank.weight_bytes).sum();
+    let kv_bytes_per_position = ranks.iter().map(|rank| rank.kv_bytes_per_position).sum();
+    let first = ranks.into_iter().next().context("there is no rank")?;
+    Ok(Measured { seconds: first.seconds, weight_bytes, kv_bytes_per_position })
+}
+
+/// Room for the largest shape.
+fn capacity(shapes: &[Shape]) -> Capacity {
+    let blocks = |shape: &Shape| shape.n_sequences() * shape.n_positions().div_ceil(BLOCK_POSITIONS);
+    let most = |of: &dyn Fn(&Shape) -> usize| shapes.iter().map(of).max().unwrap_or(1);
+    Capacity {
+        kv_type: KvType::F16,
+        n_kv_blocks: most(&blocks),
+        max_rows: most(&|shape| shape.max_rows()),
+        max_output_rows: most(&|shape| shape.n_sequences()),
+    }
+}
+
+/// Blocks of each sequence of a shape.
+fn block_tables(shape: Shape) -> Vec<Vec<BlockId>> {
+    let n_blocks = shape.n_positions().div_ceil(BLOCK_POSITIONS);
+    let table = |sequence: usize| {
+        (sequence * n_blocks..(sequence + 1) * n_blocks).map(|it| BlockId(it as u32)).collect()
+    };
+    (0..shape.n_sequences()).map(table).collect()
+}
+
+/// The tokens of a pass, as rank 0 chose them: what a coordinator would send with the next plan.
+struct Chosen(Vec<AtomicU32>);
+
+impl Chosen {
+    fn new(max_output_rows: usize) -> Self {
+        Self((0..max_output_rows).map(|_| AtomicU32::new(0)).collect())
+    }
+}
+
+/// One rank at work.
+struct Rank<'a> {
+    decoder: Decoder,
+    collective: Box<dyn Collective>,
+    kernels: &'static Kernels,
+    chosen: &'a Chosen,
+    kv_positions: u64,
+    n_vocab: usize,
+    /// What comes next in each sequence.
+    next: Vec<TokenId>,
+    own: Vec<u8>,
+    parts: Vec<Vec<u8>>,
+}
+
+impl<'a> Rank<'a> {
+    fn load(
+        job: &Job,
+        plan: &SplitPlan,
+        endpoint: Endpoint,
+        spec: &GroupSpec,
+        chosen: &'a Chosen,
+    ) -> anyhow::Result<Self> {
+        let capacity = capacity(&job.shapes);
+        let decoder = Decoder::load(&LoadSpec {
+            checkpoint: &job.checkpoint,
+            config: &job.config,
+            plan,
+            rank: spec.rank,
+            capacity,
+            kernels: job.kernels,
+            pool: Arc::new(ThreadPool::new(job.threads_of_rank[spec.rank], Pinning::None)),
+            progress: &|_| (),
+        })?;
+        Ok(Self {
+            decoder,
+            collective: connect(endpoint, spec)?,
+            kernels: job.kernels,
+            chosen,
+            kv_positions: (capacity.n_kv_blocks * BLOCK_POSITIONS) as u64,
+            n_vocab: job.config.n_vocab,
+            next: Vec::new(),
+            own: Vec::new(),
+            parts: Vec::new(),
+        })
+    }
+
+    fn measure(&mut self, job: &Job) -> anyhow::Result<Measured> {
+        let mut seconds = Vec::new();
+        for shape in &job.shapes {
+            self.warm_up(*shape)?;
+            let repeats = (0..job.n_repeats).map(|_| self.time(*shape));
+            seconds.push(repeats.collect::<anyhow::Result<Vec<f64>>>()?);
+        }
+        let (weight_bytes, kv_bytes) = self.decoder.memory_bytes();
+        let kv_bytes_per_position = kv_bytes as u64 / self.kv_positions;
+        Ok(Measured { seconds, weight_bytes: weight_bytes as u64, kv_bytes_per_position })
+    }
+
+    /// Touches every page that the shape will touch.
+    fn warm_up(&mut self, shape: Shape) -> anyhow::Result<()> {
+        let tables = block_tables(shape);
+        match shape {
+            Shape::Prefill { n_tokens } => self.prefill(&tables, n_tokens),
+            Shape::Decode { n_tokens, .. } => {
+                self.prefill(&tables, PROMPT_TOKENS)?;
+                self.decode(&tables, n_tokens.min(WARM_UP_STEPS))
+            }
+        }
+    }
+
+    fn time(&mut self, shape: Shape) -> anyhow::Result<f64> {
+        let tables = block_tables(shape);
+        if let Shape::Decode { .. } = shape {
+            self.prefill(&tables, PROMPT_TOKENS)?;
+        }
+        self.collective.barrier()?;
+        let started = Instant::now();
+        match shape {
+            Shape::Prefill { n_tokens } => self.prefill(&tables, n_tokens)?,
+            Shape::Decode { n_tokens, .. } => self.decode(&tables, n_tokens)?,
+        }
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    /// Runs the prompts of the sequences, one after the other, and chooses their first tokens.
+    fn prefill(&mut self, tables: &[Vec<BlockId>], n_tokens: usize) -> anyhow::Result<()> {
+        self.next.clear();
+        for (sequence, table) in tables.iter().enumerate() {
+            let token =
+                |position: usize| TokenId(((7 * position + 13 * sequence + 1_000) % self.n_vocab) as u32);
+            let tokens: Vec<TokenId> = (0..n_tokens).map(token).collect();
+            let mut start = 0;
+            for end in Shape::pass_ends(n_tokens) {
+                let positions: Vec<u32> = (start as u32..end as u32).collect();
+                let output_rows: &[usize] = if end == n_tokens { &[end - start - 1] } else { &[] };
+                let batch = Batch {
+                    tokens: &tokens[start..end],
+                    positions: &positions,
+                    sequence_of_row: &vec![0; end - start],
+                    block_tables: &[table],
+                    output_rows,
+                };
+                let chosen = self.step(&batch)?;
+                self.next.extend(chosen);
+                start = end;
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with all sequences, after their prompts.
+    fn decode(&mut self, tables: &[Vec<BlockId>], n_tokens: usize) -> anyhow::Result<()> {
+        let n_sequences = tables.len();
+        let tables: Vec<&[BlockId]> = tables.iter().map(Vec::as_slice).collect();
+        let sequence_of_row: Vec<u32> = (0..n_sequences as u32).collect();
+        let output_rows: Vec<usize> = (0..n_sequences).collect();
+        for position in PROMPT_TOKENS..PROMPT_TOKENS + n_tokens {
+            let tokens = std::mem::take(&mut self.next);
+            let batch = Batch {
+                tokens: &tokens,
+                positions: &vec![position as u32; n_sequences],
+                sequence_of_row: &sequence_of_row,
+                block_tables: &tables,
+                output_rows: &output_rows,
+            };
+            self.next = self.step(&batch)?;
+        }
+        Ok(())
+    }
+
+    /// One pass and the best token of each output row, the same on every rank.
+    fn step(&mut self, batch: &Batch<'_>) -> anyhow::Result<Vec<TokenId>> {
+        let logits = self.decoder.forward(batch, self.collective.as_mut())?;
+        self.own.clear();
+        for row in logits.values.chunks_exact(logits.vocab_range.len().max(1)) {
+            let best = argmax(self.kernels, row).context("a row of logits holds no number")?;
+            let token = TokenId((logits.vocab_range.start + best) as u32);
+            self.own.extend(Candidate { value: row[best], token }.to_bytes());
+        }
+        self.collective.gather(&self.own, &mut self.parts)?;
+        let n_rows = batch.output_rows.len();
+        if self.collective.rank() == 0 {
+            for row in 0..n_rows {
+                let best = self.parts.iter().filter_map(|part| part.as_chunks().0.get(row));
+                let best: Vec<Candidate> = best.map(|bytes| Candidate::from_bytes(*bytes)).collect();
+                self.chosen.0[row].store(merge(&best).0, Ordering::Relaxed);
+            }
+        }
+        // The barrier orders the stores before the loads; the next gather orders the loads before the next stores.
+        self.collective.barrier()?;
+        Ok(self.chosen.0[..n_rows].iter().map(|token| TokenId(token.load(Ordering::Relaxed))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_share_no_block_and_fill_the_pool() {
+        let shapes = ["pp40", "tg20x3"].map(|text| text.parse::<Shape>().expect("a shape"));
+        let tables = block_tables(shapes[1]);
+        let blocks: Vec<u32> = tables.concat().into_iter().map(|block| block.0).collect();
+        assert_eq!(blocks, (0..9).collect::<Vec<_>>());
+        let capacity = capacity(&shapes);
+        assert_eq!((capacity.n_kv_blocks, capacity.max_rows, capacity.max_output_rows), (9, 40, 3));
+    }
+}

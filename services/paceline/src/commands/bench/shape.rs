@@ -1,0 +1,161 @@
+//! Shapes of work to measure, as they are typed (`pp512`, `tg128`, `tg64x8`), and what each asks of the machine.
+
+use std::{fmt, str::FromStr};
+
+/// Rows of one pass over a prompt; longer prompts take several passes.
+pub const PASS_ROWS: usize = 512;
+/// Tokens that each sequence has before decoding is measured.
+pub const PROMPT_TOKENS: usize = 16;
+/// Most tokens of a sequence, and most sequences.
+const MAX_COUNT: usize = 1 << 20;
+
+/// One kind of work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shape {
+    /// A prompt of this many tokens.
+    Prefill {
+        /// Its length.
+        n_tokens: usize,
+    },
+    /// Sequences that decode together, one token each a pass.
+    Decode {
+        /// Tokens of each sequence.
+        n_tokens: usize,
+        /// How many there are.
+        n_sequences: usize,
+    },
+}
+
+/// What a shape makes an engine do, the prompts of [`Shape::Decode`] aside.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Work {
+    /// Passes over the weights.
+    pub n_passes: u64,
+    /// Token rows of all passes.
+    pub n_rows: u64,
+    /// Rows whose logits are computed.
+    pub n_output_rows: u64,
+    /// Cached positions read: each sequence's once a pass.
+    pub n_kv_positions: u64,
+}
+
+impl Shape {
+    /// Tokens that count for tokens a second.
+    pub fn n_tokens(self) -> usize {
+        match self {
+            Self::Prefill { n_tokens } => n_tokens,
+            Self::Decode { n_tokens, n_sequences } => n_tokens * n_sequences,
+        }
+    }
+
+    /// Sequences that run together.
+    pub fn n_sequences(self) -> usize {
+        match self {
+            Self::Prefill { .. } => 1,
+            Self::Decode { n_sequences, .. } => n_sequences,
+        }
+    }
+
+    /// Positions that each sequence has in the end.
+    pub fn n_positions(self) -> usize {
+        match self {
+            Self::Prefill { n_tokens } => n_tokens,
+            Self::Decode { n_tokens, .. } => PROMPT_TOKENS + n_tokens,
+        }
+    }
+
+    /// Most rows of a pass.
+    pub fn max_rows(self) -> usize {
+        match self {
+            Self::Prefill { n_tokens } => n_tokens.min(PASS_ROWS),
+            Self::Decode { n_sequences, .. } => n_sequences.max(PROMPT_TOKENS),
+        }
+    }
+
+    /// Ends of the passes over a prompt of `n_tokens`.
+    pub fn pass_ends(n_tokens: usize) -> impl Iterator<Item = usize> {
+        (0..n_tokens).step_by(PASS_ROWS).map(move |start| n_tokens.min(start + PASS_ROWS))
+    }
+
+    /// What is measured.
+    pub fn work(self) -> Work {
+        match self {
+            Self::Prefill { n_tokens } => Work {
+                n_passes: n_tokens.div_ceil(PASS_ROWS) as u64,
+                n_rows: n_tokens as u64,
+                n_output_rows: 1,
+                n_kv_positions: Self::pass_ends(n_tokens).map(|end| end as u64).sum(),
+            },
+            Self::Decode { n_tokens, n_sequences } => {
+                let of_one: usize = (1..=n_tokens).map(|n| PROMPT_TOKENS + n).sum();
+                let n_rows = (n_tokens * n_sequences) as u64;
+                Work {
+                    n_passes: n_tokens as u64,
+                    n_rows,
+                    n_output_rows: n_rows,
+                    n_kv_positions: (of_one * n_sequences) as u64,
+                }
+            }
+        }
+    }
+}
+
+impl FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let problem =
+            || format!("`{text}` is no shape; shapes are ppN, tgN and tgNxB, such as pp512, tg128, tg64x8");
+        let count = |digits: &str| -> Result<usize, String> {
+            let count: usize = digits.parse().map_err(|_| problem())?;
+            if (1..=MAX_COUNT).contains(&count) { Ok(count) } else { Err(problem()) }
+        };
+        if let Some(digits) = text.strip_prefix("pp") {
+            return Ok(Self::Prefill { n_tokens: count(digits)? });
+        }
+        let counts = text.strip_prefix("tg").ok_or_else(problem)?;
+        let (n_tokens, n_sequences) = counts.split_once('x').unwrap_or((counts, "1"));
+        Ok(Self::Decode { n_tokens: count(n_tokens)?, n_sequences: count(n_sequences)? })
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prefill { n_tokens } => write!(formatter, "pp{n_tokens}"),
+            Self::Decode { n_tokens, n_sequences: 1 } => write!(formatter, "tg{n_tokens}"),
+            Self::Decode { n_tokens, n_sequences } => write!(formatter, "tg{n_tokens}x{n_sequences}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_read_and_written() {
+        let cases = [
+            ("pp512", Shape::Prefill { n_tokens: 512 }),
+            ("tg128", Shape::Decode { n_tokens: 128, n_sequences: 1 }),
+            ("tg64x32", Shape::Decode { n_tokens: 64, n_sequences: 32 }),
+        ];
+        for (text, shape) in cases {
+            assert_eq!(text.parse(), Ok(shape));
+            assert_eq!(shape.to_string(), text);
+        }
+        for text in ["", "pp", "tg", "pp0", "tg8x0", "tg8x", "pp8x2", "512", "pp-1", "tg1048577"] {
+            let problem = text.parse::<Shape>().expect_err("no shape");
+            assert!(problem.contains(&format!("`{text}`")), "{problem}");
+        }
+    }
+
+    #[test]
+    fn work_is_counted_by_pass() {
+        let work = |text: &str| text.parse::<Shape>().expect("a shape").work();
+        let expected = Work { n_passes: 2, n_rows: 600, n_output_rows: 1, n_kv_positions: 512 + 600 };
+        assert_eq!(work("pp600"), expected);
+        let expected = Work { n_passes: 3, n_rows: 6, n_output_rows: 6, n_kv_positions: 2 * (17 + 18 + 19) };
+        assert_eq!(work("tg3x2"), expected);
+    }
+}
