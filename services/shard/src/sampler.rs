@@ -2,11 +2,11 @@
 //! brings them together, rank 0 chooses. A row that needs no filter travels as one candidate of eight bytes, any
 //! other as its logits.
 
-use std::ops::Range;
+use std::{convert::Infallible, ops::Range};
 
 use paceline_collectives::{Collective, CollectiveError};
 use paceline_domain::{SampledToken, SequenceChunk, SequenceSamples, StepPlan};
-use paceline_sampling::{Candidate, local_best, merge, needs_full_row, sample_row};
+use paceline_sampling::{Candidate, local_best, merge, needs_full_row, sample_row, verify};
 
 use crate::sequences::{Sequence, Sequences};
 
@@ -94,19 +94,17 @@ impl Sampler {
             let sequence = sequences.get_mut(chunk.sequence);
             let is_full = needs_full_row(&sequence.sampling);
             let row_bytes = |rank: usize| if is_full { widths[rank] } else { CANDIDATE_BYTES };
-            let mut tokens: Vec<SampledToken> = Vec::with_capacity(chunk.n_sampled as usize);
-            for i in first_sampled(chunk)..chunk.tokens.len() {
-                // A row counts only while every proposal before it was the target's own choice.
-                let all_matched = tokens
-                    .iter()
-                    .zip(&chunk.tokens[first_sampled(chunk) + 1..])
-                    .all(|(own, other)| own.token == *other);
-                if all_matched {
-                    sequence.history.truncate(chunk.start_pos as usize);
-                    sequence.history.extend(&chunk.tokens[..=i]);
-                    tokens.push(self.choose_row(sequence, &cursors, row_bytes));
-                }
-                cursors.iter_mut().enumerate().for_each(|(rank, cursor)| *cursor += row_bytes(rank));
+            let first = first_sampled(chunk);
+            let verified = verify(&chunk.tokens[first + 1..], |row| {
+                sequence.history.truncate(chunk.start_pos as usize);
+                sequence.history.extend(&chunk.tokens[..=first + row]);
+                let row_starts: Vec<usize> =
+                    cursors.iter().enumerate().map(|(rank, cursor)| cursor + row * row_bytes(rank)).collect();
+                Ok::<_, Infallible>(self.choose_row(sequence, &row_starts, row_bytes))
+            });
+            let Ok(tokens) = verified;
+            for (rank, cursor) in cursors.iter_mut().enumerate() {
+                *cursor += chunk.n_sampled as usize * row_bytes(rank);
             }
             sequence.history.truncate(chunk.start_pos as usize);
             sequence.history.extend(&chunk.tokens);
@@ -118,11 +116,11 @@ impl Sampler {
     fn choose_row(
         &mut self,
         sequence: &Sequence,
-        cursors: &[usize],
+        row_starts: &[usize],
         row_bytes: impl Fn(usize) -> usize,
     ) -> SampledToken {
         let slices =
-            self.parts.iter().enumerate().map(|(rank, part)| &part[cursors[rank]..][..row_bytes(rank)]);
+            self.parts.iter().enumerate().map(|(rank, part)| &part[row_starts[rank]..][..row_bytes(rank)]);
         if needs_full_row(&sequence.sampling) {
             self.row.clear();
             slices.for_each(|slice| {
@@ -151,4 +149,78 @@ impl Sampler {
 
 fn first_sampled(chunk: &SequenceChunk) -> usize {
     chunk.tokens.len() - chunk.n_sampled as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use paceline_collectives::Solo;
+    use paceline_domain::{BlockId, Epoch, SamplingParams, SequenceId, SequenceOpen, StepNumber, TokenId};
+
+    use super::*;
+
+    const N_VOCAB: usize = 8;
+
+    fn tokens(ids: &[u32]) -> Vec<TokenId> {
+        ids.iter().copied().map(TokenId).collect()
+    }
+
+    fn chunk(id: u64, ids: &[u32], n_sampled: u32) -> SequenceChunk {
+        SequenceChunk {
+            sequence: SequenceId(id),
+            start_pos: 0,
+            tokens: tokens(ids),
+            new_blocks: vec![BlockId(id as u32)],
+            n_kept_blocks: 0,
+            n_sampled,
+        }
+    }
+
+    /// Samples of three sequences whose rows prefer these tokens: a verification, a prompt, another verification.
+    fn sampled(n_logprobs: Option<u32>) -> Vec<Vec<TokenId>> {
+        let chunks = vec![chunk(1, &[1, 5, 6], 3), chunk(2, &[1, 2, 3], 1), chunk(3, &[4, 2], 2)];
+        let opens = chunks.iter().map(|chunk| SequenceOpen {
+            sequence: chunk.sequence,
+            // The last sequence always takes the other way through the gather.
+            sampling: SamplingParams {
+                n_logprobs: n_logprobs.or((chunk.sequence.0 == 3).then_some(0)),
+                ..SamplingParams::greedy()
+            },
+            n_prompt: 1,
+            cached_tokens: Vec::new(),
+            cached_blocks: Vec::new(),
+        });
+        let opens = opens.collect();
+        let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
+        let mut values = vec![0.0; 6 * N_VOCAB];
+        for (row, best) in [5, 7, 3, 4, 2, 6].into_iter().enumerate() {
+            values[row * N_VOCAB + best] = 1.0;
+        }
+        let logits = LogitSlices { values: &values, vocab: 0..N_VOCAB, n_usable: N_VOCAB };
+        let mut sequences = Sequences::new(8);
+        sequences.begin(&plan).unwrap();
+        let samples = Sampler::default().sample(&plan, &mut sequences, &logits, &mut Solo::new()).unwrap();
+        for chunk in &plan.chunks {
+            assert_eq!(sequences.get(chunk.sequence).history.tokens(), chunk.tokens);
+        }
+        samples
+            .into_iter()
+            .map(|samples| samples.tokens.iter().map(|sampled| sampled.token).collect())
+            .collect()
+    }
+
+    #[test]
+    fn proposals_count_up_to_the_first_that_differs() {
+        // Proposed 5 and 6, chosen 5 and 7; then a prompt's token; then proposed 2, chosen 2, and one for free.
+        let expected = [tokens(&[5, 7]), tokens(&[4]), tokens(&[2, 6])];
+        assert_eq!(sampled(None), expected);
+        assert_eq!(sampled(Some(2)), expected);
+    }
+
+    #[test]
+    fn padding_of_the_vocabulary_is_never_sampled() {
+        let logits = LogitSlices { values: &[0.0; 16], vocab: 8..16, n_usable: 10 };
+        assert_eq!(logits.row(1).len(), 2);
+        let padding_only = LogitSlices { values: &[0.0; 8], vocab: 16..24, n_usable: 10 };
+        assert_eq!(padding_only.row(0).len(), 0);
+    }
 }
