@@ -3,8 +3,8 @@
 
 use paceline_domain::WeightType;
 use paceline_kernels::{
-    Input, InputKind, Isa, Kernels, PackSpec, PackedMatrix, Pinning, QuantizedRows, ThreadPool, matmul,
-    quantize_rows,
+    CodeBits, Input, InputKind, Isa, Kernels, PackSpec, PackedMatrix, Pinning, Product, QuantizedRows,
+    ThreadPool, matmul, quantize_rows,
 };
 use std::time::Instant;
 
@@ -29,7 +29,7 @@ fn main() {
     let wanted = arguments.iter().find(|argument| argument.parse::<usize>().is_err());
     let pool = ThreadPool::new(n_threads, Pinning::None);
     println!("{n_threads} threads");
-    println!("type  rows x cols   isa         tokens   us/call     GB/s   GMAC/s");
+    println!("type  rows x cols   isa    bits    tokens   us/call     GB/s   GMAC/s");
     for (weight_type, n_rows, n_cols) in CASES {
         if wanted.is_some_and(|wanted| !weight_type.name().contains(wanted.as_str())) {
             continue;
@@ -42,8 +42,8 @@ fn main() {
             weight_type.name(),
             matrix.bytes()
         );
-        for isa in Isa::available() {
-            for n_tokens in [1, 2, 8, 64] {
+        for isa in Isa::available().into_iter().filter(|isa| *isa != Isa::Scalar) {
+            for n_tokens in [1, 2, 4, 8, 16, 64] {
                 measure(&pool, &matrix, isa, n_tokens);
             }
         }
@@ -61,32 +61,32 @@ fn random_matrix(weight_type: WeightType, n_rows: usize, n_cols: usize, pool: &T
 fn measure(pool: &ThreadPool, matrix: &PackedMatrix, isa: Isa, n_tokens: usize) {
     let kernels = Kernels::for_isa(isa);
     let x: Vec<f32> = (0..n_tokens * matrix.n_cols()).map(|i| (i % 251) as f32 - 125.0).collect();
-    let mut rows = QuantizedRows::new();
-    let mut out = vec![0.0; n_tokens * matrix.n_rows()];
-    let is_quantized = matrix.input_kind() == InputKind::Quantized;
-    let mut once = || {
-        let input = if is_quantized {
-            quantize_rows(kernels, pool, &x, matrix.n_cols(), &mut rows);
-            Input::Quantized(&rows)
-        } else {
-            Input::Float { x: &x, n_rows: n_tokens }
+    for bits in CodeBits::ALL {
+        let mut rows = QuantizedRows::new();
+        quantize_rows(kernels, pool, &x, (matrix.n_cols(), bits), &mut rows);
+        let input = Input { n_rows: n_tokens, quantized: Some(&rows), float: &x };
+        let mut out = vec![0.0; n_tokens * matrix.n_rows()];
+        let mut once = || {
+            matmul(kernels, pool, input, &mut [Product { matrix, bias: None, out: &mut out }]);
         };
-        matmul(kernels, pool, matrix, input, &mut out);
-    };
-    once();
-    let mut best = f64::INFINITY;
-    let begin = Instant::now();
-    while begin.elapsed().as_millis() < 150 {
-        let start = Instant::now();
         once();
-        best = best.min(start.elapsed().as_secs_f64());
+        let mut best = f64::INFINITY;
+        let begin = Instant::now();
+        while begin.elapsed().as_millis() < 60 {
+            let start = Instant::now();
+            once();
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        let n_macs = (n_tokens * matrix.n_rows() * matrix.n_cols()) as f64;
+        println!(
+            "                    {:<11} {bits:?} {n_tokens:>6} {:>9.1} {:>8.1} {:>8.1}",
+            isa.name(),
+            best * 1e6,
+            matrix.bytes() as f64 / best * 1e-9,
+            n_macs / best * 1e-9,
+        );
+        if matrix.input_kind() == InputKind::Float {
+            break;
+        }
     }
-    let n_macs = (n_tokens * matrix.n_rows() * matrix.n_cols()) as f64;
-    println!(
-        "                    {:<11} {n_tokens:>6} {:>9.1} {:>8.1} {:>8.1}",
-        isa.name(),
-        best * 1e6,
-        matrix.bytes() as f64 / best * 1e-9,
-        n_macs / best * 1e-9,
-    );
 }

@@ -8,7 +8,7 @@
 //! * [`dispatch`] – the table of function pointers of one instruction set
 //! * [`pool`] – the thread pool: one job at a time, tasks claimed one by one
 //! * [`formats`] – what the blocks of every weight type mean
-//! * [`quantize`] – activations as 16-bit codes with a scale for each 32
+//! * [`quantize`] – activations as 8-bit or 16-bit codes with a scale for each 32
 //! * [`packed`] – weights repacked into tiles of 16 interleaved rows
 //! * [`linear`] – products of packed weights with activations
 //! * [`error`] – why weights cannot be packed
@@ -18,6 +18,7 @@
 //! * [`elementwise`] – add, add a bias row, SiLU times up
 //! * [`argmax`] – the largest value of a row
 //! * [`rms_norm`] – RMSNorm
+//! * [`residual`] – add, RMSNorm and quantize in one pass over a row
 //! * [`rope`] – rotary position embedding
 //! * [`kv`] – memory of the paged KV cache of one layer
 //! * [`attention`] – paged attention over it
@@ -38,6 +39,7 @@ pub mod math;
 pub mod packed;
 pub mod pool;
 pub mod quantize;
+pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 
@@ -50,11 +52,11 @@ pub use dispatch::Kernels;
 pub use error::KernelError;
 pub use formats::dequantize_row;
 pub use isa::Isa;
-pub use linear::{Input, matmul};
+pub use linear::{GatedOutput, Input, Product, gated_matmul, matmul};
 pub use packed::{InputKind, PackSpec, PackedMatrix};
 pub use pool::{Pinning, ThreadPool};
-pub use quantize::{QuantizedRows, quantize_rows};
+pub use quantize::{CodeBits, QuantizedRows, quantize_rows};
 
 /// Version of the order of operations: part of a group's fingerprint. It grows when a kernel's scalar definition, or
 /// the order in which the model uses kernels and leaves, comes to give other bits.
-pub const NUMERICS: u32 = 1;
+pub const NUMERICS: u32 = 2;

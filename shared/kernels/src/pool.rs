@@ -1,17 +1,20 @@
-//! The thread pool of a shard: one job at a time, its tasks claimed one by one by the caller and the workers.
-//! It has no queue, no futures, and neither allocates nor locks for a job that finds its workers awake.
+//! The thread pool of a shard: one job at a time. Each thread has a share of neighbouring tasks and takes them from the
+//! front; who has none left takes from the back of another's share, so that a thread that is disturbed does not stall
+//! the job. The same task of two jobs of one size is at the same thread, unless somebody was disturbed: memory that
+//! one job wrote is near the core where the next one reads it. The pool has no queue, no futures, and neither
+//! allocates nor locks for a job that finds its workers awake.
 //!
 //! # Why this is sound
-//! A job is a borrowed closure whose address lies in `Shared::job`. Whoever takes `unclaimed` from a positive
-//! value owns one task, and `run` does not return before every owned task is counted in `n_finished`; so the
-//! address is only read while the borrow lives. A worker that is late for one job claims a task of the next, which
-//! is as good: what it reads, it reads after the claim.
+//! A job is a borrowed closure whose address lies in `Shared::job`. Whoever takes a task out of a share owns it, and
+//! `run` does not return before every owned task is counted in `n_finished`; so the address is only read while the
+//! borrow lives. A worker that is late for one job takes a task of the next, which is as good: what it reads, it
+//! reads after taking it.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -48,11 +51,43 @@ struct Job {
     n_tasks: usize,
 }
 
+/// Neighbouring tasks nobody owns yet: the first in the low half, one past the last in the high half. Alone in its
+/// cache lines (the hardware fetches them in pairs).
+#[repr(align(128))]
+#[derive(Default)]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, tasks: Range<usize>) {
+        // Release: who takes a task of it sees the job. The order against `n_sleepers` is by `n_jobs`.
+        self.0.store((tasks.end as u64) << 32 | tasks.start as u64, Ordering::Release);
+    }
+
+    /// Takes the first task (of one's own share) or the last (of another's).
+    fn take(&self, first: bool) -> Option<usize> {
+        let mut share = self.0.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (share & 0xffff_ffff, share >> 32);
+            if start >= end {
+                return None;
+            }
+            let (task, left) =
+                if first { (start, end << 32 | (start + 1)) } else { (end - 1, (end - 1) << 32 | start) };
+            match self.0.compare_exchange_weak(share, left, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Some(task as usize),
+                Err(now) => share = now,
+            }
+        }
+    }
+}
+
 struct Shared {
     /// Written by the caller while no task is owned, read by owners of a task.
     job: UnsafeCell<Option<Job>>,
-    /// Tasks nobody owns yet; falls below zero when several look at once.
-    unclaimed: AtomicIsize,
+    /// Counts jobs, each after its shares are set: idle workers watch it.
+    n_jobs: AtomicUsize,
+    /// The tasks nobody owns yet, a share for each thread, the caller's first.
+    shares: Box<[Share]>,
     /// Owned tasks of this job that are done.
     n_finished: AtomicUsize,
     /// A job is running; nested and concurrent jobs run inline on their callers.
@@ -93,7 +128,7 @@ impl ThreadPool {
                     .name(format!("kernels-{}", worker + 1))
                     .spawn(move || {
                         pin_worker(core);
-                        shared.work(worker);
+                        shared.work(worker + 1);
                     })
                     .expect("invariant: the system can start the configured number of threads")
             })
@@ -113,14 +148,14 @@ impl ThreadPool {
     /// With the panic of a task, after all tasks are done or skipped.
     pub fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;
-        let alone = self.workers.is_empty() || n_tasks < 2;
+        let alone = self.workers.is_empty() || n_tasks < 2 || n_tasks > u32::MAX as usize;
         if alone || shared.busy.swap(true, Ordering::Acquire) {
             (0..n_tasks).for_each(task);
             return;
         }
         shared.publish(task, n_tasks);
         shared.wake(&self.workers, n_tasks - 1);
-        while shared.run_one() {}
+        shared.run_tasks(0);
         shared.wait_finished(n_tasks);
         let panic = shared.take_panic();
         shared.busy.store(false, Ordering::Release);
@@ -164,7 +199,8 @@ impl Shared {
     fn new(n_workers: usize) -> Self {
         Self {
             job: UnsafeCell::new(None),
-            unclaimed: AtomicIsize::new(0),
+            n_jobs: AtomicUsize::new(0),
+            shares: (0..=n_workers).map(|_| Share::default()).collect(),
             n_finished: AtomicUsize::new(0),
             busy: AtomicBool::new(false),
             sleepers: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
@@ -186,9 +222,13 @@ impl Shared {
         // SAFETY: no task is owned (the job before is finished), so nobody else touches the cell.
         unsafe { *self.job.get() = Some(job) };
         self.n_finished.store(0, Ordering::Relaxed);
-        // Publishes the two writes above to whoever claims (claims are read-modify-writes, so each continues the
-        // release sequence that this store heads). SeqCst against `n_sleepers`, see `sleep`.
-        self.unclaimed.store(n_tasks as isize, Ordering::SeqCst);
+        let n_shares = self.shares.len();
+        for (idx, share) in self.shares.iter().enumerate() {
+            // Publishes the two writes above to whoever takes a task of it.
+            share.set(idx * n_tasks / n_shares..(idx + 1) * n_tasks / n_shares);
+        }
+        // Who sees the new count sees the shares. SeqCst against `n_sleepers`, see `sleep`.
+        self.n_jobs.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Wakes up to `n_wanted` workers that sleep.
@@ -200,36 +240,47 @@ impl Shared {
         asleep.take(n_wanted).for_each(|(_, worker)| worker.thread().unpark());
     }
 
-    /// Claims and runs one task; false when none is left.
-    fn run_one(&self) -> bool {
-        // Looking first keeps the counter from falling without end while threads spin.
-        if self.unclaimed.load(Ordering::Relaxed) <= 0 {
-            return false;
+    /// Runs tasks until none is left to take: first those of the thread's own share, then others'.
+    fn run_tasks(&self, thread: usize) {
+        let n_shares = self.shares.len();
+        for offset in 0..n_shares {
+            let share = &self.shares[(thread + offset) % n_shares];
+            let mut n_done = 0;
+            while let Some(task_idx) = share.take(offset == 0) {
+                self.run_task(task_idx);
+                n_done += 1;
+            }
+            if n_done > 0 {
+                self.count(n_done);
+            }
         }
-        let left = self.unclaimed.fetch_sub(1, Ordering::Acquire);
-        if left <= 0 {
-            return false;
-        }
-        // SAFETY: this thread owns a task, so the cell is not written before the task is counted below; the claim
-        // acquired the write that filled it.
-        let job = unsafe { *self.job.get() }.expect("invariant: a claimed task belongs to a job");
+    }
+
+    fn run_task(&self, task_idx: usize) {
+        // SAFETY: this thread owns a task, so the cell is not written before the task is counted; taking it acquired
+        // the write that filled it.
+        let job = unsafe { *self.job.get() }.expect("invariant: an owned task belongs to a job");
         // SAFETY: `run` holds the borrow until this task is counted.
         let task = unsafe { &*job.task };
-        let task_idx = job.n_tasks - left as usize;
         if !self.panicked.load(Ordering::Relaxed)
             && let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(task_idx)))
         {
             self.keep_panic(payload);
         }
+    }
+
+    /// Counts owned tasks that are done. The job is as it was when they were taken: it ends with their count.
+    fn count(&self, n_done: usize) {
+        // SAFETY: the tasks are not counted yet, so the cell is not written; taking them acquired what filled it.
+        let job = unsafe { *self.job.get() }.expect("invariant: an owned task belongs to a job");
         // Release: the caller's acquire of the last count sees everything the tasks wrote. SeqCst against
         // `caller_sleeps`, see `wait_finished`.
-        let n_before = self.n_finished.fetch_add(1, Ordering::SeqCst);
-        if n_before + 1 == job.n_tasks && self.caller_sleeps.load(Ordering::SeqCst) {
+        let n_before = self.n_finished.fetch_add(n_done, Ordering::SeqCst);
+        if n_before + n_done == job.n_tasks && self.caller_sleeps.load(Ordering::SeqCst) {
             // The handle stays: by now it may be that of the next job's caller, whom a needless unpark does not hurt.
             let caller = self.caller.lock().unwrap_or_else(PoisonError::into_inner);
             caller.as_ref().inspect(|thread| thread.unpark());
         }
-        true
     }
 
     fn keep_panic(&self, payload: Box<dyn Any + Send>) {
@@ -261,25 +312,28 @@ impl Shared {
         self.caller_sleeps.store(false, Ordering::Relaxed);
     }
 
-    /// Life of a worker.
-    fn work(&self, worker: usize) {
+    /// Life of a worker, which is this thread of the pool.
+    fn work(&self, thread: usize) {
         while !self.stopping.load(Ordering::SeqCst) {
-            while self.run_one() {}
+            // Counted before looking: a job that comes later changes it.
+            let n_jobs = self.n_jobs.load(Ordering::SeqCst);
+            self.run_tasks(thread);
             let awake =
-                || self.unclaimed.load(Ordering::Relaxed) > 0 || self.stopping.load(Ordering::Relaxed);
+                || self.n_jobs.load(Ordering::Relaxed) != n_jobs || self.stopping.load(Ordering::Relaxed);
             if !spin_until(awake) {
-                self.sleep(worker);
+                self.sleep(thread - 1, n_jobs);
             }
         }
     }
 
-    /// Sleeps until there is work. `n_sleepers` and `unclaimed` form a Dekker pair with `publish` and `wake`:
-    /// either the caller sees a sleeper, or the worker sees the work.
-    fn sleep(&self, worker: usize) {
+    /// Sleeps until there is another job than the last one seen. `n_sleepers` and `n_jobs` form a Dekker pair with
+    /// `publish` and `wake`: either the caller sees a sleeper, or the worker sees the job.
+    fn sleep(&self, worker: usize, n_jobs: usize) {
         let flag = &self.sleepers[worker];
         flag.store(true, Ordering::SeqCst);
         self.n_sleepers.fetch_add(1, Ordering::SeqCst);
-        let has_work = || self.unclaimed.load(Ordering::SeqCst) > 0 || self.stopping.load(Ordering::SeqCst);
+        let has_work =
+            || self.n_jobs.load(Ordering::SeqCst) != n_jobs || self.stopping.load(Ordering::SeqCst);
         if !has_work() {
             while flag.load(Ordering::SeqCst) && !self.stopping.load(Ordering::SeqCst) {
                 thread::park();

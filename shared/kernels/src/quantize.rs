@@ -1,71 +1,112 @@
-//! Quantization of activations: each row, each 32 elements, symmetric 16-bit codes with an f32 scale. It knows
-//! nothing of weights.
+//! Quantization of activations: each row, each 32 elements, symmetric 8-bit or 16-bit codes with an f32 scale. It
+//! knows nothing of weights.
 //!
-//! For the 32 elements x of a group: `scale = max |x| / MAX_CODE`, `code = round_ties_even(x * (1 / scale))` clamped
-//! to +-[`MAX_CODE`]. A group whose largest magnitude is below [`VANISHING`] is all zero. A NaN or infinity makes the
-//! scale of its group NaN or infinite, so that it shows in every product.
+//! For the 32 elements x of a group: `scale = max |x| / LIMIT`, `code = round_ties_even(x * (1 / scale))` clamped to
+//! +-LIMIT, where LIMIT is 127 or 32,639. A group whose largest magnitude is below [`VANISHING`] is all zero. A NaN
+//! or infinity makes the scale of its group NaN or infinite, so that it shows in every product.
 //!
-//! The multiply units take 8 bits, so a code is `256 * high + low` with two i8: a product is two exact int8 products,
-//! and weights are still read once. Eight bits alone are too few: on a text of 2,000 tokens SmolLM2 then prefers
-//! another token than in f32 at 3.7 % of the positions, with 16 bits at none.
+//! The multiply units take 8 bits, so a 16-bit code is `256 * high + low`, two planes of i8: a product is then two
+//! exact int8 products, and weights are still read once.
 
 use crate::Kernels;
 use crate::formats::GROUP_LEN;
-use crate::pool::ThreadPool;
+use crate::pool::{SharedSlice, ThreadPool};
 
 /// Magnitude below which a group is taken for zero (2^-100): the reciprocal of its scale might not be finite.
 pub const VANISHING: f32 = f32::from_bits((127 - 100) << 23);
 
-/// Largest code: the high byte of `code + 128` is at most 127.
-pub const MAX_CODE: i32 = 32_639;
+/// Rows that lie side by side, so that a kernel finds their groups beside each other.
+pub(crate) const BLOCK_ROWS: usize = 16;
 
 /// The bytes of 32 codes as the multiply unit takes them: 4 consecutive i8 in each i32, the first in the lowest byte.
 pub(crate) type Quads = [i32; GROUP_LEN / 4];
 
-/// [`MAX_CODE`] among numbers.
-const LIMIT: f32 = MAX_CODE as f32;
-
-/// 32 quantized activations.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct QuantizedGroup {
-    /// High bytes of the codes, -127..=127.
-    pub(crate) high: Quads,
-    /// Low bytes of the codes, -128..=127.
-    pub(crate) low: Quads,
-    /// What one unit of a code is worth.
-    pub(crate) scale: f32,
-    /// `scale * (sum of the codes as f32)`; multiplies the minimum of weights.
-    pub(crate) scaled_sum: f32,
-    /// Sums of the codes of both half groups.
-    pub(crate) sums: [i32; 2],
+/// How fine the codes of activations are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum CodeBits {
+    /// One plane of i8, -127..=127.
+    #[default]
+    Eight,
+    /// Two planes, -32,639..=32,639: a high byte of -127..=127 and a low one of -128..=127.
+    Sixteen,
 }
 
-impl QuantizedGroup {
-    /// The codes in column order.
-    pub fn codes(&self) -> [i16; GROUP_LEN] {
-        let byte = |quads: &Quads, column: usize| i16::from((quads[column / 4] >> (column % 4 * 8)) as i8);
-        std::array::from_fn(|column| 256 * byte(&self.high, column) + byte(&self.low, column))
+impl CodeBits {
+    /// Both.
+    pub const ALL: [CodeBits; 2] = [CodeBits::Eight, CodeBits::Sixteen];
+
+    /// Planes of i8.
+    pub const fn n_planes(self) -> usize {
+        match self {
+            Self::Eight => 1,
+            Self::Sixteen => 2,
+        }
     }
 
-    /// What one unit of a code is worth.
-    pub fn scale(&self) -> f32 {
-        self.scale
+    /// Largest code. With two planes the high byte of `code + 128` is then at most 127.
+    pub const fn limit(self) -> i32 {
+        match self {
+            Self::Eight => 127,
+            Self::Sixteen => 32_639,
+        }
     }
+}
+
+/// What belongs to the 32 codes of a group.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub(crate) struct GroupScale {
+    /// What one unit of a code is worth.
+    pub scale: f32,
+    /// `scale * (sum of the codes as f32)`; multiplies the minimum of weights.
+    pub scaled_sum: f32,
+    /// The sum of the codes, negated.
+    pub negated_sum: i32,
+    /// The same of both half groups.
+    pub negated_half_sums: [i32; 2],
 }
 
 /// Rows of quantized activations. Kept between calls so that its memory is allocated once.
+///
+/// Rows lie in blocks of [`BLOCK_ROWS`] (the last may have fewer, B): a block is `[n_groups, B]` groups of
+/// `[n_planes]` quads.
 #[derive(Debug, Default)]
 pub struct QuantizedRows {
     n_rows: usize,
     n_cols: usize,
-    groups: Vec<QuantizedGroup>,
+    bits: CodeBits,
+    codes: Vec<Quads>,
+    scales: Vec<GroupScale>,
+}
+
+/// Groups in memory for one row (or the rows of a block, in turn), each `step` groups after the one before.
+pub(crate) struct GroupsMut<'a> {
+    /// Planes of the first group, then others up to the last one's.
+    pub codes: &'a mut [Quads],
+    /// Likewise.
+    pub scales: &'a mut [GroupScale],
+    /// Groups from one to the next.
+    pub step: usize,
 }
 
 impl QuantizedRows {
     /// No rows yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// No rows, with memory for so many.
+    pub fn with_capacity(n_rows: usize, n_cols: usize, bits: CodeBits) -> Self {
+        let mut rows = Self::default();
+        rows.reshape(n_rows, n_cols, bits);
+        rows.n_rows = 0;
+        rows
+    }
+
+    /// Bytes of memory for so many rows.
+    pub const fn bytes(n_rows: usize, n_cols: usize, bits: CodeBits) -> usize {
+        let group = bits.n_planes() * size_of::<Quads>() + size_of::<GroupScale>();
+        n_rows * n_cols.div_ceil(GROUP_LEN) * group
     }
 
     /// Number of rows.
@@ -83,14 +124,124 @@ impl QuantizedRows {
         self.n_cols.div_ceil(GROUP_LEN)
     }
 
-    /// All groups, `[n_rows, n_groups]`.
-    pub fn groups(&self) -> &[QuantizedGroup] {
-        &self.groups[..self.n_rows * self.n_groups()]
+    /// How fine the codes are.
+    pub fn bits(&self) -> CodeBits {
+        self.bits
+    }
+
+    /// Gives it another shape; what it holds afterwards is anything.
+    pub(crate) fn reshape(&mut self, n_rows: usize, n_cols: usize, bits: CodeBits) {
+        (self.n_rows, self.n_cols, self.bits) = (n_rows, n_cols, bits);
+        let n_groups = n_rows * self.n_groups();
+        if self.scales.len() < n_groups {
+            self.scales.resize(n_groups, GroupScale::default());
+        }
+        if self.codes.len() < n_groups * bits.n_planes() {
+            self.codes.resize(n_groups * bits.n_planes(), Quads::default());
+        }
+    }
+
+    /// Rows in the block of a row, and the index of the row's first group; the next ones follow at that distance.
+    pub(crate) fn place(&self, row: usize) -> (usize, usize) {
+        let first = row / BLOCK_ROWS * BLOCK_ROWS;
+        ((self.n_rows - first).min(BLOCK_ROWS), first * self.n_groups() + row % BLOCK_ROWS)
+    }
+
+    /// Codes of all groups, `[n_planes]` each.
+    pub(crate) fn codes(&self) -> &[Quads] {
+        &self.codes
+    }
+
+    /// Scales of all groups.
+    pub(crate) fn scales(&self) -> &[GroupScale] {
+        &self.scales
+    }
+
+    /// For tasks that write groups; each group is to be written by one task.
+    pub(crate) fn shared(&mut self) -> SharedRows<'_> {
+        SharedRows {
+            n_rows: self.n_rows,
+            n_groups: self.n_groups(),
+            bits: self.bits,
+            codes: SharedSlice::new(&mut self.codes),
+            scales: SharedSlice::new(&mut self.scales),
+        }
+    }
+
+    /// The row as numbers: code times scale.
+    pub fn row(&self, row: usize) -> Vec<f32> {
+        let (step, first) = self.place(row);
+        let groups = (0..self.n_groups()).map(|group| first + group * step);
+        let mut values: Vec<f32> = groups.flat_map(|group| self.group_values(group)).collect();
+        values.truncate(self.n_cols);
+        values
+    }
+
+    fn group_values(&self, group: usize) -> [f32; GROUP_LEN] {
+        let scale = self.scales[group].scale;
+        group_codes(&self.codes[group * self.bits.n_planes()..][..self.bits.n_planes()])
+            .map(|code| code as f32 * scale)
     }
 }
 
-/// Quantizes one row: kernel type of the dispatch table.
-pub(crate) type QuantizeRow = unsafe fn(x: &[f32], out: &mut [QuantizedGroup]);
+/// The codes of one group in column order, from its planes.
+pub(crate) fn group_codes(planes: &[Quads]) -> [i32; GROUP_LEN] {
+    let byte = |quads: &Quads, column: usize| i32::from((quads[column / 4] >> (column % 4 * 8)) as i8);
+    std::array::from_fn(|column| planes.iter().fold(0, |code, plane| 256 * code + byte(plane, column)))
+}
+
+/// [`QuantizedRows`] in the hands of many tasks.
+pub(crate) struct SharedRows<'a> {
+    n_rows: usize,
+    n_groups: usize,
+    bits: CodeBits,
+    codes: SharedSlice<'a, Quads>,
+    scales: SharedSlice<'a, GroupScale>,
+}
+
+impl SharedRows<'_> {
+    /// The groups `groups` of a whole block of rows, row by row in turn.
+    ///
+    /// # Safety
+    /// No other task uses these groups of this block at the same time.
+    unsafe fn block(&self, block: usize, groups: std::ops::Range<usize>) -> (usize, GroupsMut<'_>) {
+        let first_row = block * BLOCK_ROWS;
+        let n_rows = (self.n_rows - first_row).min(BLOCK_ROWS);
+        let start = first_row * self.n_groups + groups.start * n_rows;
+        let end = first_row * self.n_groups + groups.end * n_rows;
+        let n_planes = self.bits.n_planes();
+        // SAFETY: blocks are disjoint, and so are their groups; the caller promises the rest.
+        let codes = unsafe { self.codes.range_mut(start * n_planes..end * n_planes) };
+        // SAFETY: as above.
+        let scales = unsafe { self.scales.range_mut(start..end) };
+        (n_rows, GroupsMut { codes, scales, step: n_rows })
+    }
+
+    /// Quantizes the columns of the groups `groups` of the rows of a block: `row(r)` gives those of its row `r`.
+    ///
+    /// # Safety
+    /// No other task uses these groups of this block at the same time.
+    pub(crate) unsafe fn quantize_block<'x>(
+        &self,
+        kernels: &Kernels,
+        block: usize,
+        groups: std::ops::Range<usize>,
+        row: &mut dyn FnMut(usize) -> &'x [f32],
+    ) {
+        // SAFETY: the caller promises it.
+        let (n_rows, all) = unsafe { self.block(block, groups) };
+        let n_planes = self.bits.n_planes();
+        for r in 0..n_rows {
+            let codes = &mut all.codes[r * n_planes..];
+            let groups = GroupsMut { codes, scales: &mut all.scales[r..], step: all.step };
+            // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+            unsafe { (kernels.linear.quantize_row[n_planes - 1])(row(block * BLOCK_ROWS + r), groups) };
+        }
+    }
+}
+
+/// Quantizes one row: kernel type of the dispatch table, one for each number of planes.
+pub(crate) type QuantizeRow = unsafe fn(x: &[f32], out: GroupsMut<'_>);
 
 /// Quantizes `x` of shape `[n_rows, n_cols]` into `rows`. A short last group is filled up with zeros.
 ///
@@ -100,7 +251,7 @@ pub fn quantize_rows(
     kernels: &'static Kernels,
     pool: &ThreadPool,
     x: &[f32],
-    n_cols: usize,
+    (n_cols, bits): (usize, CodeBits),
     rows: &mut QuantizedRows,
 ) {
     assert!(
@@ -108,73 +259,88 @@ pub fn quantize_rows(
         "invariant: {} elements are rows of {n_cols}",
         x.len()
     );
-    rows.n_rows = x.len() / n_cols;
-    rows.n_cols = n_cols;
+    rows.reshape(x.len() / n_cols, n_cols, bits);
     let n_groups = rows.n_groups();
-    let n_used = rows.n_rows * n_groups;
-    if rows.groups.len() < n_used {
-        rows.groups.resize(n_used, QuantizedGroup::default());
-    }
-    pool.run_pieces(&mut rows.groups[..n_used], n_groups, &|row, groups| {
-        // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
-        unsafe { (kernels.linear.quantize_row)(&x[row * n_cols..][..n_cols], groups) }
+    let shared = rows.shared();
+    pool.run(shared.n_rows.div_ceil(BLOCK_ROWS), &|block| {
+        let mut row = |row: usize| &x[row * n_cols..][..n_cols];
+        // SAFETY: each block belongs to one task.
+        unsafe { shared.quantize_block(kernels, block, 0..n_groups, &mut row) };
     });
 }
 
 /// `(scale, 1 / scale)` of a group from its largest magnitude; both 0 when that vanishes. NaN stays NaN.
 #[inline]
-fn scale_and_inverse(largest: f32) -> (f32, f32) {
+fn scale_and_inverse(largest: f32, limit: f32) -> (f32, f32) {
     if largest < VANISHING {
         return (0.0, 0.0);
     }
-    let scale = largest / MAX_CODE as f32;
+    let scale = largest / limit;
     (scale, 1.0 / scale)
+}
+
+/// Largest code of so many planes.
+const fn limit(n_planes: usize) -> f32 {
+    if n_planes == 1 { CodeBits::Eight.limit() as f32 } else { CodeBits::Sixteen.limit() as f32 }
 }
 
 /// Calls `group` for each 32 elements of a row, the last filled up with zeros.
 #[inline(always)]
-fn for_each_group(
+fn for_each_group<const P: usize>(
     x: &[f32],
-    out: &mut [QuantizedGroup],
-    mut group: impl FnMut(&[f32; GROUP_LEN]) -> QuantizedGroup,
+    out: GroupsMut<'_>,
+    mut group: impl FnMut(&[f32; GROUP_LEN]) -> ([Quads; P], GroupScale),
 ) {
     let (whole, rest) = x.as_chunks::<GROUP_LEN>();
-    for (x, out) in whole.iter().zip(out.iter_mut()) {
-        *out = group(x);
+    let (planes, _) = out.codes.as_chunks_mut::<P>();
+    let mut slots = planes.iter_mut().step_by(out.step).zip(out.scales.iter_mut().step_by(out.step));
+    for (x, (planes, scale)) in whole.iter().zip(&mut slots) {
+        (*planes, *scale) = group(x);
     }
-    if let Some(out) = out.get_mut(whole.len()) {
+    if !rest.is_empty()
+        && let Some((planes, scale)) = slots.next()
+    {
         let mut last = [0.0; GROUP_LEN];
         last[..rest.len()].copy_from_slice(rest);
-        *out = group(&last);
+        (*planes, *scale) = group(&last);
     }
 }
 
-/// Joins codes and scale to a group.
+/// Joins what belongs to the codes of a group, from the sums of its halves.
 #[inline(always)]
-fn finish_group(high: Quads, low: Quads, sums: [i32; 2], scale: f32) -> QuantizedGroup {
-    QuantizedGroup { high, low, scale, scaled_sum: scale * (sums[0] + sums[1]) as f32, sums }
+fn group_scale(sums: [i32; 2], scale: f32) -> GroupScale {
+    let sum = sums[0] + sums[1];
+    GroupScale {
+        scale,
+        scaled_sum: scale * sum as f32,
+        negated_sum: -sum,
+        negated_half_sums: [-sums[0], -sums[1]],
+    }
 }
 
 /// The definition.
-pub(crate) fn quantize_row_scalar(x: &[f32], out: &mut [QuantizedGroup]) {
-    for_each_group(x, out, |x| {
+pub(crate) fn quantize_row_scalar<const P: usize>(x: &[f32], out: GroupsMut<'_>) {
+    for_each_group::<P>(x, out, |x| {
         // Magnitudes compare as integers do, NaN above all.
         let largest = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
-        let (scale, inverse) = scale_and_inverse(f32::from_bits(largest));
-        let (mut high_bytes, mut low_bytes, mut sums) = (Quads::default(), Quads::default(), [0; 2]);
+        let (scale, inverse) = scale_and_inverse(f32::from_bits(largest), limit(P));
+        let (mut planes, mut sums) = ([Quads::default(); P], [0; 2]);
         for (column, x) in x.iter().enumerate() {
             let scaled = x * inverse;
             // NaN becomes the smallest code, as it does in the twins.
-            let scaled = if scaled > -LIMIT { scaled } else { -LIMIT };
-            let scaled = if scaled < LIMIT { scaled } else { LIMIT };
+            let scaled = if scaled > -limit(P) { scaled } else { -limit(P) };
+            let scaled = if scaled < limit(P) { scaled } else { limit(P) };
             let code = scaled.round_ties_even() as i32;
-            let high = (code + 128) >> 8;
-            let low = code - (high << 8);
-            high_bytes[column / 4] |= (high & 0xff) << (column % 4 * 8);
-            low_bytes[column / 4] |= (low & 0xff) << (column % 4 * 8);
             sums[column / 16] += code;
+            // The last plane is the lowest byte; what it leaves over is a multiple of 256.
+            let mut left = code;
+            for plane in planes.iter_mut().rev() {
+                let byte = left as i8;
+                plane[column / 4] |= i32::from(byte as u8) << (column % 4 * 8);
+                left = (left - i32::from(byte)) >> 8;
+            }
         }
-        finish_group(high_bytes, low_bytes, sums, scale)
+        (planes, group_scale(sums, scale))
     });
 }
 
@@ -212,7 +378,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn group_avx2(x: &[f32; GROUP_LEN]) -> QuantizedGroup {
+    fn group_avx2<const P: usize>(x: &[f32; GROUP_LEN]) -> ([Quads; P], GroupScale) {
         let magnitude = _mm256_set1_epi32(0x7fff_ffff);
         let mut parts = [_mm256_setzero_ps(); 4];
         let mut largest = _mm256_setzero_si256();
@@ -221,25 +387,29 @@ mod x86 {
             *part = unsafe { _mm256_loadu_ps(x.as_ptr()) };
             largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(*part), magnitude));
         }
-        let (scale, inverse) = scale_and_inverse(f32::from_bits(largest_int_avx2(largest) as u32));
+        let (scale, inverse) = scale_and_inverse(f32::from_bits(largest_int_avx2(largest) as u32), limit(P));
         let inverse = _mm256_set1_ps(inverse);
         let codes = parts.map(|part| {
-            let scaled = _mm256_max_ps(_mm256_mul_ps(part, inverse), _mm256_set1_ps(-LIMIT));
-            _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(LIMIT)))
+            let scaled = _mm256_max_ps(_mm256_mul_ps(part, inverse), _mm256_set1_ps(-limit(P)));
+            _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(limit(P))))
         });
         let [a, b, c, d] = codes;
         let sums = [sum_avx2(_mm256_add_epi32(a, b)), sum_avx2(_mm256_add_epi32(c, d))];
-        let high = codes.map(|code| _mm256_srai_epi32::<8>(_mm256_add_epi32(code, _mm256_set1_epi32(128))));
-        let mut low = codes;
-        for (low, high) in low.iter_mut().zip(high) {
-            *low = _mm256_sub_epi32(*low, _mm256_slli_epi32::<8>(high));
+        let mut planes = [Quads::default(); P];
+        let mut left = codes;
+        for plane in planes.iter_mut().rev() {
+            let bytes = left.map(|code| _mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(code)));
+            *plane = pack_avx2(bytes);
+            for (left, byte) in left.iter_mut().zip(bytes) {
+                *left = _mm256_srai_epi32::<8>(_mm256_sub_epi32(*left, byte));
+            }
         }
-        finish_group(pack_avx2(high), pack_avx2(low), sums, scale)
+        (planes, group_scale(sums, scale))
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(crate) fn quantize_row_avx2(x: &[f32], out: &mut [QuantizedGroup]) {
-        for_each_group(x, out, |x| group_avx2(x));
+    pub(crate) fn quantize_row_avx2<const P: usize>(x: &[f32], out: GroupsMut<'_>) {
+        for_each_group::<P>(x, out, |x| group_avx2(x));
     }
 
     /// The lowest bytes of 32 integers.
@@ -256,7 +426,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    fn group_avx512(x: &[f32; GROUP_LEN]) -> QuantizedGroup {
+    fn group_avx512<const P: usize>(x: &[f32; GROUP_LEN]) -> ([Quads; P], GroupScale) {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         // SAFETY: the array has the first 16 elements.
         let low = unsafe { _mm512_loadu_ps(x.as_ptr()) };
@@ -266,21 +436,27 @@ mod x86 {
             _mm512_and_si512(_mm512_castps_si512(low), magnitude),
             _mm512_and_si512(_mm512_castps_si512(high), magnitude),
         );
-        let (scale, inverse) = scale_and_inverse(f32::from_bits(_mm512_reduce_max_epi32(largest) as u32));
+        let largest = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
+        let (scale, inverse) = scale_and_inverse(largest, limit(P));
         let inverse = _mm512_set1_ps(inverse);
         let codes = [low, high].map(|part| {
-            let scaled = _mm512_max_ps(_mm512_mul_ps(part, inverse), _mm512_set1_ps(-LIMIT));
-            _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(LIMIT)))
+            let scaled = _mm512_max_ps(_mm512_mul_ps(part, inverse), _mm512_set1_ps(-limit(P)));
+            _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(limit(P))))
         });
         let sums = codes.map(|codes| _mm512_reduce_add_epi32(codes));
-        let high = codes.map(|code| _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
-        // Narrowing keeps the lowest 8 bits, which are the low byte.
-        finish_group(pack_avx512(high), pack_avx512(codes), sums, scale)
+        let mut planes = [Quads::default(); P];
+        let mut left = codes;
+        for plane in planes.iter_mut().rev() {
+            // Narrowing keeps the lowest 8 bits; rounding the others is subtracting these as a signed number.
+            *plane = pack_avx512(left);
+            left = left.map(|code| _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
+        }
+        (planes, group_scale(sums, scale))
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    pub(crate) fn quantize_row_avx512(x: &[f32], out: &mut [QuantizedGroup]) {
-        for_each_group(x, out, |x| group_avx512(x));
+    pub(crate) fn quantize_row_avx512<const P: usize>(x: &[f32], out: GroupsMut<'_>) {
+        for_each_group::<P>(x, out, |x| group_avx512(x));
     }
 }
 
@@ -293,14 +469,20 @@ mod tests {
     use crate::{Isa, Pinning};
     use proptest::prelude::*;
 
-    fn quantized(isa: Isa, x: &[f32], n_cols: usize) -> QuantizedRows {
+    fn quantized(isa: Isa, x: &[f32], n_cols: usize, bits: CodeBits) -> QuantizedRows {
         let mut rows = QuantizedRows::new();
-        quantize_rows(Kernels::for_isa(isa), &ThreadPool::new(1, Pinning::None), x, n_cols, &mut rows);
+        let pool = ThreadPool::new(1, Pinning::None);
+        quantize_rows(Kernels::for_isa(isa), &pool, x, (n_cols, bits), &mut rows);
         rows
     }
 
-    fn bits(group: &QuantizedGroup) -> (Vec<i16>, u32, u32, [i32; 2]) {
-        (group.codes().to_vec(), group.scale.to_bits(), group.scaled_sum.to_bits(), group.sums)
+    /// Everything of all groups, floats as bits.
+    fn contents(rows: &QuantizedRows) -> (Vec<Quads>, Vec<(u32, u32, i32, [i32; 2])>) {
+        let scale = |scale: &GroupScale| {
+            let GroupScale { scale, scaled_sum, negated_sum, negated_half_sums } = *scale;
+            (scale.to_bits(), scaled_sum.to_bits(), negated_sum, negated_half_sums)
+        };
+        (rows.codes.clone(), rows.scales.iter().map(scale).collect())
     }
 
     /// Floats of all magnitudes, zero, infinite and NaN ones included, and plain ones.
@@ -312,27 +494,33 @@ mod tests {
         /// `quantize_row_avx2` and `quantize_row_avx512` against `quantize_row_scalar`.
         #[test]
         fn twins_give_the_bits_of_the_definition(
-            x in prop::collection::vec(element(), 1..200),
-            n_rows in 1usize..4,
+            x in prop::collection::vec(element(), 1..2000),
+            n_rows in 1usize..40,
         ) {
             let n_cols = x.len().div_ceil(n_rows);
             let x = &x[..x.len() / n_cols * n_cols];
-            let expected = quantized(Isa::Scalar, x, n_cols);
-            for isa in Isa::available() {
-                let found = quantized(isa, x, n_cols);
-                prop_assert_eq!(found.n_rows(), x.len() / n_cols);
-                for (found, expected) in found.groups().iter().zip(expected.groups()) {
-                    prop_assert_eq!(bits(found), bits(expected), "{}", isa);
+            for bits in CodeBits::ALL {
+                let expected = quantized(Isa::Scalar, x, n_cols, bits);
+                for isa in Isa::available() {
+                    let found = quantized(isa, x, n_cols, bits);
+                    prop_assert_eq!(found.n_rows(), x.len() / n_cols);
+                    prop_assert_eq!(contents(&found), contents(&expected), "{}", isa);
                 }
             }
         }
 
+        /// Codes are within half a unit, and where a row lies among others changes nothing.
         #[test]
-        fn codes_are_within_half_a_unit(x in prop::collection::vec(-100.0f32..100.0, 1..100)) {
-            let rows = quantized(Isa::Scalar, &x, x.len());
-            for (x, group) in x.chunks(GROUP_LEN).zip(rows.groups()) {
-                for (x, code) in x.iter().zip(group.codes()) {
-                    prop_assert!((x - f32::from(code) * group.scale).abs() <= 0.51 * group.scale);
+        fn codes_are_within_half_a_unit(x in prop::collection::vec(-100.0f32..100.0, 50..2000)) {
+            for bits in CodeBits::ALL {
+                let x = &x[..x.len() / 50 * 50];
+                let together = quantized(Isa::detect(), x, 50, bits);
+                for (idx, row) in x.chunks_exact(50).enumerate() {
+                    let alone = quantized(Isa::Scalar, row, 50, bits);
+                    prop_assert_eq!(alone.row(0), together.row(idx));
+                    for ((x, value), group) in row.iter().zip(alone.row(0)).zip((0..).map(|i| i / GROUP_LEN)) {
+                        prop_assert!((x - value).abs() <= 0.51 * alone.scales[group].scale);
+                    }
                 }
             }
         }
@@ -340,16 +528,29 @@ mod tests {
 
     #[test]
     fn special_groups() {
-        for isa in Isa::available() {
+        for (isa, bits) in Isa::available().into_iter().flat_map(|isa| CodeBits::ALL.map(|bits| (isa, bits)))
+        {
             let mut x = [[0.0f32; 32]; 4];
             x[1][5] = f32::MIN_POSITIVE / 4.0;
             x[2][7] = f32::INFINITY;
             x[3][9] = f32::NAN;
-            let rows = quantized(isa, x.as_flattened(), 128);
-            let scales: Vec<f32> = rows.groups().iter().map(|group| group.scale).collect();
+            let rows = quantized(isa, x.as_flattened(), 128, bits);
+            let scales: Vec<f32> = rows.scales.iter().map(|group| group.scale).collect();
             assert_eq!(scales[..3], [0.0, 0.0, f32::INFINITY]);
             assert!(scales[3].is_nan());
-            assert_eq!(rows.groups()[1].codes(), [0; 32]);
+            assert_eq!(rows.group_values(1), [0.0; 32]);
+        }
+    }
+
+    #[test]
+    fn the_largest_codes_fit_their_planes() {
+        for (isa, bits) in Isa::available().into_iter().flat_map(|isa| CodeBits::ALL.map(|bits| (isa, bits)))
+        {
+            let x: Vec<f32> = (0..32).map(|i| if i % 2 == 0 { 3.0 } else { -3.0 }).collect();
+            let rows = quantized(isa, &x, 32, bits);
+            let codes = group_codes(&rows.codes[..bits.n_planes()]);
+            let expected: [i32; 32] = std::array::from_fn(|i| bits.limit() * if i % 2 == 0 { 1 } else { -1 });
+            assert_eq!(codes, expected, "{isa} {bits:?}");
         }
     }
 
@@ -357,12 +558,12 @@ mod tests {
     fn rows_can_shrink_and_grow() {
         let pool = ThreadPool::new(2, Pinning::None);
         let kernels = Kernels::detect();
-        let mut rows = QuantizedRows::new();
-        for n_rows in [5, 1, 7] {
+        let mut rows = QuantizedRows::with_capacity(2, 40, CodeBits::Sixteen);
+        for (n_rows, bits) in [(5, CodeBits::Sixteen), (1, CodeBits::Eight), (37, CodeBits::Sixteen)] {
             let x: Vec<f32> = (0..n_rows * 40).map(|i| i as f32).collect();
-            quantize_rows(kernels, &pool, &x, 40, &mut rows);
-            assert_eq!((rows.n_rows(), rows.groups().len()), (n_rows, 2 * n_rows));
-            assert_eq!(rows.groups()[2 * n_rows - 1].codes()[8..], [0; 24]);
+            quantize_rows(kernels, &pool, &x, (40, bits), &mut rows);
+            assert_eq!((rows.n_rows(), rows.n_groups(), rows.bits()), (n_rows, 2, bits));
+            assert_eq!(rows.row(n_rows - 1)[39], (n_rows * 40 - 1) as f32);
         }
     }
 }

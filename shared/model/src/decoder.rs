@@ -8,21 +8,24 @@ use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Collective;
 use paceline_domain::Fingerprint;
 use paceline_kernels::attention::{AttentionArgs, AttentionScratch, attention};
-use paceline_kernels::elementwise::{add_bias, add_into, silu_mul};
+use paceline_kernels::elementwise::add_into;
 use paceline_kernels::kv::{KvRow, NewKv};
-use paceline_kernels::rms_norm::{RmsNorm, rms_norm};
+use paceline_kernels::residual::{Residual, add_norm_quantize};
+use paceline_kernels::rms_norm::RmsNorm;
 use paceline_kernels::rope::Rope;
 use paceline_kernels::{
-    Input, InputKind, Kernels, PackedMatrix, QuantizedRows, ThreadPool, dequantize_row, matmul, quantize_rows,
+    CodeBits, GatedOutput, Input, InputKind, Kernels, PackedMatrix, Product, ThreadPool, dequantize_row,
+    gated_matmul, matmul, quantize_rows,
 };
 
+use crate::activation_bits::ActivationBits;
 use crate::batch::{Batch, BatchLimits, Logits};
 use crate::estimate::Capacity;
 use crate::fingerprint::fingerprint;
 use crate::kv_store::KvStore;
 use crate::names::{self, Part};
 use crate::scratch::{Scratch, ScratchShape};
-use crate::weights::{AttentionWeights, FfnWeights, LoadProgress, Loader, Projection, Weights};
+use crate::weights::{AttentionWeights, FfnWeights, LoadProgress, Loader, Weights};
 use crate::{ModelConfig, ModelError, SplitPlan, rope};
 
 /// What a decoder is made from.
@@ -65,6 +68,7 @@ struct Engine {
     rank: usize,
     rope: Rope,
     kv_of_head: Vec<usize>,
+    bits: ActivationBits,
     kernels: &'static Kernels,
     pool: Arc<ThreadPool>,
 }
@@ -93,6 +97,7 @@ impl Decoder {
             rank,
             rope: rope::build(&config.rope, config.head_dim),
             kv_of_head: plan.kv_of_head(rank, config.n_heads_per_kv()),
+            bits: ActivationBits::new(config),
             kernels,
             pool: Arc::clone(&spec.pool),
         };
@@ -168,10 +173,13 @@ impl Decoder {
             self.feed_forward(layer, rows.len(), collective)?;
             self.layers_done.fetch_add(1, Ordering::Relaxed);
         }
+        let n = rows.len() * self.engine.config.n_embd;
+        let Scratch { hidden, normed, .. } = &mut self.scratch;
+        add_into(self.engine.kernels, &self.engine.pool, &mut hidden[..n], &normed[..n]);
         Ok(self.output(batch.output_rows))
     }
 
-    /// The first half of a layer: attention, added to the residual stream.
+    /// The first half of a layer: attention. It adds what the layer before left, and leaves its own sums to be added.
     fn attend(
         &mut self,
         layer: usize,
@@ -179,10 +187,13 @@ impl Decoder {
         collective: &mut dyn Collective,
     ) -> Result<(), ModelError> {
         let (engine, scratch, weights) = (&self.engine, &mut self.scratch, &self.weights.layers[layer]);
+        let matrices = weights.attention.as_ref().map(AttentionWeights::inputs);
+        let bits = engine.bits.attention_input;
+        let matrices = matrices.as_slice().as_flattened();
+        engine.normalize(&weights.attention_norm, layer > 0, matrices, bits, scratch, rows.len());
         let partials = match &weights.attention {
             None => 0,
             Some(attention_weights) => {
-                engine.normalize(&weights.attention_norm, rows.len(), scratch);
                 engine.project_attention(attention_weights, rows.len(), scratch);
                 let n_kv = rows.len() * engine.kv_width();
                 let new = NewKv { rows, keys: &scratch.key[..n_kv], values: &scratch.value[..n_kv] };
@@ -197,21 +208,22 @@ impl Decoder {
                     scale: 1.0 / (engine.config.head_dim as f32).sqrt(),
                     window: engine.config.window_of_layer(layer).map(|window| window as u32),
                 };
-                let out = &mut scratch.attended[..n_query];
-                attention(engine.kernels, &engine.pool, &args, &mut self.attention_scratch, out);
-                let input = (&scratch.attended[..n_query], engine.query_width());
-                engine.reduce_columns(
-                    &attention_weights.output,
-                    input,
-                    &mut scratch.quantized,
-                    &mut scratch.partials,
-                )
+                let attended = &mut scratch.attended[..n_query];
+                attention(engine.kernels, &engine.pool, &args, &mut self.attention_scratch, attended);
+                let output = &attention_weights.output;
+                if output.input_kind() == InputKind::Quantized {
+                    let shape = (engine.query_width(), engine.bits.attention_output);
+                    quantize_rows(engine.kernels, &engine.pool, attended, shape, &mut scratch.quantized);
+                }
+                let quantized = Some(&scratch.quantized);
+                let input = Input { n_rows: rows.len(), quantized, float: attended };
+                engine.reduce_columns(output, input, &mut scratch.partials)
             }
         };
-        engine.add_reduced(&engine.plan.attention().tree, partials, rows.len(), scratch, collective)
+        engine.reduce(&engine.plan.attention().tree, partials, rows.len(), scratch, collective)
     }
 
-    /// The second half of a layer: the feed-forward network, added to the residual stream.
+    /// The second half of a layer: the feed-forward network. It adds what attention left, and leaves its own sums.
     fn feed_forward(
         &mut self,
         layer: usize,
@@ -219,27 +231,28 @@ impl Decoder {
         collective: &mut dyn Collective,
     ) -> Result<(), ModelError> {
         let (engine, scratch, weights) = (&self.engine, &mut self.scratch, &self.weights.layers[layer]);
+        let matrices = weights.ffn.as_ref().map(|ffn| [&ffn.gate, &ffn.up]);
+        let bits = engine.bits.ffn_input;
+        engine.normalize(&weights.ffn_norm, true, matrices.as_slice().as_flattened(), bits, scratch, n_rows);
         let partials = match &weights.ffn {
             None => 0,
             Some(FfnWeights { gate, up, down }) => {
-                engine.normalize(&weights.ffn_norm, n_rows, scratch);
-                let n_hidden = n_rows * engine.plan.share(engine.rank).ffn.len();
-                let normed = (&scratch.normed[..n_rows * engine.config.n_embd], engine.config.n_embd);
-                let quantized = &mut scratch.quantized;
-                engine.quantize_if_needed(&[gate, up], normed, quantized);
-                engine.multiply(gate, normed.0, quantized, &mut scratch.gate[..n_hidden]);
-                engine.multiply(up, normed.0, quantized, &mut scratch.up[..n_hidden]);
-                silu_mul(
-                    engine.kernels,
-                    &engine.pool,
-                    &mut scratch.gate[..n_hidden],
-                    &scratch.up[..n_hidden],
-                );
-                let input = (&scratch.gate[..n_hidden], down.n_cols());
-                engine.reduce_columns(down, input, quantized, &mut scratch.partials)
+                let float = &scratch.normed[..n_rows * engine.config.n_embd];
+                let input = Input { n_rows, quantized: Some(&scratch.quantized), float };
+                let n_hidden = n_rows * down.n_cols();
+                let out = match down.input_kind() {
+                    InputKind::Quantized => {
+                        GatedOutput::Quantized(&mut scratch.ffn_hidden_quantized, engine.bits.ffn_hidden)
+                    }
+                    InputKind::Float => GatedOutput::Float(&mut scratch.ffn_hidden[..n_hidden]),
+                };
+                gated_matmul(engine.kernels, &engine.pool, input, [gate, up], out);
+                let quantized = Some(&scratch.ffn_hidden_quantized);
+                let input = Input { n_rows, quantized, float: &scratch.ffn_hidden[..n_hidden] };
+                engine.reduce_columns(down, input, &mut scratch.partials)
             }
         };
-        engine.add_reduced(&engine.plan.ffn().tree, partials, n_rows, scratch, collective)
+        engine.reduce(&engine.plan.ffn().tree, partials, n_rows, scratch, collective)
     }
 
     /// Final norm and output head of the asked rows.
@@ -255,16 +268,19 @@ impl Decoder {
             }
             let normed = &mut scratch.chosen_normed[..output_rows.len() * n_embd];
             let norm = RmsNorm { weight: &self.weights.output_norm, eps: engine.config.rms_eps };
-            rms_norm(engine.kernels, &engine.pool, &norm, chosen, normed);
-            engine.quantize_if_needed(&[head], (normed, n_embd), &mut scratch.quantized);
-            engine.multiply(head, normed, &scratch.quantized, &mut scratch.logits[..n_logits]);
+            let quantized = (head.input_kind() == InputKind::Quantized)
+                .then_some((&mut scratch.quantized, engine.bits.head));
+            let rows = Residual { hidden: chosen, normed: &mut *normed, add: false, quantized };
+            add_norm_quantize(engine.kernels, &engine.pool, &norm, rows);
+            let quantized = Some(&scratch.quantized);
+            let input = Input { n_rows: output_rows.len(), quantized, float: normed };
+            let out = &mut scratch.logits[..n_logits];
+            let product = Product { matrix: head, bias: None, out };
+            matmul(engine.kernels, &engine.pool, input, &mut [product]);
         }
         Logits { values: &scratch.logits[..n_logits], vocab_range }
     }
 }
-
-/// An input of a matrix product and the length of its rows.
-type Rows<'a> = (&'a [f32], usize);
 
 impl Engine {
     fn query_width(&self) -> usize {
@@ -288,50 +304,54 @@ impl Engine {
         Ok(())
     }
 
-    fn normalize(&self, weight: &[f32], n_rows: usize, scratch: &mut Scratch) {
+    /// Adds what the half layer before left, normalizes, and quantizes if one of the matrices that follow wants that.
+    fn normalize(
+        &self,
+        weight: &[f32],
+        add: bool,
+        matrices: &[&PackedMatrix],
+        bits: CodeBits,
+        scratch: &mut Scratch,
+        n_rows: usize,
+    ) {
         let n = n_rows * self.config.n_embd;
         let norm = RmsNorm { weight, eps: self.config.rms_eps };
-        rms_norm(self.kernels, &self.pool, &norm, &scratch.hidden[..n], &mut scratch.normed[..n]);
+        let is_wanted = matrices.iter().any(|matrix| matrix.input_kind() == InputKind::Quantized);
+        let rows = Residual {
+            hidden: &mut scratch.hidden[..n],
+            normed: &mut scratch.normed[..n],
+            add,
+            quantized: is_wanted.then_some((&mut scratch.quantized, bits)),
+        };
+        add_norm_quantize(self.kernels, &self.pool, &norm, rows);
     }
 
     /// Queries, keys and values with biases, rotated.
     fn project_attention(&self, weights: &AttentionWeights, n_rows: usize, scratch: &mut Scratch) {
         let (n_query, n_kv) = (n_rows * self.query_width(), n_rows * self.kv_width());
         let Scratch { normed, quantized, query, key, value, angles, .. } = scratch;
-        let normed = &normed[..n_rows * self.config.n_embd];
-        let matrices = [&weights.query.matrix, &weights.key.matrix, &weights.value.matrix];
-        self.quantize_if_needed(&matrices, (normed, self.config.n_embd), quantized);
-        self.project(&weights.query, normed, quantized, &mut query[..n_query]);
-        self.project(&weights.key, normed, quantized, &mut key[..n_kv]);
-        self.project(&weights.value, normed, quantized, &mut value[..n_kv]);
+        let float = &normed[..n_rows * self.config.n_embd];
+        let input = Input { n_rows, quantized: Some(quantized), float };
+        let AttentionWeights { query: w_query, key: w_key, value: w_value, .. } = weights;
+        let outs =
+            [(w_query, &mut query[..n_query]), (w_key, &mut key[..n_kv]), (w_value, &mut value[..n_kv])];
+        let mut products = outs.map(|(w, out)| Product { matrix: &w.matrix, bias: w.bias.as_deref(), out });
+        matmul(self.kernels, &self.pool, input, &mut products);
         for heads in [&mut query[..n_query], &mut key[..n_kv]] {
             self.rope.rotate(self.kernels, &self.pool, angles, heads, self.config.head_dim);
         }
     }
 
-    fn project(&self, projection: &Projection, normed: &[f32], quantized: &QuantizedRows, out: &mut [f32]) {
-        self.multiply(&projection.matrix, normed, quantized, out);
-        if let Some(bias) = &projection.bias {
-            add_bias(self.kernels, &self.pool, out, bias);
-        }
-    }
-
     /// Multiplies with a matrix whose columns are cut; returns how many values of `partials` are filled.
-    fn reduce_columns(
-        &self,
-        matrix: &PackedMatrix,
-        (x, n_cols): Rows<'_>,
-        quantized: &mut QuantizedRows,
-        partials: &mut [f32],
-    ) -> usize {
-        self.quantize_if_needed(&[matrix], (x, n_cols), quantized);
-        let n_partials = matrix.n_subtrees() * (x.len() / n_cols) * matrix.n_rows();
-        self.multiply(matrix, x, quantized, &mut partials[..n_partials]);
+    fn reduce_columns(&self, matrix: &PackedMatrix, input: Input<'_>, partials: &mut [f32]) -> usize {
+        let n_partials = matrix.n_subtrees() * input.n_rows * matrix.n_rows();
+        let product = Product { matrix, bias: None, out: &mut partials[..n_partials] };
+        matmul(self.kernels, &self.pool, input, &mut [product]);
         n_partials
     }
 
-    /// Finishes the sum over all ranks and adds it to the residual stream.
-    fn add_reduced(
+    /// Finishes the sum over all ranks and leaves it where it will be added to the residual stream.
+    fn reduce(
         &self,
         tree: &paceline_domain::ReduceTree,
         n_partials: usize,
@@ -341,27 +361,6 @@ impl Engine {
     ) -> Result<(), ModelError> {
         let n = n_rows * self.config.n_embd;
         collective.all_reduce_tree(tree, &scratch.partials[..n_partials], &mut scratch.normed[..n])?;
-        add_into(self.kernels, &self.pool, &mut scratch.hidden[..n], &scratch.normed[..n]);
         Ok(())
-    }
-
-    fn quantize_if_needed(
-        &self,
-        matrices: &[&PackedMatrix],
-        (x, n_cols): Rows<'_>,
-        rows: &mut QuantizedRows,
-    ) {
-        if matrices.iter().any(|matrix| matrix.input_kind() == InputKind::Quantized) {
-            quantize_rows(self.kernels, &self.pool, x, n_cols, rows);
-        }
-    }
-
-    /// `x` for matrices of plain numbers, `quantized` for the others.
-    fn multiply(&self, matrix: &PackedMatrix, x: &[f32], quantized: &QuantizedRows, out: &mut [f32]) {
-        let input = match matrix.input_kind() {
-            InputKind::Quantized => Input::Quantized(quantized),
-            InputKind::Float => Input::Float { x, n_rows: x.len() / matrix.n_cols() },
-        };
-        matmul(self.kernels, &self.pool, matrix, input, out);
     }
 }

@@ -10,6 +10,7 @@
 //! * [`weights`] – a rank's slices, packed straight from the memory map
 //! * [`kv_store`] – the paged KV memory of all layers
 //! * [`batch`] – what goes into a forward pass and what comes out
+//! * `activation_bits` – how fine activations are quantized
 //! * `scratch` – the buffers of a forward pass, allocated once
 //! * [`decoder`] – the forward pass
 //! * [`fingerprint`] – what must be equal for two processes to compute the same bits
@@ -18,6 +19,7 @@
 
 #![forbid(unsafe_code)]
 
+mod activation_bits;
 pub mod batch;
 pub mod config;
 mod config_gguf;

@@ -37,6 +37,13 @@ pub(crate) struct AttentionWeights {
     pub output: PackedMatrix,
 }
 
+impl AttentionWeights {
+    /// The matrices that multiply the input of attention.
+    pub(crate) fn inputs(&self) -> [&PackedMatrix; 3] {
+        [&self.query.matrix, &self.key.matrix, &self.value.matrix]
+    }
+}
+
 /// A matrix with an optional bias.
 pub(crate) struct Projection {
     pub matrix: PackedMatrix,

@@ -1,11 +1,14 @@
 //! The 16 rows of a tile in two AVX2 registers.
 
-use super::lanes::{Lanes, sum_float, sum_quantized, with_token_count};
+use super::lanes::{Lanes, for_tokens, sum_float, sum_quantized};
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat};
 use crate::packed::{Line, TILE_ROWS};
 use crate::simd;
 use std::arch::x86_64::*;
+
+/// Tokens whose sums fit the registers beside the codes of a group.
+const MOST_TOKENS: usize = 4;
 
 /// Proof that the CPU has AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
@@ -13,16 +16,23 @@ struct Avx2(simd::Avx2);
 
 /// Sums a leaf of quantized weights.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn sum_quantized_avx2<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+pub(crate) fn sum_quantized_avx2<F: QuantFormat, const P: usize>(
+    leaf: &QuantizedLeaf<'_>,
+    sums: &mut [RowSums],
+) {
     let v = Avx2(simd::Avx2::token());
-    with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
+    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+        sum_quantized::<_, F, P, T>(v, &leaf.from_token::<P>(first), &mut sums[first..first + T])
+    });
 }
 
 /// Sums a leaf of plain numbers.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn sum_float_avx2<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
     let v = Avx2(simd::Avx2::token());
-    with_token_count!(sums.len(), T => sum_float::<_, F, T>(v, leaf, sums));
+    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+        sum_float::<_, F, T>(v, &leaf.from_token(first), &mut sums[first..first + T])
+    });
 }
 
 /// An intrinsic in a method of [`Avx2`].
@@ -59,6 +69,12 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn simd(self) -> simd::Avx2 {
         self.0
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, first: &T, ahead: usize) {
+        let address = std::ptr::from_ref(first).cast::<i8>().wrapping_add(ahead);
+        op!(_mm_prefetch::<_MM_HINT_T1>(address));
     }
 
     #[inline(always)]
@@ -110,6 +126,12 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn splat_int(self, value: i32) -> [__m256i; 2] {
         [op!(_mm256_set1_epi32(value)); 2]
+    }
+
+    #[inline(always)]
+    fn times(self, ints: [__m256i; 2], factor: i32) -> [__m256i; 2] {
+        let factor = op!(_mm256_set1_epi32(factor));
+        both!(H => _mm256_mullo_epi32(ints[H], factor))
     }
 
     #[inline(always)]

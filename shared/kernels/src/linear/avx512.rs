@@ -1,11 +1,14 @@
 //! The 16 rows of a tile in one AVX-512 register, with and without VNNI.
 
-use super::lanes::{Lanes, sum_float, sum_quantized, with_token_count};
+use super::lanes::{Lanes, for_tokens, sum_float, sum_quantized};
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat};
 use crate::packed::{Line, TILE_ROWS};
 use crate::simd;
 use std::arch::x86_64::*;
+
+/// Tokens whose sums fit the registers beside the codes of a group.
+const MOST_TOKENS: usize = 16;
 
 /// Proof that the CPU has AVX-512 F, BW, VL and DQ, and VNNI if so marked.
 #[derive(Clone, Copy)]
@@ -31,23 +34,35 @@ impl Avx512<true> {
 
 /// Sums a leaf of quantized weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-pub(crate) fn sum_quantized_vnni<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+pub(crate) fn sum_quantized_vnni<F: QuantFormat, const P: usize>(
+    leaf: &QuantizedLeaf<'_>,
+    sums: &mut [RowSums],
+) {
     let v = Avx512::<true>::token();
-    with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
+    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+        sum_quantized::<_, F, P, T>(v, &leaf.from_token::<P>(first), &mut sums[first..first + T])
+    });
 }
 
 /// Sums a leaf of quantized weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(crate) fn sum_quantized_avx512<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+pub(crate) fn sum_quantized_avx512<F: QuantFormat, const P: usize>(
+    leaf: &QuantizedLeaf<'_>,
+    sums: &mut [RowSums],
+) {
     let v = Avx512::<false>::token();
-    with_token_count!(sums.len(), T => sum_quantized::<_, F, T>(v, leaf, sums));
+    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+        sum_quantized::<_, F, P, T>(v, &leaf.from_token::<P>(first), &mut sums[first..first + T])
+    });
 }
 
 /// Sums a leaf of plain numbers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) fn sum_float_avx512<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
     let v = Avx512::<false>::token();
-    with_token_count!(sums.len(), T => sum_float::<_, F, T>(v, leaf, sums));
+    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+        sum_float::<_, F, T>(v, &leaf.from_token(first), &mut sums[first..first + T])
+    });
 }
 
 /// An intrinsic in a method of [`Avx512`].
@@ -69,6 +84,12 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     #[inline(always)]
     fn simd(self) -> simd::Avx512 {
         self.0
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, first: &T, ahead: usize) {
+        let address = std::ptr::from_ref(first).cast::<i8>().wrapping_add(ahead);
+        op!(_mm_prefetch::<_MM_HINT_T1>(address));
     }
 
     #[inline(always)]
@@ -119,6 +140,11 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     #[inline(always)]
     fn splat_int(self, value: i32) -> __m512i {
         op!(_mm512_set1_epi32(value))
+    }
+
+    #[inline(always)]
+    fn times(self, ints: __m512i, factor: i32) -> __m512i {
+        op!(_mm512_mullo_epi32(ints, _mm512_set1_epi32(factor)))
     }
 
     #[inline(always)]

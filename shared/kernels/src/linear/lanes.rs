@@ -4,7 +4,7 @@
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat, ScaleLayout};
 use crate::packed::{Line, QUADS, TILE_ROWS, group_scale_bytes, planes, super_scale_bytes};
-use crate::quantize::QuantizedGroup;
+use crate::quantize::{GroupScale, Quads};
 use crate::simd::Simd;
 use paceline_domain::WeightType;
 
@@ -19,6 +19,8 @@ pub(super) trait Lanes: Copy {
 
     fn simd(self) -> Self::Simd;
 
+    /// Starts to fetch the cache line that many bytes behind this one. It need not be there.
+    fn prefetch<T>(self, first: &T, ahead: usize);
     fn load_bytes(self, line: &Line) -> Self::Bytes;
     /// `(bytes >> right) & mask` in each byte, `<<` for negative `right`; `mask` removes what crosses bytes.
     fn field(self, bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
@@ -28,6 +30,8 @@ pub(super) trait Lanes: Copy {
     fn dot<const BITS: usize>(self, acc: Self::Ints, codes: Self::Bytes, quad: i32) -> Self::Ints;
 
     fn splat_int(self, value: i32) -> Self::Ints;
+    /// `ints * factor`, a power of two.
+    fn times(self, ints: Self::Ints, factor: i32) -> Self::Ints;
     /// `256 * high + low`.
     fn join(self, high: Self::Ints, low: Self::Ints) -> Self::Ints;
     fn to_floats(self, ints: Self::Ints) -> Floats<Self>;
@@ -43,50 +47,70 @@ pub(super) trait Lanes: Copy {
 /// An f32 for each row.
 pub(super) type Floats<V> = <<V as Lanes>::Simd as Simd>::F32;
 
-/// Calls `$body` with the number of tokens as a constant.
-macro_rules! with_token_count {
-    ($n:expr, $count:ident => $body:expr) => {
-        match $n {
-            1 => with_token_count!(@call 1, $count, $body),
-            2 => with_token_count!(@call 2, $count, $body),
-            4 => with_token_count!(@call 4, $count, $body),
-            8 => with_token_count!(@call 8, $count, $body),
-            n => unreachable!("invariant: tokens come in groups of 1, 2, 4 or 8, not {n}"),
+/// Calls `$body` for 16, 8, 4, 2 and 1 tokens, as often as it takes to have all of `$n`, but not for more than `$max`
+/// at once; `$first` is the first of them.
+macro_rules! for_tokens {
+    ($n:expr, $max:expr, $count:ident, $first:ident => $body:expr) => {{
+        let mut $first = 0;
+        for_tokens!(@each 16 $n, $max, $count, $first, $body);
+        for_tokens!(@each 8 $n, $max, $count, $first, $body);
+        for_tokens!(@each 4 $n, $max, $count, $first, $body);
+        for_tokens!(@each 2 $n, $max, $count, $first, $body);
+        for_tokens!(@each 1 $n, $max, $count, $first, $body);
+    }};
+    (@each $size:literal $n:expr, $max:expr, $count:ident, $first:ident, $body:expr) => {
+        if $size <= $max {
+            const $count: usize = if $size <= $max { $size } else { 1 };
+            while $first + $count <= $n {
+                $body;
+                $first += $count;
+            }
         }
     };
-    (@call $n:literal, $count:ident, $body:expr) => {{
-        const $count: usize = $n;
-        $body
-    }};
 }
-pub(super) use with_token_count;
+pub(super) use for_tokens;
 
-/// Sums a leaf of quantized weights for `T` tokens.
+/// Sums a leaf of quantized weights for `T` tokens with codes of `P` planes.
 #[inline(always)]
-pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const T: usize>(
+pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: usize>(
     v: V,
     leaf: &QuantizedLeaf<'_>,
     sums: &mut [RowSums],
 ) {
     let (own_bytes, shared_bytes) = (group_scale_bytes::<F>(), super_scale_bytes::<F>());
-    let mut tokens: [&[QuantizedGroup]; T] = [&[]; T];
-    for (t, token) in tokens.iter_mut().enumerate() {
-        *token = leaf.token(t);
-    }
     let mut acc = [v.simd().splat(0.0); T];
     let lines = leaf.weights.planes.chunks_exact(F::BITS);
     let own = leaf.weights.group_scales.chunks_exact(own_bytes);
-    for (group, (lines, own)) in lines.zip(own).take(leaf.n_groups).enumerate() {
+    let codes = leaf.codes.as_chunks::<P>().0.chunks(leaf.step);
+    let tokens = codes.zip(leaf.scales.chunks(leaf.step));
+    for (group, ((lines, own), (x_codes, x_scales))) in
+        lines.zip(own).zip(tokens).take(leaf.n_groups).enumerate()
+    {
         let shared = &leaf.weights.super_scales[leaf.super_idx(group) * shared_bytes..][..shared_bytes];
+        if leaf.ahead > 0 {
+            prefetch_group(v, lines, own, leaf.ahead);
+        }
         let codes = unpack::<V, F>(v, lines);
         let scales = resolve::<V, F>(v, own, shared);
+        let x_codes: &[[Quads; P]; T] = x_codes.first_chunk().expect("invariant: all tokens have the group");
+        let x_scales: &[GroupScale; T] =
+            x_scales.first_chunk().expect("invariant: all tokens have the group");
         for t in 0..T {
-            acc[t] = add_group::<V, F>(v, &codes, &scales, &tokens[t][group], acc[t]);
+            acc[t] = add_group::<V, F, P>(v, &codes, &scales, (&x_codes[t], &x_scales[t]), acc[t]);
         }
     }
     for (sums, acc) in sums.iter_mut().zip(acc) {
         v.simd().store(acc, sums);
     }
+}
+
+/// Starts to fetch the same group of a later tile.
+#[inline(always)]
+fn prefetch_group<V: Lanes>(v: V, lines: &[Line], own: &[u8], ahead: usize) {
+    for line in lines {
+        v.prefetch(line, ahead);
+    }
+    v.prefetch(&own[0], ahead);
 }
 
 /// The codes of a group as bytes, one vector for each quad.
@@ -166,42 +190,52 @@ fn resolve<V: Lanes, F: QuantFormat>(v: V, own: &[u8], shared: &[u8]) -> LaneSca
     }
 }
 
-/// `sum of (code - OFFSET) * activation code` over these quads; `sum` is that of the activation codes.
+/// `sum of (code - OFFSET) * activation code` over these quads; `negated_sum` is that of the activation codes.
 #[inline(always)]
-fn dot<V: Lanes, F: QuantFormat>(v: V, codes: &[V::Bytes], high: &[i32], low: &[i32], sum: i32) -> V::Ints {
-    let (mut high_sum, mut low_sum) = (v.splat_int(0), v.splat_int(-F::OFFSET * sum));
-    for ((codes, high), low) in codes.iter().zip(high).zip(low) {
-        (high_sum, low_sum) = match F::BITS {
-            8 => (v.dot::<8>(high_sum, *codes, *high), v.dot::<8>(low_sum, *codes, *low)),
-            _ => (v.dot::<6>(high_sum, *codes, *high), v.dot::<6>(low_sum, *codes, *low)),
-        };
+fn dot<V: Lanes, F: QuantFormat, const P: usize>(
+    v: V,
+    codes: &[V::Bytes],
+    planes: &[Quads; P],
+    first_quad: usize,
+    negated_sum: i32,
+) -> V::Ints {
+    let mut isums = [v.splat_int(0); P];
+    if F::OFFSET != 0 {
+        isums[P - 1] = v.times(v.splat_int(negated_sum), F::OFFSET);
     }
-    v.join(high_sum, low_sum)
+    for (quad, codes) in codes.iter().enumerate() {
+        for (isum, plane) in isums.iter_mut().zip(planes) {
+            let x = plane[first_quad + quad];
+            *isum = if F::BITS == 8 { v.dot::<8>(*isum, *codes, x) } else { v.dot::<6>(*isum, *codes, x) };
+        }
+    }
+    if P == 2 { v.join(isums[0], isums[1]) } else { isums[0] }
 }
 
 /// Adds the product of one group of all rows with one group of activations.
 #[inline(always)]
-fn add_group<V: Lanes, F: QuantFormat>(
+fn add_group<V: Lanes, F: QuantFormat, const P: usize>(
     v: V,
     codes: &[V::Bytes; QUADS],
     scales: &LaneScales<V>,
-    x: &QuantizedGroup,
+    (planes, x): (&[Quads; P], &GroupScale),
     acc: Floats<V>,
 ) -> Floats<V> {
     let x_scale = v.simd().splat(x.scale);
     let mut acc = acc;
     if F::SCALES.per_half() {
         for half in 0..2 {
-            let own = half * QUADS / 2..(half + 1) * QUADS / 2;
-            let (high, low) = (&x.high[own.clone()], &x.low[own.clone()]);
-            let isum = dot::<V, F>(v, &codes[own], high, low, x.sums[half]);
+            let first = half * QUADS / 2;
+            let codes = &codes[first..first + QUADS / 2];
+            let isum = dot::<V, F, P>(v, codes, planes, first, x.negated_half_sums[half]);
             acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[half], x_scale), acc);
             if F::SCALES.has_min() {
-                acc = v.simd().fma(scales.min[half], v.simd().splat(x.scale * x.sums[half] as f32), acc);
+                let sum = x.scale * -x.negated_half_sums[half] as f32;
+                acc = v.simd().fma(scales.min[half], v.simd().splat(sum), acc);
             }
         }
     } else {
-        let isum = dot::<V, F>(v, codes, &x.high, &x.low, x.sums[0] + x.sums[1]);
+        let isum = dot::<V, F, P>(v, codes, planes, 0, x.negated_sum);
         acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[0], x_scale), acc);
         if F::SCALES.has_min() {
             acc = v.simd().fma(scales.min[0], v.simd().splat(x.scaled_sum), acc);
@@ -224,6 +258,9 @@ pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
     let mut acc = [v.simd().splat(0.0); T];
     let columns = leaf.weights.chunks_exact(TILE_ROWS * F::BYTES).take(leaf.n_cols);
     for (column, weights) in columns.enumerate() {
+        if leaf.ahead > 0 {
+            v.prefetch(&weights[0], leaf.ahead);
+        }
         let weights = match F::TYPE {
             WeightType::F32 => v.load_f32(chunk(weights, 0)),
             WeightType::F16 => v.load_f16(chunk(weights, 0)),

@@ -9,6 +9,7 @@
 //! acc  = fma(isum as f32, weight scale * activation scale, acc)
 //! acc  = fma(weight minimum, activation scale * (sum of activation codes as f32), acc)     if it has one
 //! ```
+//! Activation codes have 8 or 16 bits; see [`crate::quantize`].
 //!
 //! For plain numbers `acc = fma(weight, x, acc)` in K order. Each leaf starts from +0; leaves are added as the
 //! canonical tree says.
@@ -17,17 +18,20 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod gated;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
 mod matmul;
 mod scalar;
+mod tile;
 
-pub use matmul::{Input, matmul};
+pub use gated::{GatedOutput, gated_matmul};
+pub use matmul::{Input, Product, matmul};
 
 use crate::formats::{GROUP_LEN, GROUPS_PER_SUPER};
 use crate::isa::Isa;
 use crate::packed::{TILE_ROWS, TilePart};
-use crate::quantize::{QuantizeRow, QuantizedGroup};
+use crate::quantize::{CodeBits, GroupScale, Quads, QuantizeRow};
 use paceline_domain::WeightType;
 
 /// Sums of the 16 rows of a tile for one token.
@@ -39,23 +43,28 @@ pub(crate) struct QuantizedLeaf<'a> {
     pub weights: TilePart<'a>,
     /// How many there are.
     pub n_groups: usize,
-    /// Activations, from the leaf's first group of the first token on.
-    pub tokens: &'a [QuantizedGroup],
-    /// Groups from one token to the next.
-    pub stride: usize,
+    /// Planes of activation codes, from the leaf's first group of the first token on; tokens lie side by side.
+    pub codes: &'a [Quads],
+    /// Scales of activations, likewise.
+    pub scales: &'a [GroupScale],
+    /// Tokens from one group to the next, those of other leaves included.
+    pub step: usize,
+    /// Bytes from this tile to the one that is fetched meanwhile; 0 for none.
+    pub ahead: usize,
 }
 
-impl<'a> QuantizedLeaf<'a> {
-    /// Activations of a token.
-    #[inline(always)]
-    fn token(&self, token: usize) -> &'a [QuantizedGroup] {
-        &self.tokens[token * self.stride..][..self.n_groups]
-    }
-
+impl QuantizedLeaf<'_> {
     /// Index of the superblock of a group, counted from that of the first group.
     #[inline(always)]
     fn super_idx(&self, group: usize) -> usize {
         (self.weights.first_group + group) / GROUPS_PER_SUPER
+    }
+
+    /// The same leaf for the tokens from `first` on. A leaf without groups may have no room for them.
+    #[inline(always)]
+    fn from_token<const P: usize>(&self, first: usize) -> Self {
+        let codes = self.codes.get(first * P..).unwrap_or_default();
+        Self { codes, scales: self.scales.get(first..).unwrap_or_default(), ..*self }
     }
 }
 
@@ -69,6 +78,8 @@ pub(crate) struct FloatLeaf<'a> {
     pub tokens: &'a [f32],
     /// Elements from one token to the next.
     pub stride: usize,
+    /// Bytes from this tile to the one that is fetched meanwhile; 0 for none.
+    pub ahead: usize,
 }
 
 impl<'a> FloatLeaf<'a> {
@@ -76,6 +87,12 @@ impl<'a> FloatLeaf<'a> {
     #[inline(always)]
     fn token(&self, token: usize) -> &'a [f32] {
         &self.tokens[token * self.stride..][..self.n_cols]
+    }
+
+    /// The same leaf for the tokens from `first` on.
+    #[inline(always)]
+    fn from_token(&self, first: usize) -> Self {
+        Self { tokens: self.tokens.get(first * self.stride..).unwrap_or_default(), ..*self }
     }
 }
 
@@ -85,37 +102,41 @@ pub(crate) type SumQuantizedLeaf = unsafe fn(leaf: &QuantizedLeaf<'_>, sums: &mu
 pub(crate) type SumFloatLeaf = unsafe fn(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]);
 
 /// Most tokens that share one pass over a tile.
-pub(crate) const MAX_TOKENS: usize = 8;
+pub(crate) const MAX_TOKENS: usize = crate::quantize::BLOCK_ROWS;
 
 /// The part of the dispatch table for matrix products.
 #[derive(Clone, Copy)]
 pub struct LinearKernels {
-    pub(crate) quantize_row: QuantizeRow,
-    quantized: [SumQuantizedLeaf; 10],
+    /// By planes of codes, less one; so is the next.
+    pub(crate) quantize_row: [QuantizeRow; 2],
+    quantized: [[SumQuantizedLeaf; 10]; 2],
     float: [SumFloatLeaf; 3],
 }
 
 /// The functions of every type, generic ones named by their module and the type.
 macro_rules! table {
-    ($quantize_row:path, $module:ident :: $quantized:ident, $float:ident) => {{
+    ($quantize_row:ident, $module:ident :: $quantized:ident, $float:ident) => {{
         use crate::formats::*;
         LinearKernels {
-            quantize_row: $quantize_row,
-            quantized: [
-                $module::$quantized::<Q4_0>,
-                $module::$quantized::<Q4_1>,
-                $module::$quantized::<Q5_0>,
-                $module::$quantized::<Q5_1>,
-                $module::$quantized::<Q8_0>,
-                $module::$quantized::<Q2_K>,
-                $module::$quantized::<Q3_K>,
-                $module::$quantized::<Q4_K>,
-                $module::$quantized::<Q5_K>,
-                $module::$quantized::<Q6_K>,
-            ],
+            quantize_row: [crate::quantize::$quantize_row::<1>, crate::quantize::$quantize_row::<2>],
+            quantized: [table!(1, $module::$quantized), table!(2, $module::$quantized)],
             float: [$module::$float::<F32>, $module::$float::<F16>, $module::$float::<BF16>],
         }
     }};
+    ($planes:literal, $module:ident :: $quantized:ident) => {
+        [
+            $module::$quantized::<Q4_0, $planes>,
+            $module::$quantized::<Q4_1, $planes>,
+            $module::$quantized::<Q5_0, $planes>,
+            $module::$quantized::<Q5_1, $planes>,
+            $module::$quantized::<Q8_0, $planes>,
+            $module::$quantized::<Q2_K, $planes>,
+            $module::$quantized::<Q3_K, $planes>,
+            $module::$quantized::<Q4_K, $planes>,
+            $module::$quantized::<Q5_K, $planes>,
+            $module::$quantized::<Q6_K, $planes>,
+        ]
+    };
 }
 
 impl LinearKernels {
@@ -123,25 +144,25 @@ impl LinearKernels {
     pub(crate) const fn for_isa(isa: Isa) -> Self {
         match isa {
             Isa::Scalar => {
-                table!(crate::quantize::quantize_row_scalar, scalar::sum_quantized_scalar, sum_float_scalar)
+                table!(quantize_row_scalar, scalar::sum_quantized_scalar, sum_float_scalar)
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => table!(crate::quantize::quantize_row_avx2, avx2::sum_quantized_avx2, sum_float_avx2),
+            Isa::Avx2 => table!(quantize_row_avx2, avx2::sum_quantized_avx2, sum_float_avx2),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
-                table!(crate::quantize::quantize_row_avx512, avx512::sum_quantized_avx512, sum_float_avx512)
+                table!(quantize_row_avx512, avx512::sum_quantized_avx512, sum_float_avx512)
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => {
-                table!(crate::quantize::quantize_row_avx512, avx512::sum_quantized_vnni, sum_float_avx512)
+                table!(quantize_row_avx512, avx512::sum_quantized_vnni, sum_float_avx512)
             }
             #[cfg(not(target_arch = "x86_64"))]
             _ => panic!("invariant: only the scalar table exists here"),
         }
     }
 
-    fn quantized(&self, weight_type: WeightType) -> SumQuantizedLeaf {
-        self.quantized[weight_type as usize - WeightType::Q4_0 as usize]
+    fn quantized(&self, weight_type: WeightType, bits: CodeBits) -> SumQuantizedLeaf {
+        self.quantized[bits.n_planes() - 1][weight_type as usize - WeightType::Q4_0 as usize]
     }
 
     fn float(&self, weight_type: WeightType) -> SumFloatLeaf {

@@ -3,10 +3,13 @@
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, GROUP_LEN, QuantFormat, Scales};
 use crate::packed::{TILE_ROWS, codes_of_row, group_scale_bytes, scales_of_row, super_scale_bytes};
-use crate::quantize::QuantizedGroup;
+use crate::quantize::{GroupScale, group_codes};
 
 /// Sums a leaf of quantized weights.
-pub(crate) fn sum_quantized_scalar<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]) {
+pub(crate) fn sum_quantized_scalar<F: QuantFormat, const P: usize>(
+    leaf: &QuantizedLeaf<'_>,
+    sums: &mut [RowSums],
+) {
     let (own_bytes, shared_bytes) = (group_scale_bytes::<F>(), super_scale_bytes::<F>());
     sums.fill([0.0; TILE_ROWS]);
     for group in 0..leaf.n_groups {
@@ -17,7 +20,9 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sum
             let weights = codes_of_row(lines, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
             let scales = scales_of_row::<F>(own, shared, row).resolve(F::SCALES);
             for (token, sums) in sums.iter_mut().enumerate() {
-                sums[row] = add_group::<F>(&weights, &scales, &leaf.token(token)[group], sums[row]);
+                let place = group * leaf.step + token;
+                let x = (group_codes(&leaf.codes[place * P..][..P]), leaf.scales[place]);
+                sums[row] = add_group::<F>(&weights, &scales, &x, sums[row]);
             }
         }
     }
@@ -27,20 +32,19 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat>(leaf: &QuantizedLeaf<'_>, sum
 fn add_group<F: QuantFormat>(
     weights: &[i32; GROUP_LEN],
     scales: &Scales,
-    x: &QuantizedGroup,
+    (codes, x): &([i32; GROUP_LEN], GroupScale),
     acc: f32,
 ) -> f32 {
-    let codes = x.codes();
     let dot = |half: usize| -> i32 {
         let columns = half * 16..half * 16 + 16;
-        weights[columns.clone()].iter().zip(&codes[columns]).map(|(weight, x)| weight * i32::from(*x)).sum()
+        weights[columns.clone()].iter().zip(&codes[columns]).map(|(weight, code)| weight * code).sum()
     };
     let mut acc = acc;
     if F::SCALES.per_half() {
         for half in 0..2 {
             acc = (dot(half) as f32).mul_add(scales.scale[half] * x.scale, acc);
             if F::SCALES.has_min() {
-                acc = scales.min[half].mul_add(x.scale * x.sums[half] as f32, acc);
+                acc = scales.min[half].mul_add(x.scale * -x.negated_half_sums[half] as f32, acc);
             }
         }
     } else {

@@ -4,7 +4,7 @@
 use super::*;
 use crate::formats::dequantize_row;
 use crate::packed::{PackSpec, PackedMatrix};
-use crate::quantize::{QuantizedRows, quantize_rows};
+use crate::quantize::{CodeBits, QuantizedRows, quantize_rows};
 use crate::{Kernels, Pinning, ThreadPool};
 use paceline_domain::ReduceTree;
 use paceline_domain::reduce_tree::even_edges;
@@ -105,19 +105,18 @@ fn cut(x: &[f32], n_cols: usize, columns: Range<usize>) -> Vec<f32> {
 }
 
 fn product(isa: Isa, pool: &ThreadPool, matrix: &PackedMatrix, x: &[f32]) -> Vec<f32> {
+    product_with(isa, pool, matrix, x, CodeBits::Sixteen)
+}
+
+fn product_with(isa: Isa, pool: &ThreadPool, matrix: &PackedMatrix, x: &[f32], bits: CodeBits) -> Vec<f32> {
     let n_cols = matrix.n_cols();
     let n_rows = x.len() / n_cols;
     let mut out = vec![f32::NAN; matrix.n_subtrees() * n_rows * matrix.n_rows()];
     let kernels = Kernels::for_isa(isa);
     let mut rows = QuantizedRows::new();
-    let input = match matrix.input_kind() {
-        crate::packed::InputKind::Quantized => {
-            quantize_rows(kernels, pool, x, n_cols, &mut rows);
-            Input::Quantized(&rows)
-        }
-        crate::packed::InputKind::Float => Input::Float { x, n_rows },
-    };
-    matmul(kernels, pool, matrix, input, &mut out);
+    quantize_rows(kernels, pool, x, (n_cols, bits), &mut rows);
+    let input = Input { n_rows, quantized: Some(&rows), float: x };
+    matmul(kernels, pool, input, &mut [Product { matrix, bias: None, out: &mut out }]);
     out
 }
 
@@ -154,10 +153,12 @@ proptest! {
             let matrix = file.pack(&edges, leaves);
             prop_assume!(matrix.n_cols() > 0);
             let x = activations(n_tokens, matrix.n_cols(), seed ^ 1);
-            let expected = product(Isa::Scalar, &pool(1), &matrix, &x);
-            for isa in Isa::available() {
-                let found = product(isa, &pool(2), &matrix, &x);
-                prop_assert_eq!(bits(&found), bits(&expected), "{} {}", weight_type.name(), isa);
+            for code_bits in CodeBits::ALL {
+                let expected = product_with(Isa::Scalar, &pool(1), &matrix, &x, code_bits);
+                for isa in Isa::available() {
+                    let found = product_with(isa, &pool(2), &matrix, &x, code_bits);
+                    prop_assert_eq!(bits(&found), bits(&expected), "{} {}", weight_type.name(), isa);
+                }
             }
         }
     }
@@ -173,11 +174,9 @@ proptest! {
             let found = product(Isa::detect(), &pool(2), &matrix, &x);
             if weight_type.is_quantized() {
                 let mut rows = QuantizedRows::new();
-                quantize_rows(Kernels::detect(), &pool(1), &x, n_cols, &mut rows);
-                for (x, group) in x.chunks_mut(n_cols).flat_map(|row| row.chunks_mut(32)).zip(rows.groups()) {
-                    for (x, code) in x.iter_mut().zip(group.codes()) {
-                        *x = f32::from(code) * group.scale();
-                    }
+                quantize_rows(Kernels::detect(), &pool(1), &x, (n_cols, CodeBits::Sixteen), &mut rows);
+                for (idx, x) in x.chunks_mut(n_cols).enumerate() {
+                    x.copy_from_slice(&rows.row(idx));
                 }
             }
             let mut weights = vec![0.0; n_cols];
@@ -314,7 +313,9 @@ fn a_rank_without_leaves_or_rows_has_nothing_to_do() {
     let file = FileMatrix::random(WeightType::Q4_0, 4, 64, 0.1, 3);
     let matrix = file.pack(&[0, 32, 64], 1..1);
     assert_eq!((matrix.n_subtrees(), matrix.n_cols()), (0, 0));
-    matmul(Kernels::detect(), &pool(1), &matrix, Input::Quantized(&QuantizedRows::new()), &mut []);
+    let rows = QuantizedRows::new();
+    let input = Input { n_rows: 0, quantized: Some(&rows), float: &[] };
+    matmul(Kernels::detect(), &pool(1), input, &mut [Product { matrix: &matrix, bias: None, out: &mut [] }]);
     let spec = PackSpec::whole_rows(WeightType::Q4_0, 0, 64);
     let matrix = PackedMatrix::pack(&spec, &|row| file.row(row), &pool(1)).unwrap();
     assert!(product(Isa::detect(), &pool(1), &matrix, &[1.0; 128]).is_empty());

@@ -1,0 +1,132 @@
+//! The first half of a gated feed-forward network in one pass over the weights: `silu(gate x) * up x`, quantized for
+//! the matrix that follows. Its steps are those of the kernels it is made of, one after the other; no bit differs.
+
+use super::matmul::{Input, TASK_TOKENS, TileTasks, check_input, task_tokens};
+use super::tile::{Stack, TileProduct, with_stack};
+use crate::Kernels;
+use crate::formats::GROUP_LEN;
+use crate::packed::{PackedMatrix, TILE_ROWS};
+use crate::pool::{SharedSlice, ThreadPool};
+use crate::quantize::{BLOCK_ROWS, CodeBits, QuantizedRows, SharedRows};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Tiles whose rows make one group of the next matrix's input.
+const GROUP_TILES: usize = GROUP_LEN / TILE_ROWS;
+
+/// Where `silu(gate x) * up x`, `[n_tokens, n_rows]`, goes.
+pub enum GatedOutput<'a> {
+    /// Quantized with codes of so many bits.
+    Quantized(&'a mut QuantizedRows, CodeBits),
+    /// As it is.
+    Float(&'a mut [f32]),
+}
+
+enum SharedOutput<'a> {
+    Quantized(SharedRows<'a>),
+    Float(SharedSlice<'a, f32>),
+}
+
+/// Rows of one group of all tokens of a task.
+type GroupRows = [[f32; GROUP_LEN]; TASK_TOKENS];
+
+thread_local! {
+    static GATE_AND_UP: RefCell<Box<[GroupRows; 2]>> =
+        RefCell::new(Box::new([[[0.0; GROUP_LEN]; TASK_TOKENS]; 2]));
+}
+
+/// `silu(gate x) * up x` for every input row x.
+///
+/// # Panics
+/// When shapes do not fit, the input lacks what a matrix takes, or a matrix is cut along its columns.
+pub fn gated_matmul(
+    kernels: &'static Kernels,
+    pool: &ThreadPool,
+    input: Input<'_>,
+    [gate, up]: [&PackedMatrix; 2],
+    out: GatedOutput<'_>,
+) {
+    for matrix in [gate, up] {
+        check_input(matrix, &input);
+        assert_eq!(matrix.n_rows(), gate.n_rows(), "invariant: each gate belongs to one value");
+        assert!(matrix.n_subtrees() <= 1, "invariant: the matrix has all its columns");
+    }
+    let (n_rows, n_tokens) = (gate.n_rows(), input.n_rows);
+    let out = match out {
+        GatedOutput::Quantized(rows, bits) => {
+            rows.reshape(n_tokens, n_rows, bits);
+            SharedOutput::Quantized(rows.shared())
+        }
+        GatedOutput::Float(out) => {
+            assert_eq!(out.len(), n_tokens * n_rows, "invariant: the output holds each row of each token");
+            SharedOutput::Float(SharedSlice::new(out))
+        }
+    };
+    let n_groups = n_rows.div_ceil(GROUP_LEN);
+    let group_bytes = GROUP_TILES * (gate.tile_bytes() + up.tile_bytes());
+    let tasks = TileTasks::new(pool, n_groups, group_bytes, n_tokens);
+    if n_groups == 0 {
+        return;
+    }
+    let product = |matrix| TileProduct { kernels, matrix, input };
+    let gated = Gated { kernels, products: [product(gate), product(up)], n_rows, out };
+    pool.run(tasks.len() * n_tokens.div_ceil(TASK_TOKENS), &|task| {
+        let tokens = task_tokens(task / tasks.len(), n_tokens);
+        with_stack(|stack| {
+            for group in tasks.tiles(task % tasks.len()) {
+                gated.run_group(group, &tokens, stack);
+            }
+        });
+    });
+}
+
+struct Gated<'a> {
+    kernels: &'static Kernels,
+    products: [TileProduct<'a>; 2],
+    n_rows: usize,
+    out: SharedOutput<'a>,
+}
+
+impl Gated<'_> {
+    fn run_group(&self, group: usize, tokens: &Range<usize>, stack: &mut Stack) {
+        let rows = group * GROUP_LEN..self.n_rows.min((group + 1) * GROUP_LEN);
+        GATE_AND_UP.with_borrow_mut(|gate_and_up| {
+            for (product, values) in self.products.iter().zip(gate_and_up.iter_mut()) {
+                for half in 0..rows.len().div_ceil(TILE_ROWS) {
+                    product.run(group * GROUP_TILES + half, tokens, stack, &mut |_, first_token, sums| {
+                        for (sums, values) in sums.iter().zip(&mut values[first_token - tokens.start..]) {
+                            values[half * TILE_ROWS..][..TILE_ROWS].copy_from_slice(sums);
+                        }
+                    });
+                }
+            }
+            let [gate, up] = &mut **gate_and_up;
+            let (gate, up) = (&mut gate[..tokens.len()], &up[..tokens.len()]);
+            // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+            unsafe { (self.kernels.silu_mul)(gate.as_flattened_mut(), up.as_flattened()) };
+            self.write(group, &rows, tokens, gate);
+        });
+    }
+
+    fn write(&self, group: usize, rows: &Range<usize>, tokens: &Range<usize>, values: &[[f32; GROUP_LEN]]) {
+        match &self.out {
+            SharedOutput::Quantized(out) => {
+                for block in tokens.start / BLOCK_ROWS..tokens.end.div_ceil(BLOCK_ROWS) {
+                    let mut row = |token: usize| &values[token - tokens.start][..rows.len()];
+                    // SAFETY: each group of each token block belongs to one task.
+                    unsafe { out.quantize_block(self.kernels, block, group..group + 1, &mut row) };
+                }
+            }
+            SharedOutput::Float(out) => {
+                for (token, values) in tokens.clone().zip(values) {
+                    let start = token * self.n_rows;
+                    // SAFETY: each group of each token belongs to one task.
+                    let out = unsafe { out.range_mut(start + rows.start..start + rows.end) };
+                    out.copy_from_slice(&values[..rows.len()]);
+                }
+            }
+        }
+    }
+}
+
+const _: () = assert!(TASK_TOKENS.is_multiple_of(BLOCK_ROWS));

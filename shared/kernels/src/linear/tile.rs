@@ -1,0 +1,132 @@
+//! One tile for some tokens: its leaves are summed by the kernels of the dispatch table and added up as the canonical
+//! tree says. How tiles become tasks is not known here.
+
+use super::{FloatLeaf, Input, MAX_TOKENS, QuantizedLeaf, RowSums};
+use crate::Kernels;
+use crate::formats::GROUP_LEN;
+use crate::packed::{InputKind, Leaf, MAX_DEPTH, PackedMatrix, TILE_ROWS};
+use crate::quantize::QuantizedRows;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Sums waiting for their right neighbours.
+pub(super) type Stack = [[RowSums; MAX_TOKENS]; MAX_DEPTH];
+
+thread_local! {
+    static STACK: RefCell<Box<Stack>> = RefCell::new(Box::new([[[0.0; TILE_ROWS]; MAX_TOKENS]; MAX_DEPTH]));
+}
+
+/// Lends the thread's stack.
+pub(super) fn with_stack<R>(work: impl FnOnce(&mut Stack) -> R) -> R {
+    STACK.with_borrow_mut(|stack| work(stack))
+}
+
+/// A matrix and what it is multiplied with.
+#[derive(Clone, Copy)]
+pub(super) struct TileProduct<'a> {
+    pub kernels: &'static Kernels,
+    pub matrix: &'a PackedMatrix,
+    pub input: Input<'a>,
+}
+
+impl TileProduct<'_> {
+    /// Calls `finish(subtree, first_token, sums)` for each subtree and at most [`MAX_TOKENS`] of the tokens at a
+    /// time. The next tile is fetched into the caches meanwhile.
+    pub(super) fn run(
+        &self,
+        tile: usize,
+        tokens: &Range<usize>,
+        stack: &mut Stack,
+        finish: &mut dyn FnMut(usize, usize, &[RowSums]),
+    ) {
+        let next = if tile + 1 < self.matrix.n_tiles() { self.matrix.tile_bytes() } else { 0 };
+        let mut first = tokens.start;
+        while first < tokens.end {
+            // Tokens that lie side by side; see `QuantizedRows`.
+            let end = tokens.end.min((first / MAX_TOKENS + 1) * MAX_TOKENS);
+            let ahead = if first == tokens.start { next } else { 0 };
+            self.run_block(tile, first..end, ahead, stack, finish);
+            first = end;
+        }
+    }
+
+    fn run_block(
+        &self,
+        tile: usize,
+        tokens: Range<usize>,
+        ahead: usize,
+        stack: &mut Stack,
+        finish: &mut dyn FnMut(usize, usize, &[RowSums]),
+    ) {
+        let n = tokens.len();
+        let (mut depth, mut subtree) = (0, 0);
+        for leaf in self.matrix.leaves() {
+            self.sum_leaf(tile, leaf, tokens.start, ahead, &mut stack[depth][..n]);
+            for _ in 0..leaf.n_adds {
+                let (left, right) = stack.split_at_mut(depth);
+                add(&mut left[depth - 1][..n], &right[0][..n]);
+                depth -= 1;
+            }
+            depth += 1;
+            if leaf.ends_subtree {
+                finish(subtree, tokens.start, &stack[0][..n]);
+                subtree += 1;
+                depth = 0;
+            }
+        }
+    }
+
+    fn sum_leaf(&self, tile: usize, leaf: &Leaf, first_token: usize, ahead: usize, sums: &mut [RowSums]) {
+        let weight_type = self.matrix.weight_type();
+        match (self.matrix.input_kind(), self.input.quantized) {
+            (InputKind::Quantized, Some(rows)) => {
+                let leaf = self.quantized_leaf(tile, leaf, rows, first_token, ahead);
+                // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+                unsafe { (self.kernels.linear.quantized(weight_type, rows.bits()))(&leaf, sums) }
+            }
+            (InputKind::Quantized, None) => unreachable!("invariant: inputs are checked before tasks start"),
+            (InputKind::Float, _) => {
+                let n_cols = self.matrix.n_cols();
+                let column_bytes = TILE_ROWS * weight_type.block_bytes();
+                let weights: &[u8] = bytemuck::cast_slice(self.matrix.tile(tile));
+                let leaf = FloatLeaf {
+                    weights: &weights[leaf.columns.start * column_bytes..leaf.columns.end * column_bytes],
+                    n_cols: leaf.columns.len(),
+                    tokens: &self.input.float[first_token * n_cols + leaf.columns.start..],
+                    stride: n_cols,
+                    ahead,
+                };
+                // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+                unsafe { (self.kernels.linear.float(weight_type))(&leaf, sums) }
+            }
+        }
+    }
+
+    fn quantized_leaf<'b>(
+        &'b self,
+        tile: usize,
+        leaf: &Leaf,
+        rows: &'b QuantizedRows,
+        first_token: usize,
+        ahead: usize,
+    ) -> QuantizedLeaf<'b> {
+        let groups = leaf.columns.start / GROUP_LEN..leaf.columns.end / GROUP_LEN;
+        let (step, first) = rows.place(first_token);
+        let first = first + groups.start * step;
+        QuantizedLeaf {
+            weights: self.matrix.layout().part(self.matrix.tile(tile), &groups),
+            n_groups: groups.len(),
+            codes: &rows.codes()[first * rows.bits().n_planes()..],
+            scales: &rows.scales()[first..],
+            step,
+            ahead,
+        }
+    }
+}
+
+/// `left += right`.
+fn add(left: &mut [RowSums], right: &[RowSums]) {
+    for (left, right) in left.as_flattened_mut().iter_mut().zip(right.as_flattened()) {
+        *left += right;
+    }
+}

@@ -1,0 +1,42 @@
+//! How fine the activations are quantized that meet quantized weights: a property of the model's shape alone, so that
+//! every rank, machine and batch agrees.
+//!
+//! Eight bits are exact enough where the sums behind them are long: on a text of 2,000 tokens Qwen2.5-Coder 0.5B then
+//! prefers another token than in f32 at 0.8 % of the positions, and 1.5B at TODO %. The inputs of attention and of
+//! the output head are more sensitive and cost little, so they have sixteen. In narrow models every input is sensitive
+//! (SmolLM2 135M would differ at 3.7 % of the positions with eight bits, at none with sixteen).
+
+use paceline_kernels::CodeBits;
+
+use crate::ModelConfig;
+
+/// Width of the residual stream below which a model is narrow.
+const NARROW: usize = 768;
+
+/// Bits of the codes of each matrix input.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ActivationBits {
+    /// Query, key and value projections.
+    pub attention_input: CodeBits,
+    /// Output projection of attention.
+    pub attention_output: CodeBits,
+    /// Gate and up projections.
+    pub ffn_input: CodeBits,
+    /// Down projection.
+    pub ffn_hidden: CodeBits,
+    /// Output head.
+    pub head: CodeBits,
+}
+
+impl ActivationBits {
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        let many = if config.n_embd < NARROW { CodeBits::Sixteen } else { CodeBits::Eight };
+        Self {
+            attention_input: CodeBits::Sixteen,
+            attention_output: many,
+            ffn_input: many,
+            ffn_hidden: many,
+            head: CodeBits::Sixteen,
+        }
+    }
+}
