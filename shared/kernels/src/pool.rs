@@ -1,5 +1,5 @@
 //! The thread pool of a shard: one job at a time. Each thread has a share of neighbouring tasks and takes them from the
-//! front; who has none left takes from the back of another's share, so that a thread that is disturbed does not stall
+//! front; who has none left takes some from the back of another's share, so that a thread that is disturbed does not stall
 //! the job. The same task of two jobs of one size is at the same thread, unless somebody was disturbed: memory that
 //! one job wrote is near the core where the next one reads it. The pool has no queue, no futures, and neither
 //! allocates nor locks for a job that finds its workers awake.
@@ -10,19 +10,28 @@
 //! borrow lives. A worker that is late for one job takes a task of the next, which is as good: what it reads, it
 //! reads after taking it.
 
+mod share;
+
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
+
+use share::Share;
 
 /// How long an idle thread looks for work before it sleeps. Waking a sleeper costs about as much.
 const SPIN: Duration = Duration::from_micros(40);
 /// Looks at the counter between two looks at the clock.
 const LOOKS_PER_CLOCK: usize = 64;
+
+/// Stretches of memory a thread's share can begin with.
+pub(crate) const N_UPCOMING: usize = 2;
+/// Cache lines fetched between two looks for work.
+const LINES_PER_LOOK: usize = 8;
 
 /// Threads that all pools of this process keep; more of them than cores must not spin.
 static N_POOL_THREADS: AtomicUsize = AtomicUsize::new(0);
@@ -49,36 +58,6 @@ type Task = dyn Fn(usize) + Sync;
 struct Job {
     task: *const Task,
     n_tasks: usize,
-}
-
-/// Neighbouring tasks nobody owns yet: the first in the low half, one past the last in the high half. Alone in its
-/// cache lines (the hardware fetches them in pairs).
-#[repr(align(128))]
-#[derive(Default)]
-struct Share(AtomicU64);
-
-impl Share {
-    fn set(&self, tasks: Range<usize>) {
-        // Release: who takes a task of it sees the job. The order against `n_sleepers` is by `n_jobs`.
-        self.0.store((tasks.end as u64) << 32 | tasks.start as u64, Ordering::Release);
-    }
-
-    /// Takes the first task (of one's own share) or the last (of another's).
-    fn take(&self, first: bool) -> Option<usize> {
-        let mut share = self.0.load(Ordering::Relaxed);
-        loop {
-            let (start, end) = (share & 0xffff_ffff, share >> 32);
-            if start >= end {
-                return None;
-            }
-            let (task, left) =
-                if first { (start, end << 32 | (start + 1)) } else { (end - 1, (end - 1) << 32 | start) };
-            match self.0.compare_exchange_weak(share, left, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Some(task as usize),
-                Err(now) => share = now,
-            }
-        }
-    }
 }
 
 struct Shared {
@@ -156,11 +135,23 @@ impl ThreadPool {
         shared.publish(task, n_tasks);
         shared.wake(&self.workers, n_tasks - 1);
         shared.run_tasks(0);
+        shared.fetch_upcoming(0, &|| shared.n_finished.load(Ordering::Relaxed) == n_tasks);
         shared.wait_finished(n_tasks);
         let panic = shared.take_panic();
         shared.busy.store(false, Ordering::Release);
         if let Some(payload) = panic {
             resume_unwind(payload);
+        }
+    }
+
+    /// Says what the shares of a later job begin with, by thread: `(address, bytes)`. A thread that has no task left
+    /// fetches it into its caches while it waits for that job. Results do not depend on it.
+    pub(crate) fn announce(&self, upcoming: impl Fn(usize) -> [(usize, usize); N_UPCOMING]) {
+        for (thread, share) in self.shared.shares.iter().enumerate() {
+            for ((address, n_bytes), now) in share.upcoming.iter().zip(upcoming(thread)) {
+                address.store(now.0, Ordering::Relaxed);
+                n_bytes.store(now.1, Ordering::Relaxed);
+            }
         }
     }
 
@@ -242,16 +233,33 @@ impl Shared {
 
     /// Runs tasks until none is left to take: first those of the thread's own share, then others'.
     fn run_tasks(&self, thread: usize) {
+        let mut n_done = 0;
+        while let Some(task_idx) = self.shares[thread].take_first() {
+            self.run_task(task_idx);
+            n_done += 1;
+        }
         let n_shares = self.shares.len();
-        for offset in 0..n_shares {
-            let share = &self.shares[(thread + offset) % n_shares];
-            let mut n_done = 0;
-            while let Some(task_idx) = share.take(offset == 0) {
-                self.run_task(task_idx);
-                n_done += 1;
+        for offset in 1..n_shares {
+            while let Some(tasks) = self.shares[(thread + offset) % n_shares].take_last() {
+                n_done += tasks.len();
+                tasks.for_each(|task_idx| self.run_task(task_idx));
             }
-            if n_done > 0 {
-                self.count(n_done);
+        }
+        if n_done > 0 {
+            self.count(n_done);
+        }
+    }
+
+    /// Fetches what was announced, once, until `is_over`.
+    fn fetch_upcoming(&self, thread: usize, is_over: &dyn Fn() -> bool) {
+        for (address, n_bytes) in &self.shares[thread].upcoming {
+            let n_bytes = n_bytes.swap(0, Ordering::Relaxed);
+            let lines = (address.load(Ordering::Relaxed)..).step_by(64).take(n_bytes.div_ceil(64));
+            for (idx, line) in lines.enumerate() {
+                if idx % LINES_PER_LOOK == 0 && is_over() {
+                    return;
+                }
+                prefetch_line(line);
             }
         }
     }
@@ -320,6 +328,7 @@ impl Shared {
             self.run_tasks(thread);
             let awake =
                 || self.n_jobs.load(Ordering::Relaxed) != n_jobs || self.stopping.load(Ordering::Relaxed);
+            self.fetch_upcoming(thread, &awake);
             if !spin_until(awake) {
                 self.sleep(thread - 1, n_jobs);
             }
@@ -362,6 +371,18 @@ fn spin_until(ready: impl Fn() -> bool) -> bool {
             return false;
         }
     }
+}
+
+/// Starts to fetch a cache line into the second-level cache.
+fn prefetch_line(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that a program can see, at any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 fn n_cores() -> usize {

@@ -125,3 +125,33 @@ fn pinned_pools_work_and_a_core_that_is_not_there_is_an_error() {
     #[cfg(target_os = "linux")]
     thread::spawn(|| pin_current_thread(0)).join().expect("no panic").expect("core 0 is there");
 }
+
+#[test]
+fn a_thread_that_is_held_up_does_not_hold_up_the_others() {
+    let pool = ThreadPool::new(3, Pinning::None);
+    for held_up in [0, 40, 99] {
+        let n_run = AtomicUsize::new(0);
+        // One task waits for all others but those taken together with it.
+        pool.run(100, &|task| {
+            while task == held_up && n_run.load(Ordering::SeqCst) < 90 {
+                thread::yield_now();
+            }
+            n_run.fetch_add(1, Ordering::SeqCst);
+        });
+        assert_eq!(n_run.into_inner(), 100);
+    }
+}
+
+#[test]
+fn what_is_announced_changes_nothing() {
+    let pool = ThreadPool::new(2, Pinning::None);
+    let data = [1_u8; 1_000];
+    for _ in 0..100 {
+        pool.announce(|thread| [(data.as_ptr().addr() + thread, 500), (usize::MAX - 10, 64)]);
+        let n_run = AtomicUsize::new(0);
+        pool.run(6, &|_| {
+            n_run.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(n_run.into_inner(), 6);
+    }
+}

@@ -12,6 +12,8 @@ use crate::ModelConfig;
 
 /// Width of the residual stream below which a model is narrow.
 const NARROW: usize = 768;
+/// Width from which on the output head is content with eight bits.
+const WIDE: usize = 1024;
 
 /// Bits of the codes of each matrix input.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,7 +38,7 @@ impl ActivationBits {
             attention_output: many,
             ffn_input: many,
             ffn_hidden: many,
-            head: CodeBits::Sixteen,
+            head: if config.n_embd < WIDE { CodeBits::Sixteen } else { CodeBits::Eight },
         }
     }
 }

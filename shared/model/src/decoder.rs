@@ -10,6 +10,7 @@ use paceline_domain::Fingerprint;
 use paceline_kernels::attention::{AttentionArgs, AttentionScratch, attention};
 use paceline_kernels::elementwise::add_into;
 use paceline_kernels::kv::{KvRow, NewKv};
+use paceline_kernels::linear::{announce, announce_gated};
 use paceline_kernels::residual::{Residual, add_norm_quantize};
 use paceline_kernels::rms_norm::RmsNorm;
 use paceline_kernels::rope::Rope;
@@ -194,6 +195,7 @@ impl Decoder {
         let partials = match &weights.attention {
             None => 0,
             Some(attention_weights) => {
+                announce(&engine.pool, &[&attention_weights.output]);
                 engine.project_attention(attention_weights, rows.len(), scratch);
                 let n_kv = rows.len() * engine.kv_width();
                 let new = NewKv { rows, keys: &scratch.key[..n_kv], values: &scratch.value[..n_kv] };
@@ -214,6 +216,9 @@ impl Decoder {
                 if output.input_kind() == InputKind::Quantized {
                     let shape = (engine.query_width(), engine.bits.attention_output);
                     quantize_rows(engine.kernels, &engine.pool, attended, shape, &mut scratch.quantized);
+                }
+                if let Some(FfnWeights { gate, up, .. }) = &weights.ffn {
+                    announce_gated(&engine.pool, [gate, up]);
                 }
                 let quantized = Some(&scratch.quantized);
                 let input = Input { n_rows: rows.len(), quantized, float: attended };
@@ -246,7 +251,9 @@ impl Decoder {
                     }
                     InputKind::Float => GatedOutput::Float(&mut scratch.ffn_hidden[..n_hidden]),
                 };
+                announce(&engine.pool, &[down]);
                 gated_matmul(engine.kernels, &engine.pool, input, [gate, up], out);
+                self.weights.announce_after(layer, &engine.pool);
                 let quantized = Some(&scratch.ffn_hidden_quantized);
                 let input = Input { n_rows, quantized, float: &scratch.ffn_hidden[..n_hidden] };
                 engine.reduce_columns(down, input, &mut scratch.partials)

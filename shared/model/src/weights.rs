@@ -3,6 +3,7 @@
 
 use paceline_checkpoint::{Checkpoint, TensorView};
 use paceline_domain::WeightType;
+use paceline_kernels::linear::announce;
 use paceline_kernels::{PackSpec, PackedMatrix, ThreadPool, dequantize_row};
 
 use crate::config::PairLayout;
@@ -69,6 +70,15 @@ impl Weights {
     /// Bytes of all packed matrices; norms and biases are not counted.
     pub(crate) fn bytes(&self) -> usize {
         self.matrices().map(PackedMatrix::bytes).sum()
+    }
+
+    /// Tells the pool what is multiplied after a layer.
+    pub(crate) fn announce_after(&self, layer: usize, pool: &ThreadPool) {
+        match (self.layers.get(layer + 1), &self.head) {
+            (Some(LayerWeights { attention: Some(attention), .. }), _) => announce(pool, &attention.inputs()),
+            (None, Some(head)) => announce(pool, &[head]),
+            _ => {}
+        }
     }
 
     fn matrices(&self) -> impl Iterator<Item = &PackedMatrix> {

@@ -24,9 +24,11 @@ mod lanes;
 mod matmul;
 mod scalar;
 mod tile;
+mod upcoming;
 
 pub use gated::{GatedOutput, gated_matmul};
 pub use matmul::{Input, Product, matmul};
+pub use upcoming::{announce, announce_gated};
 
 use crate::formats::{GROUP_LEN, GROUPS_PER_SUPER};
 use crate::isa::Isa;

@@ -235,6 +235,70 @@ proptest! {
     }
 }
 
+#[test]
+fn the_gated_product_gives_the_bits_of_its_steps() {
+    use WeightType::{F16, Q4_1, Q4_K, Q8_0};
+    for (gate_type, up_type, n_rows, n_tokens) in
+        [(Q4_1, Q4_1, 96, 1), (Q4_K, Q8_0, 80, 70), (F16, Q8_0, 50, 17), (F16, F16, 33, 3)]
+    {
+        let file = |weight_type, seed| FileMatrix::random(weight_type, n_rows, 256, 0.1, seed);
+        let [gate, up] = [file(gate_type, 1), file(up_type, 2)].map(|file| file.pack(&[0, 256], 0..1));
+        let x = activations(n_tokens, 256, 3);
+        for (isa, code_bits) in
+            Isa::available().into_iter().flat_map(|isa| CodeBits::ALL.map(|bits| (isa, bits)))
+        {
+            let (kernels, pool) = (Kernels::for_isa(isa), pool(2));
+            let mut expected = product_with(isa, &pool, &gate, &x, code_bits);
+            let ups = product_with(isa, &pool, &up, &x, code_bits);
+            crate::elementwise::silu_mul(kernels, &pool, &mut expected, &ups);
+            let mut expected_rows = QuantizedRows::new();
+            quantize_rows(kernels, &pool, &expected, (n_rows, CodeBits::Eight), &mut expected_rows);
+
+            let (mut rows, mut found, mut out) =
+                (QuantizedRows::new(), vec![f32::NAN; expected.len()], QuantizedRows::new());
+            quantize_rows(kernels, &pool, &x, (256, code_bits), &mut rows);
+            let input = Input { n_rows: n_tokens, quantized: Some(&rows), float: &x };
+            gated_matmul(kernels, &pool, input, [&gate, &up], GatedOutput::Float(&mut found));
+            assert_eq!(bits(&found), bits(&expected), "{isa}");
+            let quantized = GatedOutput::Quantized(&mut out, CodeBits::Eight);
+            gated_matmul(kernels, &pool, input, [&gate, &up], quantized);
+            for token in 0..n_tokens {
+                assert_eq!(bits(&out.row(token)), bits(&expected_rows.row(token)), "{isa}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_one_call_are_those_of_many_and_biases_are_added() {
+    let files = [(WeightType::Q4_K, 48), (WeightType::Q6_K, 20), (WeightType::F32, 7)]
+        .map(|(weight_type, n_rows)| FileMatrix::random(weight_type, n_rows, 256, 0.1, n_rows as u64));
+    let matrices = files.each_ref().map(|file| file.pack(&[0, 256], 0..1));
+    let (kernels, pool) = (Kernels::detect(), pool(2));
+    let x = activations(70, 256, 4);
+    let mut rows = QuantizedRows::new();
+    quantize_rows(kernels, &pool, &x, (256, CodeBits::Eight), &mut rows);
+    let mut outs = matrices.each_ref().map(|matrix| vec![f32::NAN; 70 * matrix.n_rows()]);
+    let bias: Vec<f32> = (0..20).map(|i| i as f32 / 3.0).collect();
+    let mut products: Vec<Product<'_>> = matrices
+        .iter()
+        .zip(&mut outs)
+        .map(|(matrix, out)| {
+            let bias = (matrix.n_rows() == 20).then_some(bias.as_slice());
+            announce(&pool, &[matrix]);
+            Product { matrix, bias, out }
+        })
+        .collect();
+    matmul(kernels, &pool, Input { n_rows: 70, quantized: Some(&rows), float: &x }, &mut products);
+    for (matrix, out) in matrices.iter().zip(&outs) {
+        let mut expected = product_with(Isa::detect(), &pool, matrix, &x, CodeBits::Eight);
+        if matrix.n_rows() == 20 {
+            crate::elementwise::add_bias(kernels, &pool, &mut expected, &bias);
+        }
+        assert_eq!(bits(out), bits(&expected));
+    }
+}
+
 fn rank_product(file: &FileMatrix, edges: &[usize], leaves: Range<usize>, x: &[f32]) -> Vec<f32> {
     let matrix = file.pack(edges, leaves.clone());
     if matrix.n_cols() == 0 {

@@ -9,6 +9,10 @@ use crate::quantize::QuantizedRows;
 use std::cell::RefCell;
 use std::ops::Range;
 
+/// At least so far ahead weights are fetched, in whole tiles: a few thousand cycles of reading, far less than the
+/// second-level cache holds.
+const AHEAD_BYTES: usize = 12 * 1024;
+
 /// Sums waiting for their right neighbours.
 pub(super) type Stack = [[RowSums; MAX_TOKENS]; MAX_DEPTH];
 
@@ -31,7 +35,7 @@ pub(super) struct TileProduct<'a> {
 
 impl TileProduct<'_> {
     /// Calls `finish(subtree, first_token, sums)` for each subtree and at most [`MAX_TOKENS`] of the tokens at a
-    /// time. The next tile is fetched into the caches meanwhile.
+    /// time. A later tile is fetched into the caches meanwhile.
     pub(super) fn run(
         &self,
         tile: usize,
@@ -39,12 +43,14 @@ impl TileProduct<'_> {
         stack: &mut Stack,
         finish: &mut dyn FnMut(usize, usize, &[RowSums]),
     ) {
-        let next = if tile + 1 < self.matrix.n_tiles() { self.matrix.tile_bytes() } else { 0 };
+        let tiles_ahead = AHEAD_BYTES.div_ceil(self.matrix.tile_bytes().max(1));
+        let is_there = tile + tiles_ahead < self.matrix.n_tiles();
+        let later = if is_there { tiles_ahead * self.matrix.tile_bytes() } else { 0 };
         let mut first = tokens.start;
         while first < tokens.end {
             // Tokens that lie side by side; see `QuantizedRows`.
             let end = tokens.end.min((first / MAX_TOKENS + 1) * MAX_TOKENS);
-            let ahead = if first == tokens.start { next } else { 0 };
+            let ahead = if first == tokens.start { later } else { 0 };
             self.run_block(tile, first..end, ahead, stack, finish);
             first = end;
         }
