@@ -11,8 +11,42 @@ use paceline_tests::models::{large_model, small_model};
 use serde_json::Value;
 use support::golden_decoder::GoldenDecoder;
 
-/// A choice may differ from the reference where its two best logits are closer than this.
-const CLOSE: f64 = 0.01;
+/// How near to the reference a model must be.
+struct Bounds {
+    /// A choice may differ from the reference where its two best logits are closer than this.
+    close: f64,
+    top1_agreement: f64,
+    cosine_mean: f64,
+    cosine_min: f64,
+    perplexity_change: f64,
+    /// Of all tokens of continuations.
+    n_equal_share: f64,
+    /// Of all tokens of continuations, where three logits are close.
+    n_beyond_second: usize,
+}
+
+/// All activations have 16 bits: practically float32.
+const SIXTEEN_BITS: Bounds = Bounds {
+    close: 0.01,
+    top1_agreement: 0.998,
+    cosine_mean: 0.99999,
+    cosine_min: 0.9999,
+    perplexity_change: 0.0005,
+    n_equal_share: 0.998,
+    n_beyond_second: 0,
+};
+
+/// Most activations have 8 bits. llama.cpp's own quantized path agrees with float32 at 98.3 % (0.5B) and 97.4 %
+/// (1.5B) of the positions.
+const EIGHT_BITS: Bounds = Bounds {
+    close: 0.3,
+    top1_agreement: 0.985,
+    cosine_mean: 0.9999,
+    cosine_min: 0.9995,
+    perplexity_change: 0.001,
+    n_equal_share: 0.985,
+    n_beyond_second: 2,
+};
 
 /// What was measured on the text.
 #[derive(Debug)]
@@ -34,17 +68,19 @@ struct ContinuationFigures {
     n_identical: usize,
     n_tokens: usize,
     n_equal: usize,
+    /// Tokens that are not even the reference's second choice.
+    n_beyond_second: usize,
     widest_margin_of_a_difference: f64,
 }
 
 #[test]
 fn smollm2_text() {
-    check_text("smollm2-135m-instruct", &small_model());
+    check_text("smollm2-135m-instruct", &small_model(), &SIXTEEN_BITS);
 }
 
 #[test]
 fn smollm2_continuations() {
-    check_continuations("smollm2-135m-instruct", &small_model());
+    check_continuations("smollm2-135m-instruct", &small_model(), &SIXTEEN_BITS);
 }
 
 #[test]
@@ -59,26 +95,27 @@ fn qwen_one_and_a_half_billion() {
 
 fn check_large(name: &str) {
     if let Some(path) = large_model(name) {
-        check_text(name, &path);
-        check_continuations(name, &path);
+        check_text(name, &path, &EIGHT_BITS);
+        check_continuations(name, &path, &EIGHT_BITS);
     }
 }
 
-fn check_text(name: &str, path: &Path) {
+fn check_text(name: &str, path: &Path, bounds: &Bounds) {
     let figures = text_figures(name, path);
     println!("{name}: {figures:?}");
-    assert!(figures.cosine_mean >= 0.99999 && figures.cosine_min >= 0.9999, "{figures:?}");
-    assert!(figures.top1_agreement >= 0.998, "{figures:?}");
-    assert!(figures.perplexity_change.abs() <= 0.0005, "{figures:?}");
-    assert!(figures.widest_margin_of_a_difference < CLOSE, "{figures:?}");
+    assert!(figures.cosine_mean >= bounds.cosine_mean, "{figures:?}");
+    assert!(figures.cosine_min >= bounds.cosine_min, "{figures:?}");
+    assert!(figures.top1_agreement >= bounds.top1_agreement, "{figures:?}");
+    assert!(figures.perplexity_change.abs() <= bounds.perplexity_change, "{figures:?}");
+    assert!(figures.widest_margin_of_a_difference < bounds.close, "{figures:?}");
 }
 
-fn check_continuations(name: &str, path: &Path) {
+fn check_continuations(name: &str, path: &Path, bounds: &Bounds) {
     let figures = continuation_figures(name, path);
     println!("{name}: {figures:?}");
-    assert!(figures.n_prompts >= 12 && figures.n_identical + 1 >= figures.n_prompts, "{figures:?}");
-    assert!(figures.n_equal as f64 >= 0.998 * figures.n_tokens as f64, "{figures:?}");
-    assert!(figures.widest_margin_of_a_difference < CLOSE, "{figures:?}");
+    assert!(figures.n_prompts >= 12 && figures.n_beyond_second <= bounds.n_beyond_second, "{figures:?}");
+    assert!(figures.n_equal as f64 >= bounds.n_equal_share * figures.n_tokens as f64, "{figures:?}");
+    assert!(figures.widest_margin_of_a_difference < bounds.close, "{figures:?}");
 }
 
 fn text_figures(name: &str, path: &Path) -> TextFigures {
@@ -127,6 +164,7 @@ fn continuation_figures(name: &str, path: &Path) -> ContinuationFigures {
         n_identical: 0,
         n_tokens: 0,
         n_equal: 0,
+        n_beyond_second: 0,
         widest_margin_of_a_difference: 0.0,
     };
     let tables: Vec<Vec<BlockId>> = (0..prompts.len()).map(|prompt| decoder.blocks(prompt)).collect();
@@ -141,11 +179,7 @@ fn continuation_figures(name: &str, path: &Path) -> ContinuationFigures {
         } else {
             differs[prompt] = true;
             figures.widest_margin_of_a_difference = figures.widest_margin_of_a_difference.max(margin);
-            assert_eq!(
-                argmax(row),
-                second.idx(),
-                "prompt {prompt}, token {step}: not even the second choice"
-            );
+            figures.n_beyond_second += usize::from(argmax(row) != second.idx());
         }
     };
     for (prompt, table) in tables.iter().enumerate() {
