@@ -213,6 +213,14 @@ impl Checkpoint {
         self.directory.position(name).map(|i| self.view(i))
     }
 
+    /// Takes a tensor's pages out of this process's resident memory, when they will hardly be read again.
+    pub fn release(&self, name: &str) {
+        if let Some(i) = self.directory.position(name) {
+            let entry = self.directory.entry(i);
+            self.files[entry.file_idx].bytes.release(entry.range.start as usize..entry.range.end as usize);
+        }
+    }
+
     fn view(&self, i: usize) -> TensorView<'_> {
         let entry = self.directory.entry(i);
         let range = entry.range.start as usize..entry.range.end as usize;

@@ -15,7 +15,7 @@
 //! * `json` – strict streaming reading of JSON
 //! * `directory` – the compact sorted list of tensors and the checks over all of them
 //! * `sidecar` – config.json and its neighbours
-//! * `map` – the read-only memory map, the only unsafe line
+//! * `map` – the read-only memory map, the only unsafe lines
 //! * [`writer`] – writes GGUF files
 //! * [`limits`] – every static limit
 //! * [`error`] – everything that can be wrong

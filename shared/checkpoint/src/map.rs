@@ -1,10 +1,10 @@
-//! The bytes of a file, memory-mapped read-only, or held in memory. The only unsafe line of the crate is here.
+//! The bytes of a file, memory-mapped read-only, or held in memory. The only unsafe lines of the crate are here.
 //!
 //! A map shares the page cache: when another process shortens the file while it is mapped, reading the lost pages
 //! ends the process with SIGBUS. Replace model files by renaming a new file over them, never in place.
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 use memmap2::Mmap;
@@ -33,6 +33,24 @@ impl FileBytes {
         // it while it is mapped is the caveat every map has; the module's description tells how to avoid it.
         let map = unsafe { Mmap::map(&file) };
         map.map(Self::Mapped).map_err(|error| CheckpointError::io("map", path, error))
+    }
+
+    /// Takes the range's pages out of this process's resident memory. They stay in the system's page cache as long as
+    /// it likes, and come back when they are read.
+    #[allow(unsafe_code)]
+    pub(crate) fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Self::Mapped(map) = self
+            && !range.is_empty()
+        {
+            // SAFETY: the pages are those of a file and were never written to, so reading them again gives the same
+            // bytes. Borrowed slices stay valid. A refusal leaves the pages resident, which is no harm.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

@@ -199,6 +199,7 @@ impl Loader<'_> {
         let (pair_layout, head_dim) = (self.config.rope.pair_layout, self.config.head_dim);
         let row = |row: usize| view.row(file_row(part, pair_layout, head_dim, slice.rows.start + row));
         let packed = PackedMatrix::pack(&spec, &row, self.pool)?;
+        self.checkpoint.release(view.name());
         meter.add(slice_bytes(&view, slice.len()));
         Ok(Some(packed))
     }

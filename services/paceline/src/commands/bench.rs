@@ -26,9 +26,6 @@ use crate::{
     progress::Progress,
 };
 
-/// Activations are 16-bit codes in two int8 planes, so each weight meets two bytes.
-const ACTIVATION_PLANES: u64 = 2;
-
 /// Measures the engine on a model, or the limits of this machine.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -37,24 +34,27 @@ const ACTIVATION_PLANES: u64 = 2;
   paceline bench --machine
 
 Shapes: ppN runs a prompt of N tokens (512 a pass); tgN decodes N tokens after a prompt of 16, which is not timed;
-tgNxB decodes B sequences together, tokens/s of all of them. A step is the forward pass and the greedy choice of the
+tgNxB decodes B sequences together, tokens/s of all of them. dN after a shape is the number of positions each sequence
+has cached before the clock starts (tg32d8000 decodes at 8,000 positions of context). A step is the forward pass and the greedy choice of the
 next token, in this process, without services. Ranks are threads of this process joined through shared memory, with
 --threads shared among them.
 
 tokens/s    median of the repeats (and least and largest)
 GB/s        10^9 bytes read a second: each pass reads all packed weights once and the KV cache of each sequence once
 bandwidth   that, as a share of what --machine finds for as many threads, reading a buffer of 1 GiB or more
-peak        int8 multiply-adds a second of the quantized matrices, as a share of what --machine finds. Each weight
-            meets two int8 per token, because activations are 16-bit codes kept as two int8 planes: a matrix of N
-            weights costs 2 N multiply-adds a row (the output head only in rows that are sampled). Attention, norms
-            and matrices of plain numbers are not counted. The machine's peak are multiply-adds of bytes with the
-            best instruction set and no memory access (1 multiply-add = 2 operations in GOP/s).
+peak        multiply-adds a second of the quantized matrices, as a share of the int8 multiply-adds that --machine
+            finds: one for each weight and row (the output head only in rows that are sampled), also where activations
+            have 16 bits and the multiply units therefore do two. Attention, norms and matrices of plain numbers are
+            not counted. The machine's peak are multiply-adds of bytes with the best instruction set and no memory
+            access (1 multiply-add = 2 operations in GOP/s).
+ms/pass     median time of one pass: 512 rows or the rest of a prompt, or one row of each sequence
+Repeats go over all shapes in turn, so that what disturbs the machine disturbs them alike.
 The machine is measured before and after the model, and the better of the two counts.")]
 pub struct BenchArgs {
     /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
     #[arg(long, short, value_name = "NAME|PATH")]
     model: Option<String>,
-    /// What to run: ppN, tgN, tgNxB
+    /// What to run: ppN, tgN, tgNxB, ppNdD, tgNdD, tgNxBdD
     #[arg(long, value_name = "SHAPES", value_delimiter = ',', default_value = "pp512,tg128,tg64x8,tg64x32")]
     shapes: Vec<Shape>,
     /// Compute threads of all ranks together [default: one a core]
@@ -189,6 +189,7 @@ struct Line {
     bytes_per_s: f64,
     share_of_bandwidth: Option<f64>,
     share_of_peak: Option<f64>,
+    ms_per_pass: f64,
 }
 
 impl Report {
@@ -215,6 +216,7 @@ impl Report {
             bytes_per_s,
             share_of_bandwidth: self.limits.map(|limits| bytes_per_s / limits.read_bytes_per_s),
             share_of_peak: self.limits.map(|limits| products_per_s / limits.products_per_s),
+            ms_per_pass: median_s * 1e3 / work.n_passes as f64,
         }
     }
 
@@ -230,7 +232,7 @@ impl Report {
             let (read, products) = (limits.read_gb_per_s(), limits.int8_gop_per_s());
             text += &format!("this machine now: reads {read:.1} GB/s, {products:.0} int8 GOP/s\n");
         }
-        text + "\nshape         tokens/s      min      max     GB/s  bandwidth    peak\n"
+        text + "\nshape           tokens/s      min      max     GB/s  bandwidth    peak   ms/pass\n"
     }
 
     fn json(&self, shape: Shape, line: &Line) -> String {
@@ -244,6 +246,7 @@ impl Report {
             "gb_per_s": rounded(line.bytes_per_s / 1e9, 3),
             "share_of_bandwidth": share(line.share_of_bandwidth),
             "share_of_peak": share(line.share_of_peak),
+            "ms_per_pass": rounded(line.ms_per_pass, 3),
             "tokens_per_s_min": rounded(line.tokens_per_s.min, 2),
             "tokens_per_s_max": rounded(line.tokens_per_s.max, 2),
             "read_gb_per_s": self.limits.map(|limits| rounded(limits.read_gb_per_s(), 2)),
@@ -261,11 +264,12 @@ impl Line {
         let percent =
             |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.1} %", 100.0 * share));
         format!(
-            "{:<12} {median:>9.1} {min:>8.1} {max:>8.1} {:>8.1} {:>10} {:>7}\n",
+            "{:<14} {median:>9.1} {min:>8.1} {max:>8.1} {:>8.1} {:>10} {:>7} {:>9.2}\n",
             shape.to_string(),
             self.bytes_per_s / 1e9,
             percent(self.share_of_bandwidth),
             percent(self.share_of_peak),
+            self.ms_per_pass,
         )
     }
 }
@@ -285,7 +289,7 @@ impl Products {
             let Some(view) = checkpoint.tensor(&tensor.name) else { continue };
             if view.weight_type().is_quantized() {
                 let n: u64 = tensor.shape.iter().map(|length| *length as u64).product();
-                products.add(tensor.part, n * ACTIVATION_PLANES, config);
+                products.add(tensor.part, n, config);
             }
         }
         products

@@ -146,7 +146,11 @@ impl Part<'_> {
             let start = (subtree * n_tokens + first_token + idx) * n_rows;
             // SAFETY: each task has its own tiles and tokens, and each (subtree, token, tile) its own range.
             let out = unsafe { self.out.range_mut(start + rows.start..start + rows.end) };
-            out.copy_from_slice(&sums[..rows.len()]);
+            match out.first_chunk_mut() {
+                // The usual case: a copy of known length.
+                Some(out) => *out = *sums,
+                None => out.copy_from_slice(&sums[..rows.len()]),
+            }
             if let Some(bias) = self.bias {
                 out.iter_mut().zip(&bias[rows.clone()]).for_each(|(out, bias)| *out += bias);
             }

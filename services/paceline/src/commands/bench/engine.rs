@@ -18,7 +18,7 @@ use paceline_kernels::{Kernels, Pinning, ThreadPool, argmax::argmax};
 use paceline_model::{Batch, Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
 use paceline_sampling::{Candidate, merge};
 
-use super::shape::{PROMPT_TOKENS, Shape};
+use super::shape::Shape;
 
 /// Decode steps before the clock starts.
 const WARM_UP_STEPS: usize = 2;
@@ -189,11 +189,14 @@ impl<'a> Rank<'a> {
     }
 
     fn measure(&mut self, job: &Job) -> anyhow::Result<Measured> {
-        let mut seconds = Vec::new();
-        for shape in &job.shapes {
-            self.warm_up(*shape)?;
-            let repeats = (0..job.n_repeats).map(|_| self.time(*shape));
-            seconds.push(repeats.collect::<anyhow::Result<Vec<f64>>>()?);
+        let mut seconds = vec![Vec::new(); job.shapes.len()];
+        for repeat in 0..job.n_repeats {
+            for (shape, seconds) in job.shapes.iter().zip(&mut seconds) {
+                if repeat == 0 {
+                    self.warm_up(*shape)?;
+                }
+                seconds.push(self.time(*shape)?);
+            }
         }
         let (weight_bytes, kv_bytes) = self.decoder.memory_bytes();
         let kv_bytes_per_position = kv_bytes as u64 / self.kv_positions;
@@ -203,42 +206,39 @@ impl<'a> Rank<'a> {
     /// Touches every page that the shape will touch.
     fn warm_up(&mut self, shape: Shape) -> anyhow::Result<()> {
         let tables = block_tables(shape);
+        self.prefill(&tables, 0, shape.depth())?;
         match shape {
-            Shape::Prefill { n_tokens } => self.prefill(&tables, n_tokens),
-            Shape::Decode { n_tokens, .. } => {
-                self.prefill(&tables, PROMPT_TOKENS)?;
-                self.decode(&tables, n_tokens.min(WARM_UP_STEPS))
-            }
+            Shape::Prefill { n_tokens, depth } => self.prefill(&tables, depth, depth + n_tokens),
+            Shape::Decode { n_tokens, depth, .. } => self.decode(&tables, depth, n_tokens.min(WARM_UP_STEPS)),
         }
     }
 
     fn time(&mut self, shape: Shape) -> anyhow::Result<f64> {
         let tables = block_tables(shape);
-        if let Shape::Decode { .. } = shape {
-            self.prefill(&tables, PROMPT_TOKENS)?;
-        }
+        self.prefill(&tables, 0, shape.depth())?;
         self.collective.barrier()?;
         let started = Instant::now();
         match shape {
-            Shape::Prefill { n_tokens } => self.prefill(&tables, n_tokens)?,
-            Shape::Decode { n_tokens, .. } => self.decode(&tables, n_tokens)?,
+            Shape::Prefill { n_tokens, depth } => self.prefill(&tables, depth, depth + n_tokens)?,
+            Shape::Decode { n_tokens, depth, .. } => self.decode(&tables, depth, n_tokens)?,
         }
         Ok(started.elapsed().as_secs_f64())
     }
 
-    /// Runs the prompts of the sequences, one after the other, and chooses their first tokens.
-    fn prefill(&mut self, tables: &[Vec<BlockId>], n_tokens: usize) -> anyhow::Result<()> {
+    /// Runs the positions `from .. to` of the sequences' prompts, one sequence after the other, and chooses the tokens
+    /// that follow.
+    fn prefill(&mut self, tables: &[Vec<BlockId>], from: usize, to: usize) -> anyhow::Result<()> {
         self.next.clear();
         for (sequence, table) in tables.iter().enumerate() {
-            let token =
-                |position: usize| TokenId(((7 * position + 13 * sequence + 1_000) % self.n_vocab) as u32);
-            let tokens: Vec<TokenId> = (0..n_tokens).map(token).collect();
-            let mut start = 0;
-            for end in Shape::pass_ends(n_tokens) {
+            let n_vocab = self.n_vocab;
+            let token = |position: usize| TokenId(((7 * position + 13 * sequence + 1_000) % n_vocab) as u32);
+            let mut start = from;
+            for end in Shape::pass_ends(from, to) {
+                let tokens: Vec<TokenId> = (start..end).map(token).collect();
                 let positions: Vec<u32> = (start as u32..end as u32).collect();
-                let output_rows: &[usize] = if end == n_tokens { &[end - start - 1] } else { &[] };
+                let output_rows: &[usize] = if end == to { &[end - start - 1] } else { &[] };
                 let batch = Batch {
-                    tokens: &tokens[start..end],
+                    tokens: &tokens,
                     positions: &positions,
                     sequence_of_row: &vec![0; end - start],
                     block_tables: &[table],
@@ -252,13 +252,13 @@ impl<'a> Rank<'a> {
         Ok(())
     }
 
-    /// Goes on with all sequences, after their prompts.
-    fn decode(&mut self, tables: &[Vec<BlockId>], n_tokens: usize) -> anyhow::Result<()> {
+    /// Goes on with all sequences, from this position.
+    fn decode(&mut self, tables: &[Vec<BlockId>], from: usize, n_tokens: usize) -> anyhow::Result<()> {
         let n_sequences = tables.len();
         let tables: Vec<&[BlockId]> = tables.iter().map(Vec::as_slice).collect();
         let sequence_of_row: Vec<u32> = (0..n_sequences as u32).collect();
         let output_rows: Vec<usize> = (0..n_sequences).collect();
-        for position in PROMPT_TOKENS..PROMPT_TOKENS + n_tokens {
+        for position in from..from + n_tokens {
             let tokens = std::mem::take(&mut self.next);
             let batch = Batch {
                 tokens: &tokens,
