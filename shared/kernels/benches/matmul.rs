@@ -67,7 +67,7 @@ fn measure(pool: &ThreadPool, matrix: &PackedMatrix, isa: Isa, n_tokens: usize) 
         let input = Input { n_rows: n_tokens, quantized: Some(&rows), float: &x };
         let mut out = vec![0.0; n_tokens * matrix.n_rows()];
         let mut once = || {
-            matmul(kernels, pool, input, &mut [Product { matrix, bias: None, out: &mut out }]);
+            matmul(kernels, pool, input, [Product { matrix, bias: None, out: &mut out }]);
         };
         once();
         let mut best = f64::INFINITY;

@@ -283,7 +283,7 @@ impl Decoder {
             let input = Input { n_rows: output_rows.len(), quantized, float: normed };
             let out = &mut scratch.logits[..n_logits];
             let product = Product { matrix: head, bias: None, out };
-            matmul(engine.kernels, &engine.pool, input, &mut [product]);
+            matmul(engine.kernels, &engine.pool, input, [product]);
         }
         Logits { values: &scratch.logits[..n_logits], vocab_range }
     }
@@ -342,8 +342,8 @@ impl Engine {
         let AttentionWeights { query: w_query, key: w_key, value: w_value, .. } = weights;
         let outs =
             [(w_query, &mut query[..n_query]), (w_key, &mut key[..n_kv]), (w_value, &mut value[..n_kv])];
-        let mut products = outs.map(|(w, out)| Product { matrix: &w.matrix, bias: w.bias.as_deref(), out });
-        matmul(self.kernels, &self.pool, input, &mut products);
+        let products = outs.map(|(w, out)| Product { matrix: &w.matrix, bias: w.bias.as_deref(), out });
+        matmul(self.kernels, &self.pool, input, products);
         for heads in [&mut query[..n_query], &mut key[..n_kv]] {
             self.rope.rotate(self.kernels, &self.pool, angles, heads, self.config.head_dim);
         }
@@ -353,7 +353,7 @@ impl Engine {
     fn reduce_columns(&self, matrix: &PackedMatrix, input: Input<'_>, partials: &mut [f32]) -> usize {
         let n_partials = matrix.n_subtrees() * input.n_rows * matrix.n_rows();
         let product = Product { matrix, bias: None, out: &mut partials[..n_partials] };
-        matmul(self.kernels, &self.pool, input, &mut [product]);
+        matmul(self.kernels, &self.pool, input, [product]);
         n_partials
     }
 

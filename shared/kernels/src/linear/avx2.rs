@@ -22,7 +22,7 @@ pub(crate) fn sum_quantized_avx2<F: QuantFormat, const P: usize>(
 ) {
     let v = Avx2(simd::Avx2::token());
     for_tokens!(sums.len(), MOST_TOKENS, T, first => {
-        sum_quantized::<_, F, P, T>(v, &leaf.from_token::<P>(first), &mut sums[first..first + T])
+        sum_quantized::<_, F, P, T>(v, &leaf.starting_at::<P>(first), &mut sums[first..first + T])
     });
 }
 
@@ -31,7 +31,7 @@ pub(crate) fn sum_quantized_avx2<F: QuantFormat, const P: usize>(
 pub(crate) fn sum_float_avx2<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
     let v = Avx2(simd::Avx2::token());
     for_tokens!(sums.len(), MOST_TOKENS, T, first => {
-        sum_float::<_, F, T>(v, &leaf.from_token(first), &mut sums[first..first + T])
+        sum_float::<_, F, T>(v, &leaf.starting_at(first), &mut sums[first..first + T])
     });
 }
 

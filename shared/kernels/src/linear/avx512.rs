@@ -40,7 +40,7 @@ pub(crate) fn sum_quantized_vnni<F: QuantFormat, const P: usize>(
 ) {
     let v = Avx512::<true>::token();
     for_tokens!(sums.len(), MOST_TOKENS, T, first => {
-        sum_quantized::<_, F, P, T>(v, &leaf.from_token::<P>(first), &mut sums[first..first + T])
+        sum_quantized::<_, F, P, T>(v, &leaf.starting_at::<P>(first), &mut sums[first..first + T])
     });
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn sum_quantized_avx512<F: QuantFormat, const P: usize>(
 ) {
     let v = Avx512::<false>::token();
     for_tokens!(sums.len(), MOST_TOKENS, T, first => {
-        sum_quantized::<_, F, P, T>(v, &leaf.from_token::<P>(first), &mut sums[first..first + T])
+        sum_quantized::<_, F, P, T>(v, &leaf.starting_at::<P>(first), &mut sums[first..first + T])
     });
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn sum_quantized_avx512<F: QuantFormat, const P: usize>(
 pub(crate) fn sum_float_avx512<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
     let v = Avx512::<false>::token();
     for_tokens!(sums.len(), MOST_TOKENS, T, first => {
-        sum_float::<_, F, T>(v, &leaf.from_token(first), &mut sums[first..first + T])
+        sum_float::<_, F, T>(v, &leaf.starting_at(first), &mut sums[first..first + T])
     });
 }
 

@@ -41,9 +41,13 @@ pub struct Product<'a> {
 ///
 /// # Panics
 /// When shapes do not fit, the input lacks what a matrix takes, or there is a bias and not exactly one subtree.
-pub fn matmul(kernels: &'static Kernels, pool: &ThreadPool, input: Input<'_>, products: &mut [Product<'_>]) {
-    let mut parts: Vec<Part<'_>> = Vec::with_capacity(products.len());
-    for Product { matrix, bias, out } in products {
+pub fn matmul<const N: usize>(
+    kernels: &'static Kernels,
+    pool: &ThreadPool,
+    input: Input<'_>,
+    products: [Product<'_>; N],
+) {
+    let parts = products.map(|Product { matrix, bias, out }| {
         check_input(matrix, &input);
         let n_expected = matrix.n_subtrees() * input.n_rows * matrix.n_rows();
         assert_eq!(
@@ -55,8 +59,8 @@ pub fn matmul(kernels: &'static Kernels, pool: &ThreadPool, input: Input<'_>, pr
         assert!(bias_fits, "invariant: a bias has an element for each output row of a whole product");
         let product = TileProduct { kernels, matrix, input };
         let tasks = TileTasks::new(pool, matrix.n_tiles(), matrix.tile_bytes(), input.n_rows);
-        parts.push(Part { product, bias: *bias, out: SharedSlice::new(out), tasks });
-    }
+        Part { product, bias, out: SharedSlice::new(out), tasks }
+    });
     let n_tile_tasks: usize = parts.iter().map(|part| part.tasks.len()).sum();
     if n_tile_tasks == 0 {
         return;

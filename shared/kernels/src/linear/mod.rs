@@ -64,7 +64,7 @@ impl QuantizedLeaf<'_> {
 
     /// The same leaf for the tokens from `first` on. A leaf without groups may have no room for them.
     #[inline(always)]
-    fn from_token<const P: usize>(&self, first: usize) -> Self {
+    fn starting_at<const P: usize>(&self, first: usize) -> Self {
         let codes = self.codes.get(first * P..).unwrap_or_default();
         Self { codes, scales: self.scales.get(first..).unwrap_or_default(), ..*self }
     }
@@ -93,7 +93,7 @@ impl<'a> FloatLeaf<'a> {
 
     /// The same leaf for the tokens from `first` on.
     #[inline(always)]
-    fn from_token(&self, first: usize) -> Self {
+    fn starting_at(&self, first: usize) -> Self {
         Self { tokens: self.tokens.get(first * self.stride..).unwrap_or_default(), ..*self }
     }
 }

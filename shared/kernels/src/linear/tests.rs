@@ -116,7 +116,7 @@ fn product_with(isa: Isa, pool: &ThreadPool, matrix: &PackedMatrix, x: &[f32], b
     let mut rows = QuantizedRows::new();
     quantize_rows(kernels, pool, x, (n_cols, bits), &mut rows);
     let input = Input { n_rows, quantized: Some(&rows), float: x };
-    matmul(kernels, pool, input, &mut [Product { matrix, bias: None, out: &mut out }]);
+    matmul(kernels, pool, input, [Product { matrix, bias: None, out: &mut out }]);
     out
 }
 
@@ -280,16 +280,14 @@ fn products_of_one_call_are_those_of_many_and_biases_are_added() {
     quantize_rows(kernels, &pool, &x, (256, CodeBits::Eight), &mut rows);
     let mut outs = matrices.each_ref().map(|matrix| vec![f32::NAN; 70 * matrix.n_rows()]);
     let bias: Vec<f32> = (0..20).map(|i| i as f32 / 3.0).collect();
-    let mut products: Vec<Product<'_>> = matrices
-        .iter()
-        .zip(&mut outs)
-        .map(|(matrix, out)| {
-            let bias = (matrix.n_rows() == 20).then_some(bias.as_slice());
-            announce(&pool, &[matrix]);
-            Product { matrix, bias, out }
-        })
-        .collect();
-    matmul(kernels, &pool, Input { n_rows: 70, quantized: Some(&rows), float: &x }, &mut products);
+    announce(&pool, &matrices.each_ref());
+    let mut biases = [None, Some(bias.as_slice()), None].into_iter();
+    let mut matrix = matrices.iter();
+    let products = outs.each_mut().map(|out| {
+        let (matrix, bias) = (matrix.next().expect("three"), biases.next().expect("three"));
+        Product { matrix, bias, out }
+    });
+    matmul(kernels, &pool, Input { n_rows: 70, quantized: Some(&rows), float: &x }, products);
     for (matrix, out) in matrices.iter().zip(&outs) {
         let mut expected = product_with(Isa::detect(), &pool, matrix, &x, CodeBits::Eight);
         if matrix.n_rows() == 20 {
@@ -379,7 +377,7 @@ fn a_rank_without_leaves_or_rows_has_nothing_to_do() {
     assert_eq!((matrix.n_subtrees(), matrix.n_cols()), (0, 0));
     let rows = QuantizedRows::new();
     let input = Input { n_rows: 0, quantized: Some(&rows), float: &[] };
-    matmul(Kernels::detect(), &pool(1), input, &mut [Product { matrix: &matrix, bias: None, out: &mut [] }]);
+    matmul(Kernels::detect(), &pool(1), input, [Product { matrix: &matrix, bias: None, out: &mut [] }]);
     let spec = PackSpec::whole_rows(WeightType::Q4_0, 0, 64);
     let matrix = PackedMatrix::pack(&spec, &|row| file.row(row), &pool(1)).unwrap();
     assert!(product(Isa::detect(), &pool(1), &matrix, &[1.0; 128]).is_empty());

@@ -11,8 +11,11 @@ fn quantized(isa: Isa, x: &[f32], n_cols: usize, bits: CodeBits) -> QuantizedRow
     rows
 }
 
+/// A [`GroupScale`], floats as bits.
+type ScaleBits = (u32, u32, i32, [i32; 2]);
+
 /// Everything of all groups, floats as bits.
-fn contents(rows: &QuantizedRows) -> (Vec<Quads>, Vec<(u32, u32, i32, [i32; 2])>) {
+fn contents(rows: &QuantizedRows) -> (Vec<Quads>, Vec<ScaleBits>) {
     let scale = |scale: &GroupScale| {
         let GroupScale { scale, scaled_sum, negated_sum, negated_half_sums } = *scale;
         (scale.to_bits(), scaled_sum.to_bits(), negated_sum, negated_half_sums)
