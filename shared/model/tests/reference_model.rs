@@ -64,8 +64,10 @@ fn float_weights_agree_to_rounding() {
 fn quantized_weights_agree_but_for_the_quantization_of_activations() {
     for (name, synthetic) in models::all() {
         let (difference, cosine) = compare(&from_gguf(&synthetic));
+        // In a wide model most activations have eight bits, in the others all have sixteen.
+        let (least, most) = if synthetic.config.n_embd >= 1024 { (0.9997, 0.1) } else { (0.99999, 0.01) };
         assert!(
-            cosine > 0.99999 && difference < 0.01,
+            cosine > least && difference < most,
             "{name}: cosine {cosine}, largest difference {difference}"
         );
     }

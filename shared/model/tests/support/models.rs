@@ -112,6 +112,20 @@ pub fn llama_linear() -> Synthetic {
     Synthetic { config, seed: 8, weight_type: |_, _| WeightType::Q4_0 }
 }
 
+/// So wide that activations have eight bits where they may; K-quants.
+pub fn llama_wide() -> Synthetic {
+    Synthetic {
+        config: ModelConfig { n_embd: 1024, n_layers: 1, n_ff: 512, ..tiny_config() },
+        seed: 9,
+        weight_type: |part, _| match part {
+            Part::Embedding | Part::AttentionOutput => WeightType::Q8_0,
+            Part::Head | Part::Down => WeightType::Q6_K,
+            Part::Up => WeightType::Q5_0,
+            _ => WeightType::Q4_K,
+        },
+    }
+}
+
 pub fn all() -> Vec<(&'static str, Synthetic)> {
     vec![
         ("llama tied f32", llama_tied_f32()),
@@ -122,5 +136,6 @@ pub fn all() -> Vec<(&'static str, Synthetic)> {
         ("qwen2 f16", qwen2_f16()),
         ("llama3 scaled f16", llama3_scaled()),
         ("llama linear q4_0", llama_linear()),
+        ("llama wide K-quants", llama_wide()),
     ]
 }

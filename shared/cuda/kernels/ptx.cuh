@@ -1,0 +1,92 @@
+// Everything a kernel needs from the device beyond plain C++: declarations of kernels and shared memory, number formats
+// of 16 bits, matrix instructions, asynchronous copies. All inline PTX of the project is here. When a plain C++ compiler
+// builds the kernels (tests/emulator), the emulator's twin of this file takes its place; both offer the same names.
+#pragma once
+#ifndef __CUDACC__
+#include "emulator.h"
+#else
+#include <stddef.h>
+#include <stdint.h>
+
+#define HOST_DEVICE __host__ __device__
+#define DEVICE __device__ __forceinline__
+
+// Defines kernel `name` over one struct of arguments, for blocks of `threads` threads of which at least `blocks` fit on a
+// multiprocessor. Kernels use no static shared memory; `SHARED` declares the dynamic one.
+#define KERNEL(name, Args, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args)
+#define SHARED(type, name)                                       \
+    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    type *name = reinterpret_cast<type *>(shared_bytes)
+
+// bfloat16 and IEEE half, as bits; rounded to nearest even.
+DEVICE uint16_t float_to_bf16(float x) {
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+DEVICE float bf16_to_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
+DEVICE uint16_t float_to_half(float x) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+DEVICE float half_to_float(uint16_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+// Two numbers in one register, `low` in the lower half.
+DEVICE uint32_t pack_bf16(float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+DEVICE uint32_t pack_half(float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+// a - b for two bfloat16 each; used where the result is exact.
+DEVICE uint32_t subtract_bf16(uint32_t a, uint32_t b) {
+    uint32_t d;
+    // a * 1 + (-b): every architecture from sm_80 on has the fused form.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+    return d;
+}
+
+// c += a * b on 16 x 16 by 16 x 8, sums in f32.
+DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Copies 16 bytes from global to shared memory without waiting; zeros instead when not `valid`.
+DEVICE void copy_async(void *shared, const void *global, bool valid) {
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+    int n_bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(n_bytes) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `n` groups are under way.
+template <int n> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
+
+// 2^x, about 2 ulp; -inf gives 0.
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+#endif

@@ -1,0 +1,11 @@
+//! The forward pass on NVIDIA GPUs: kernels, packed weights, the backend that runs them. No model format, no service.
+//!
+//! # Layout
+//! * [`runtime`] – what is asked of a device
+//! * [`error`] – what can go wrong
+
+pub mod error;
+pub mod runtime;
+
+pub use error::CudaError;
+pub use runtime::{DevicePtr, GraphId, Launch, Runtime};

@@ -1,0 +1,86 @@
+//! What the backend asks of a device: memory, copies, launches, graphs, all on one stream. `driver` does it on a GPU, the
+//! tests' emulator on the CPU; nothing here knows what a kernel computes.
+
+use crate::CudaError;
+
+/// An address in device memory.
+pub type DevicePtr = u64;
+
+/// A kernel launch: blocks, threads and shared memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Launch {
+    /// Blocks in each dimension.
+    pub grid: [u32; 3],
+    /// Threads of a block, in one dimension.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
+/// A sequence of launches that was captured and can be replayed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct GraphId(pub usize);
+
+/// One device and one stream. Operations run in the order of the calls; only `download`, `synchronize` and `upload`
+/// wait.
+pub trait Runtime: Send {
+    /// Memory of at least `n_bytes`, aligned to 256, filled with zeros. Freed when the runtime is dropped.
+    ///
+    /// # Errors
+    /// When the device has not so much left.
+    fn alloc(&mut self, n_bytes: usize) -> Result<DevicePtr, CudaError>;
+
+    /// Copies to the device. `from` may be changed when the call returns. Not allowed during a capture.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn upload(&mut self, to: DevicePtr, from: &[u8]) -> Result<(), CudaError>;
+
+    /// Copies from the device, after everything before has been done. Not allowed during a capture.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn download(&mut self, from: DevicePtr, to: &mut [u8]) -> Result<(), CudaError>;
+
+    /// Starts a kernel with one struct of arguments, given as its bytes.
+    ///
+    /// # Errors
+    /// An unknown kernel, or what the device reports.
+    fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[u8]) -> Result<(), CudaError>;
+
+    /// Begins to record launches instead of running them.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn begin_capture(&mut self) -> Result<(), CudaError>;
+
+    /// Ends the recording; nothing has run yet.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn end_capture(&mut self) -> Result<GraphId, CudaError>;
+
+    /// Runs what was recorded.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn replay(&mut self, graph: GraphId) -> Result<(), CudaError>;
+
+    /// Waits for everything before.
+    ///
+    /// # Errors
+    /// What the device reports, also of earlier launches.
+    fn synchronize(&mut self) -> Result<(), CudaError>;
+
+    /// Bytes free and in all.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn memory(&self) -> Result<(u64, u64), CudaError>;
+
+    /// Multiprocessors of the device.
+    fn n_multiprocessors(&self) -> u32;
+
+    /// Name and architecture, for logs and fingerprints ("NVIDIA H100 80GB HBM3, sm_90").
+    fn name(&self) -> String;
+}
