@@ -19,11 +19,11 @@ use paceline_domain::WeightType;
 /// Columns that share one group of codes in every quantized type.
 pub const GROUP_LEN: usize = 32;
 /// Groups in one superblock of a K-quant.
-pub(crate) const GROUPS_PER_SUPER: usize = 8;
+pub const GROUPS_PER_SUPER: usize = 8;
 
 /// Where the scales of a group come from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum ScaleLayout {
+pub enum ScaleLayout {
     /// `scale = d`, one f16 a group.
     Group,
     /// `scale = d`, `min = m`, two f16 a group.
@@ -38,29 +38,29 @@ pub(crate) enum ScaleLayout {
 
 impl ScaleLayout {
     /// Whether each half group of 16 columns has its own scale.
-    pub(crate) const fn per_half(self) -> bool {
+    pub const fn per_half(self) -> bool {
         matches!(self, Self::Super16Min | Self::Super16)
     }
 
     /// Whether weights have a minimum.
-    pub(crate) const fn has_min(self) -> bool {
+    pub const fn has_min(self) -> bool {
         matches!(self, Self::GroupMin | Self::Super32Min | Self::Super16Min)
     }
 
     /// Whether `d` and `m` belong to a superblock instead of a group.
-    pub(crate) const fn has_super(self) -> bool {
+    pub const fn has_super(self) -> bool {
         !matches!(self, Self::Group | Self::GroupMin)
     }
 
     /// f16 numbers beside each other: `d` alone or `d` and `m`.
-    pub(crate) const fn n_halfs(self) -> usize {
+    pub const fn n_halfs(self) -> usize {
         if self.has_min() { 2 } else { 1 }
     }
 }
 
 /// Scales of a group as the file has them, integers unpacked to bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) struct RawScales {
+pub struct RawScales {
     /// Bits of the f16 scale of the group or superblock.
     pub d: u16,
     /// Bits of its f16 minimum, 0 where the type has none.
@@ -103,7 +103,7 @@ impl RawScales {
 
 /// The 32 columns of one group.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) struct Group {
+pub struct Group {
     /// Unsigned codes, in column order.
     pub codes: [u8; GROUP_LEN],
     /// Their scales.
@@ -145,6 +145,45 @@ macro_rules! with_format {
     }};
 }
 pub(crate) use with_format;
+
+/// What the codes of a quantized type are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CodeLayout {
+    /// Bits of a code.
+    pub bits: usize,
+    /// Code of weight zero.
+    pub offset: i32,
+    /// Where scales come from.
+    pub scales: ScaleLayout,
+}
+
+/// The codes of a weight type; `None` when it is of plain numbers.
+pub fn code_layout(weight_type: WeightType) -> Option<CodeLayout> {
+    with_format!(weight_type, Format => {
+        quantized: Some(CodeLayout {
+            bits: Format::BITS,
+            offset: <Format as QuantFormat>::OFFSET,
+            scales: <Format as QuantFormat>::SCALES,
+        }),
+        float: None,
+    })
+}
+
+/// Codes and scales of group `idx` of a row of a quantized type: columns `32 idx .. 32 idx + 32`.
+///
+/// # Panics
+/// When the type is not quantized or the row is too short.
+pub fn group_of_row(weight_type: WeightType, row: &[u8], idx: usize) -> Group {
+    let groups_of_block = weight_type.block_len() / GROUP_LEN;
+    let block_bytes = weight_type.block_bytes();
+    with_format!(weight_type, Format => {
+        quantized: {
+            let block = &row[idx / groups_of_block * block_bytes..][..block_bytes];
+            <Format as QuantFormat>::group(block, idx % groups_of_block)
+        },
+        float: panic!("invariant: {} has no codes", weight_type.name()),
+    })
+}
 
 /// Turns a row, or any whole number of file blocks, into f32: the definition of every weight type.
 ///

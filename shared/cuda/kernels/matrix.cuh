@@ -1,0 +1,190 @@
+// Packed weight matrices: how a lane finds its operands and scales in them. Nothing is multiplied here.
+//
+// A matrix is cut into tiles of 16 output rows and units of 64 columns. A unit of codes is stored in the order of operand A of
+// mma.m16n8k16: for each step s of 16 columns, lane (g, t) has the pairs p = 0..3 of columns 2 t and 2 t + 1 (+ 8 for p >= 2)
+// of row g (p even) or g + 8 (p odd). The Rust side of this is src/pack.rs.
+#pragma once
+#include "layout.cuh"
+
+// Where the scales of a group of 32 columns come from; the names are those of the CPU kernels' formats.
+enum ScaleKind {
+    NO_SCALES,    // plain numbers
+    GROUP,        // f16 d each group: {d, d} of a unit's two groups, 4 bytes a row
+    GROUP_MIN,    // f16 d, m each group: 8 bytes a row
+    SUPER32_MIN,  // u8 scale, min each group: 4 bytes a row; f16 d, m each superblock
+    SUPER16_MIN,  // nibbles of scale and min each half group: 4 bytes a row; f16 d, m each superblock
+    SUPER16,      // i8 scale each half group: 4 bytes a row; f16 d, 0 each superblock
+};
+
+// Tile after tile; in each the codes of its units, then their upper bits, their scales, and its superblocks.
+struct Matrix {
+    const uint8_t *tiles;
+    int64_t tile_bytes;
+    int32_t n_tiles;
+    int32_t n_units;
+    int32_t n_supers;     // superblocks of a row: [n_supers][16 rows] f16 d, m
+    int32_t first_group;  // place of the first group of 32 columns in its superblock
+};
+
+// Scales of rows g and g + 8 for half a group.
+struct ScalePair {
+    float scale[2];
+    float min[2];
+};
+
+// One unit of one tile, wherever its planes lie.
+struct Unit {
+    const uint8_t *codes, *high, *scales;
+    const uint8_t *supers[2];  // of each group of 32 columns
+};
+
+DEVICE uint32_t word_at(const uint8_t *bytes, int offset) { return *reinterpret_cast<const uint32_t *>(bytes + offset); }
+
+template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
+    static constexpr int BITS = BITS_, OFFSET = OFFSET_;
+    static constexpr ScaleKind SCALES = SCALES_;
+    static constexpr bool QUANTIZED = SCALES != NO_SCALES;
+    // Bits of the lower plane, and of the plane above it.
+    static constexpr int LOW = BITS == 16 || BITS == 8 ? BITS : BITS >= 4 ? 4 : 2;
+    static constexpr int HIGH = BITS - LOW;
+    // Bytes of a unit of a tile.
+    static constexpr int CODE_BYTES = TILE_ROWS * UNIT_K * LOW / 8;
+    static constexpr int HIGH_BYTES = TILE_ROWS * UNIT_K * HIGH / 8;
+    static constexpr int SCALE_BYTES = !QUANTIZED ? 0 : SCALES == GROUP_MIN ? 128 : 64;
+    static constexpr bool SUPER = SCALES == SUPER32_MIN || SCALES == SUPER16_MIN || SCALES == SUPER16;
+    static constexpr bool MIN = SCALES == GROUP_MIN || SCALES == SUPER32_MIN || SCALES == SUPER16_MIN;
+    static constexpr bool PER_HALF = SCALES == SUPER16_MIN || SCALES == SUPER16;
+    // A unit as it lies in shared memory: codes, upper bits, scales, and the superblock of each of the two groups.
+    static constexpr int HIGH_AT = CODE_BYTES;
+    static constexpr int SCALES_AT = HIGH_AT + HIGH_BYTES;
+    static constexpr int SUPERS_AT = SCALES_AT + SCALE_BYTES;
+    static constexpr int STAGED_BYTES = SUPERS_AT + (SUPER ? 128 : 0);
+
+    // A unit in global memory.
+    DEVICE static Unit unit_of(const Matrix &matrix, int tile, int unit) {
+        const uint8_t *codes = matrix.tiles + tile * matrix.tile_bytes;
+        const uint8_t *high = codes + (size_t)matrix.n_units * CODE_BYTES;
+        const uint8_t *scales = high + (size_t)matrix.n_units * HIGH_BYTES;
+        const uint8_t *supers = scales + (size_t)matrix.n_units * SCALE_BYTES;
+        Unit found = {codes + unit * CODE_BYTES, high + unit * HIGH_BYTES, scales + unit * SCALE_BYTES, {supers, supers}};
+        if constexpr (SUPER) {
+#pragma unroll
+            for (int group = 0; group < 2; group++) {
+                int super = (matrix.first_group + unit * 2 + group) / 8;
+                // The last group of an odd number is padding with scales of zero: any superblock will do.
+                super = super < matrix.n_supers ? super : matrix.n_supers - 1;
+                found.supers[group] = supers + super * 64;
+            }
+        }
+        return found;
+    }
+
+    // A unit in shared memory.
+    DEVICE static Unit staged(const uint8_t *unit) {
+        return {unit, unit + HIGH_AT, unit + SCALES_AT, {unit + SUPERS_AT, unit + SUPERS_AT + 64}};
+    }
+
+    // Where 16 bytes of a staged unit come from.
+    DEVICE static const uint8_t *source(const Unit &unit, int offset) {
+        if (offset < HIGH_AT) return unit.codes + offset;
+        if (offset < SCALES_AT) return unit.high + (offset - HIGH_AT);
+        if (offset < SUPERS_AT) return unit.scales + (offset - SCALES_AT);
+        return (offset < SUPERS_AT + 64 ? unit.supers[0] : unit.supers[1]) + offset % 64;
+    }
+
+    // Codes of pair p, in the lower halves of two 16-bit lanes.
+    DEVICE static uint32_t code_pair(const Unit &unit, int lane, int s, int p) {
+        uint32_t codes;
+        if constexpr (LOW == 8) {
+            codes = (word_at(unit.codes, s * 256 + lane * 8 + p / 2 * 4) >> (p % 2 * 8)) & 0x00ff00ffu;
+        } else if constexpr (LOW == 4) {
+            codes = (word_at(unit.codes, s * 128 + lane * 4) >> (4 * p)) & 0x000f000fu;
+        } else {
+            codes = (word_at(unit.codes, s / 2 * 128 + lane * 4) >> (s % 2 * 8 + 2 * p)) & 0x00030003u;
+        }
+        if constexpr (HIGH == 1) {
+            codes |= ((word_at(unit.high, lane * 4) >> (s * 4 + p)) & 0x00010001u) << LOW;
+        } else if constexpr (HIGH == 2) {
+            codes |= ((word_at(unit.high, s / 2 * 128 + lane * 4) >> (s % 2 * 8 + 2 * p)) & 0x00030003u) << LOW;
+        }
+        return codes;
+    }
+
+    // Operand A of step s of a staged unit. Codes become exact bfloat16 numbers: the bits of 128 + c are 0x4300 | c, from
+    // which 128 + OFFSET is subtracted.
+    DEVICE static void operand_a(uint32_t (&a)[4], const Unit &unit, int lane, int s) {
+        if constexpr (!QUANTIZED) {
+            uint4 fragment = *reinterpret_cast<const uint4 *>(unit.codes + s * 512 + lane * 16);
+            a[0] = fragment.x, a[1] = fragment.y, a[2] = fragment.z, a[3] = fragment.w;
+        } else {
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                uint32_t codes = code_pair(unit, lane, s, p);
+                if constexpr (BITS == 8) {
+                    // Only 7 bits fit under the exponent of 128: the eighth chooses what is subtracted, 128 or 256.
+                    a[p] = subtract_bf16((codes & 0x007f007fu) | 0x43004300u, (codes & 0x00800080u) ^ 0x43804380u);
+                } else {
+                    a[p] = subtract_bf16(codes | 0x43004300u, 0x43004300u | (uint32_t)(OFFSET << 16 | OFFSET));
+                }
+            }
+        }
+    }
+
+    // Scales of rows g and g + 8 in half `half` of group `group` of a staged unit. All products are exact.
+    DEVICE static ScalePair scales(const Unit &unit, int g, int group, int half) {
+        ScalePair pair;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = g + 8 * i;
+            pair.min[i] = 0.0f;
+            if constexpr (SCALES == GROUP) {
+                pair.scale[i] = half_to_float((uint16_t)(word_at(unit.scales, row * 4) >> (16 * group)));
+            } else if constexpr (SCALES == GROUP_MIN) {
+                uint32_t both = word_at(unit.scales, row * 8 + group * 4);
+                pair.scale[i] = half_to_float((uint16_t)both);
+                pair.min[i] = half_to_float((uint16_t)(both >> 16));
+            } else if constexpr (SUPER) {
+                uint32_t super = word_at(unit.supers[group], row * 4);
+                float d = half_to_float((uint16_t)super), m = half_to_float((uint16_t)(super >> 16));
+                uint32_t subs = word_at(unit.scales, row * 4) >> (16 * group);
+                if constexpr (SCALES == SUPER32_MIN) {
+                    pair.scale[i] = d * (float)(subs & 255);
+                    pair.min[i] = -m * (float)(subs >> 8 & 255);
+                } else {
+                    uint32_t sub = subs >> (8 * half) & 255;
+                    pair.scale[i] = d * (SCALES == SUPER16 ? (float)(int8_t)sub : (float)(sub & 15));
+                    if constexpr (MIN) pair.min[i] = -m * (float)(sub >> 4);
+                }
+            }
+        }
+        return pair;
+    }
+
+    // One weight of a matrix in global memory, as a number: what the products mean.
+    DEVICE static float weight(const Matrix &matrix, int row, int k) {
+        int r = row % TILE_ROWS, s = k % UNIT_K / 16, kk = k % 16;
+        int lane = r % 8 * 4 + kk % 8 / 2, p = kk / 8 * 2 + r / 8, low = kk % 2;
+        Unit unit = unit_of(matrix, row / TILE_ROWS, k / UNIT_K);
+        if constexpr (!QUANTIZED) {
+            return bf16_to_float((uint16_t)(word_at(unit.codes, s * 512 + lane * 16 + p * 4) >> (16 * low)));
+        } else {
+            int code = (int)(code_pair(unit, lane, s, p) >> (16 * low) & 255);
+            ScalePair pair = scales(unit, r % 8, k % UNIT_K / 32, k % 32 / 16);
+            float product = __fmul_rn(pair.scale[r / 8], (float)(code - OFFSET));
+            return MIN ? __fadd_rn(product, pair.min[r / 8]) : product;
+        }
+    }
+};
+
+// Names as in src/pack.rs.
+typedef Format<16, 0, NO_SCALES> Bf16;
+typedef Format<4, 8, GROUP> Q4_0;
+typedef Format<4, 0, GROUP_MIN> Q4_1;
+typedef Format<5, 16, GROUP> Q5_0;
+typedef Format<5, 0, GROUP_MIN> Q5_1;
+typedef Format<8, 128, GROUP> Q8_0;
+typedef Format<2, 0, SUPER16_MIN> Q2_K;
+typedef Format<3, 4, SUPER16> Q3_K;
+typedef Format<4, 0, SUPER32_MIN> Q4_K;
+typedef Format<5, 0, SUPER32_MIN> Q5_K;
+typedef Format<6, 32, SUPER16> Q6_K;

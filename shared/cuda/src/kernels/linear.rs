@@ -1,0 +1,171 @@
+//! Launches of the matrix products of kernels/linear.cu and of the embedding's look-up. The numbers of rows, columns and
+//! stages are those of the kernels.
+
+use crate::pack::{Kind, Planes, UNIT_COLUMNS};
+use crate::{CudaError, DevicePtr, Launch, Runtime};
+
+/// Rows up to which the kernel of one warp a tile is used.
+pub const FEW_ROWS: usize = 8;
+/// Rows up to which the kernel of four tiles a block is used.
+pub const SOME_ROWS: usize = 64;
+/// Rows that a buffer of activations is padded to, so that every kernel may read whole blocks of it.
+pub const ROW_PADDING: usize = 256;
+/// Bytes of 8 rows of activations in one unit.
+const X_BYTES: usize = 8 * UNIT_COLUMNS * 2;
+
+/// `Matrix` of kernels/matrix.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Matrix {
+    /// Its tiles.
+    pub tiles: DevicePtr,
+    /// Bytes of a tile.
+    pub tile_bytes: i64,
+    /// Tiles of 16 rows.
+    pub n_tiles: i32,
+    /// Units of 64 columns.
+    pub n_units: i32,
+    /// Superblocks of a row.
+    pub n_supers: i32,
+    /// Place of the first group in its superblock.
+    pub first_group: i32,
+}
+
+/// `LinearArgs` of kernels/linear.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct LinearArgs {
+    /// The weights.
+    pub matrix: Matrix,
+    /// Rows of activations as operand B.
+    pub x: DevicePtr,
+    /// `[n_outputs]` f32, or 0.
+    pub bias: DevicePtr,
+    /// `[n_rows][out_stride]` f32; 0 for gated products.
+    pub out: DevicePtr,
+    /// `silu(gate) * up` as operand B; 0 for plain products.
+    pub gated: DevicePtr,
+    /// Rows of activations.
+    pub n_rows: i32,
+    /// Rows of the matrix; for gated products features, half of them.
+    pub n_outputs: i32,
+    /// Distance of rows of `out`.
+    pub out_stride: i32,
+    /// Padded columns of `gated`.
+    pub gated_k_padded: i32,
+}
+
+/// `EmbedArgs` of kernels/embed.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct EmbedArgs {
+    /// The embedding.
+    pub matrix: Matrix,
+    /// Counts of the batch.
+    pub header: DevicePtr,
+    /// `[n_rows]` u32
+    pub tokens: DevicePtr,
+    /// `[n_rows][n_embd]` f32
+    pub hidden: DevicePtr,
+    /// [`Kind::number`]
+    pub kind: i32,
+    /// Columns.
+    pub n_embd: i32,
+}
+
+/// Which kernel multiplies a batch of rows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Size {
+    /// Up to [`FEW_ROWS`].
+    Few,
+    /// Up to [`SOME_ROWS`] with sense, any number in fact.
+    Some,
+    /// Any number.
+    Many,
+}
+
+impl Size {
+    /// The kernel for this number of rows.
+    pub fn of(n_rows: usize) -> Self {
+        match n_rows {
+            0..=FEW_ROWS => Self::Few,
+            _ if n_rows <= SOME_ROWS => Self::Some,
+            _ => Self::Many,
+        }
+    }
+}
+
+/// Blocking of a kernel: tiles of 16 outputs, tiles of 8 rows, threads, stages, units of a stage.
+struct Shape {
+    block_m: usize,
+    block_n: usize,
+    threads: usize,
+    stages: usize,
+    units: usize,
+}
+
+impl Shape {
+    fn of(kind: Kind, size: Size) -> Self {
+        let units = if matches!(kind, Kind::BF16 | Kind::Q8_0) { 1 } else { 2 };
+        match (size, kind) {
+            (Size::Few, _) => Self { block_m: 1, block_n: 1, threads: 32, stages: 8, units },
+            (Size::Some, _) => Self { block_m: 4, block_n: 4, threads: 128, stages: 8, units: 1 },
+            (Size::Many, Kind::BF16) => Self { block_m: 8, block_n: 32, threads: 256, stages: 4, units: 1 },
+            (Size::Many, Kind::Q2_K) => Self { block_m: 8, block_n: 8, threads: 256, stages: 4, units: 1 },
+            (Size::Many, _) => Self { block_m: 8, block_n: 16, threads: 256, stages: 4, units: 1 },
+        }
+    }
+
+    fn launch(&self, planes: Planes, n_tiles: usize, n_rows: usize) -> Launch {
+        let stage = self.units * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES);
+        let (blocks_m, blocks_n) = (n_tiles.div_ceil(self.block_m) as u32, n_rows.div_ceil(8 * self.block_n) as u32);
+        Launch {
+            grid: if self.threads == 32 { [blocks_m, 1, 1] } else { [blocks_n, blocks_m, 1] },
+            threads: self.threads as u32,
+            shared_bytes: (self.stages * stage) as u32,
+        }
+    }
+}
+
+macro_rules! kernel_names {
+    ($($kind:ident $name:literal),*) => {
+        const fn kernel_name(kind: Kind, size: Size) -> &'static str {
+            match (kind, size) {
+                $((Kind::$kind, Size::Few) => concat!("linear_few_", $name),
+                (Kind::$kind, Size::Some) => concat!("linear_some_", $name),
+                (Kind::$kind, Size::Many) => concat!("linear_many_", $name),)*
+            }
+        }
+
+        /// Kernels of this file and the bytes of their arguments.
+        pub const SIGNATURES: &[(&str, usize)] = &[
+            ("embed", size_of::<EmbedArgs>()),
+            $((concat!("linear_few_", $name), size_of::<LinearArgs>()),
+            (concat!("linear_some_", $name), size_of::<LinearArgs>()),
+            (concat!("linear_many_", $name), size_of::<LinearArgs>()),)*
+        ];
+    };
+}
+
+kernel_names!(
+    BF16 "bf16", Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0", Q5_1 "q5_1", Q8_0 "q8_0",
+    Q2_K "q2_k", Q3_K "q3_k", Q4_K "q4_k", Q5_K "q5_k", Q6_K "q6_k"
+);
+
+/// Multiplies `args.n_rows` rows, with the kernel of this size; all sizes give the same bits.
+///
+/// # Errors
+/// What the device reports.
+pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
+    let launch = Shape::of(kind, size).launch(kind.planes(), args.matrix.n_tiles as usize, args.n_rows as usize);
+    runtime.launch(kernel_name(kind, size), launch, bytemuck::bytes_of(args))
+}
+
+/// Looks `n_rows` tokens up; rows that the batch does not have are left alone.
+///
+/// # Errors
+/// What the device reports.
+pub fn embed(runtime: &mut dyn Runtime, n_rows: usize, args: &EmbedArgs) -> Result<(), CudaError> {
+    let launch = Launch { grid: [n_rows as u32, 1, 1], threads: 256, shared_bytes: 0 };
+    runtime.launch("embed", launch, bytemuck::bytes_of(args))
+}

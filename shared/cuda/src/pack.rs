@@ -1,0 +1,352 @@
+//! Weights in the order the matrix kernels read them: the twin of kernels/matrix.cuh. Bits of codes and scales are moved,
+//! never changed; plain numbers become bfloat16. Nothing is multiplied here.
+
+use half::bf16;
+use paceline_domain::WeightType;
+use paceline_kernels::formats::{CodeLayout, GROUP_LEN, GROUPS_PER_SUPER, Group, ScaleLayout, code_layout, group_of_row};
+use paceline_kernels::{ThreadPool, dequantize_row};
+use std::ops::Range;
+
+/// Output rows of a tile.
+pub const TILE_ROWS: usize = 16;
+/// Columns of a unit.
+pub const UNIT_COLUMNS: usize = 64;
+const GROUPS_PER_UNIT: usize = UNIT_COLUMNS / GROUP_LEN;
+
+/// A packed matrix's type, as the kernels' names and numbers have it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[allow(non_camel_case_types, missing_docs)]
+pub enum Kind {
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+}
+
+impl Kind {
+    /// Every kind, in the order of their numbers.
+    pub const ALL: [Self; 11] = [
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2_K,
+        Self::Q3_K,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+    ];
+
+    /// How weights of this type are held: plain numbers all become bfloat16.
+    pub fn of(weight_type: WeightType) -> Self {
+        Self::ALL.into_iter().find(|kind| kind.weight_type() == weight_type).unwrap_or(Self::BF16)
+    }
+
+    /// The type in a file that is held without any change.
+    pub const fn weight_type(self) -> WeightType {
+        match self {
+            Self::BF16 => WeightType::BF16,
+            Self::Q4_0 => WeightType::Q4_0,
+            Self::Q4_1 => WeightType::Q4_1,
+            Self::Q5_0 => WeightType::Q5_0,
+            Self::Q5_1 => WeightType::Q5_1,
+            Self::Q8_0 => WeightType::Q8_0,
+            Self::Q2_K => WeightType::Q2_K,
+            Self::Q3_K => WeightType::Q3_K,
+            Self::Q4_K => WeightType::Q4_K,
+            Self::Q5_K => WeightType::Q5_K,
+            Self::Q6_K => WeightType::Q6_K,
+        }
+    }
+
+    /// The number in kernel arguments.
+    pub const fn number(self) -> i32 {
+        self as i32
+    }
+
+    /// Bytes of one unit of one tile, plane by plane.
+    pub fn planes(self) -> Planes {
+        let weights = TILE_ROWS * UNIT_COLUMNS;
+        let Some(CodeLayout { bits, scales, .. }) = code_layout(self.weight_type()) else {
+            return Planes { codes: 2 * weights, high: 0, scales: 0, has_super: false };
+        };
+        let low = low_bits(bits);
+        Planes {
+            codes: weights * low / 8,
+            high: weights * (bits - low) / 8,
+            scales: if scales == ScaleLayout::GroupMin { 8 * TILE_ROWS } else { 4 * TILE_ROWS },
+            has_super: scales.has_super(),
+        }
+    }
+}
+
+/// Bits of the lower plane of codes.
+const fn low_bits(bits: usize) -> usize {
+    match bits {
+        8 => 8,
+        4..8 => 4,
+        _ => 2,
+    }
+}
+
+/// Bytes of one unit of one tile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Planes {
+    /// Codes, or their lower bits.
+    pub codes: usize,
+    /// Upper bits of codes.
+    pub high: usize,
+    /// Scales.
+    pub scales: usize,
+    /// Whether superblocks of 256 columns have scales too: [`SUPER_BYTES`] for the rows of a tile.
+    pub has_super: bool,
+}
+
+/// Bytes of one superblock's scales for the rows of a tile.
+pub const SUPER_BYTES: usize = 4 * TILE_ROWS;
+
+impl Planes {
+    /// Bytes of a unit in shared memory, where each of its groups brings its superblock.
+    pub fn staged_bytes(self) -> usize {
+        let supers = if self.has_super { GROUPS_PER_UNIT * SUPER_BYTES } else { 0 };
+        self.codes + self.high + self.scales + supers
+    }
+}
+
+/// Rows of one tensor of the file, as bytes.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// Storage type.
+    pub weight_type: WeightType,
+    /// Rows.
+    pub n_rows: usize,
+    /// Bytes of a whole row of the file.
+    pub row: &'a (dyn Fn(usize) -> &'a [u8] + Sync),
+}
+
+/// How the rows of one or several tensors are put into tiles.
+#[derive(Clone, Copy)]
+pub enum Arrangement<'a> {
+    /// One tensor after the other.
+    Stacked(&'a [Rows<'a>]),
+    /// Each tile has 8 rows of the first tensor and the same 8 of the second.
+    Gated([Rows<'a>; 2]),
+}
+
+impl<'a> Arrangement<'a> {
+    fn n_tiles(&self) -> usize {
+        match self {
+            Self::Stacked(parts) => parts.iter().map(|rows| rows.n_rows).sum::<usize>().div_ceil(TILE_ROWS),
+            Self::Gated([gate, _]) => gate.n_rows.div_ceil(TILE_ROWS / 2),
+        }
+    }
+
+    fn weight_type(&self) -> WeightType {
+        match self {
+            Self::Stacked(parts) => parts[0].weight_type,
+            Self::Gated([gate, _]) => gate.weight_type,
+        }
+    }
+
+    /// Whether all parts are held in the same way, so that they can be one matrix.
+    pub fn is_uniform(&self) -> bool {
+        let kind = Kind::of(self.weight_type());
+        match self {
+            Self::Stacked(parts) => parts.iter().all(|rows| Kind::of(rows.weight_type) == kind),
+            Self::Gated([_, up]) => Kind::of(up.weight_type) == kind,
+        }
+    }
+
+    /// The file's row that belongs into row `row` of tile `tile`, with its type.
+    fn row(&self, tile: usize, row: usize) -> Option<(WeightType, &'a [u8])> {
+        let (rows, at) = match self {
+            Self::Gated(pair) => (&pair[row / 8], tile * 8 + row % 8),
+            Self::Stacked(parts) => {
+                let mut at = tile * TILE_ROWS + row;
+                let rows = parts.iter().find(|rows| {
+                    let is_here = at < rows.n_rows;
+                    at -= if is_here { 0 } else { rows.n_rows };
+                    is_here
+                })?;
+                (rows, at)
+            }
+        };
+        (at < rows.n_rows).then(|| (rows.weight_type, (rows.row)(at)))
+    }
+}
+
+/// A matrix in kernel order, still in host memory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Packed {
+    /// How it is held.
+    pub kind: Kind,
+    /// Tiles of 16 rows.
+    pub n_tiles: usize,
+    /// Units of 64 columns.
+    pub n_units: usize,
+    /// Superblocks of a row.
+    pub n_supers: usize,
+    /// Place of the first group in its superblock.
+    pub first_group: usize,
+    /// `[n_tiles][tile_bytes]`
+    pub bytes: Vec<u8>,
+}
+
+impl Packed {
+    /// Bytes of a tile.
+    pub fn tile_bytes(&self) -> usize {
+        self.bytes.len() / self.n_tiles.max(1)
+    }
+}
+
+/// Packs the columns `columns` of the arranged rows.
+///
+/// # Panics
+/// When the parts are held differently, or columns of a quantized type are cut inside a group of 32.
+pub fn pack(arrangement: &Arrangement<'_>, columns: Range<usize>, pool: &ThreadPool) -> Packed {
+    assert!(arrangement.is_uniform(), "invariant: parts of one matrix are held alike");
+    let kind = Kind::of(arrangement.weight_type());
+    let planes = kind.planes();
+    let is_cut_inside = [columns.start, columns.end].iter().any(|edge| !edge.is_multiple_of(GROUP_LEN));
+    assert!(kind == Kind::BF16 || !is_cut_inside, "invariant: groups of 32 columns are whole");
+    let n_units = columns.len().div_ceil(UNIT_COLUMNS);
+    let first_group = if planes.has_super { columns.start / GROUP_LEN % GROUPS_PER_SUPER } else { 0 };
+    let n_groups = columns.len().div_ceil(GROUP_LEN);
+    let n_supers = if planes.has_super { (first_group + n_groups).div_ceil(GROUPS_PER_SUPER) } else { 0 };
+    let tile_bytes = n_units * (planes.codes + planes.high + planes.scales) + n_supers * SUPER_BYTES;
+    let n_tiles = arrangement.n_tiles();
+    let mut bytes = vec![0; n_tiles * tile_bytes];
+    let packer = Packer { planes, n_units, first_group, columns };
+    pool.run_pieces(&mut bytes, tile_bytes, &|tile, bytes| {
+        for row in 0..TILE_ROWS {
+            if let Some((weight_type, file_row)) = arrangement.row(tile, row) {
+                packer.row(weight_type, file_row, row, bytes);
+            }
+        }
+    });
+    Packed { kind, n_tiles, n_units, n_supers, first_group, bytes }
+}
+
+struct Packer {
+    planes: Planes,
+    n_units: usize,
+    first_group: usize,
+    columns: Range<usize>,
+}
+
+/// Where a column of a row has its code: lane and pair of operand A, lower or upper half of the pair.
+struct Place {
+    lane: usize,
+    pair: usize,
+    upper: usize,
+}
+
+impl Place {
+    fn new(row: usize, column: usize) -> Self {
+        let in_step = column % 16;
+        let lane = row % 8 * 4 + in_step % 8 / 2;
+        Self { lane, pair: in_step / 8 * 2 + row / 8, upper: in_step % 2 }
+    }
+}
+
+impl Packer {
+    fn row(&self, weight_type: WeightType, file_row: &[u8], row: usize, tile: &mut [u8]) {
+        if weight_type.is_quantized() {
+            self.quantized_row(weight_type, file_row, row, tile);
+        } else {
+            self.float_row(weight_type, file_row, row, tile);
+        }
+    }
+
+    fn float_row(&self, weight_type: WeightType, file_row: &[u8], row: usize, tile: &mut [u8]) {
+        let size = weight_type.block_bytes();
+        let file = &file_row[self.columns.start * size..self.columns.end * size];
+        for (column, bytes) in file.chunks_exact(size).enumerate() {
+            let bits = if weight_type == WeightType::BF16 {
+                [bytes[0], bytes[1]]
+            } else {
+                let mut value = [0.0];
+                dequantize_row(weight_type, bytes, &mut value);
+                bf16::from_f32(value[0]).to_le_bytes()
+            };
+            let Place { lane, pair, upper } = Place::new(row, column);
+            let step = column / 16;
+            let at = step * 512 + lane * 16 + pair * 4 + upper * 2;
+            tile[at..at + 2].copy_from_slice(&bits);
+        }
+    }
+
+    fn quantized_row(&self, weight_type: WeightType, file_row: &[u8], row: usize, tile: &mut [u8]) {
+        let layout = code_layout(weight_type).expect("invariant: the type is quantized");
+        let Planes { codes, high, scales, .. } = self.planes;
+        let (codes_plane, rest) = tile.split_at_mut(self.n_units * codes);
+        let (high_plane, rest) = rest.split_at_mut(self.n_units * high);
+        let (scales_plane, supers) = rest.split_at_mut(self.n_units * scales);
+        for idx in 0..self.columns.len() / GROUP_LEN {
+            let group = group_of_row(weight_type, file_row, self.columns.start / GROUP_LEN + idx);
+            let (unit, in_unit) = (idx / GROUPS_PER_UNIT, idx % GROUPS_PER_UNIT);
+            let unit_codes = &mut codes_plane[unit * codes..][..codes];
+            let unit_high = &mut high_plane[unit * high..][..high];
+            put_codes(layout.bits, &group, (row, in_unit), unit_codes, unit_high);
+            let row_scales = &mut scales_plane[unit * scales + row * (scales / TILE_ROWS)..][..scales / TILE_ROWS];
+            put_scales(layout.scales, &group, in_unit, row_scales);
+            if self.planes.has_super {
+                let at = (self.first_group + idx) / GROUPS_PER_SUPER * SUPER_BYTES + row * 4;
+                supers[at..at + 2].copy_from_slice(&group.scales.d.to_le_bytes());
+                supers[at + 2..at + 4].copy_from_slice(&group.scales.m.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Puts the codes of one group of one row into the planes of its unit.
+fn put_codes(bits: usize, group: &Group, (row, in_unit): (usize, usize), codes: &mut [u8], high: &mut [u8]) {
+    let low = low_bits(bits);
+    for (column, code) in group.codes.iter().enumerate() {
+        let Place { lane, pair, upper } = Place::new(row, column);
+        let step = in_unit * 2 + column / 16;
+        match low {
+            8 => codes[step * 256 + lane * 8 + pair / 2 * 4 + pair % 2 + 2 * upper] = *code,
+            4 => set_bits(codes, step * 128 + lane * 4, 4 * pair + 16 * upper, code & 15),
+            _ => set_two_bits(codes, (step, lane), (pair, upper), code & 3),
+        }
+        match bits - low {
+            1 => set_bits(high, lane * 4, step * 4 + pair + 16 * upper, code >> low),
+            2 => set_two_bits(high, (step, lane), (pair, upper), code >> low),
+            _ => {}
+        }
+    }
+}
+
+fn set_two_bits(plane: &mut [u8], (step, lane): (usize, usize), (pair, upper): (usize, usize), bits: u8) {
+    set_bits(plane, step / 2 * 128 + lane * 4, step % 2 * 8 + 2 * pair + 16 * upper, bits);
+}
+
+/// Sets bits of the little-endian word at `word`; they were zero and lie within one byte.
+fn set_bits(plane: &mut [u8], word: usize, bit: usize, bits: u8) {
+    plane[word + bit / 8] |= bits << (bit % 8);
+}
+
+/// Puts the scales of one group of one row into its unit's.
+fn put_scales(layout: ScaleLayout, group: &Group, in_unit: usize, scales: &mut [u8]) {
+    let raw = group.scales;
+    match layout {
+        ScaleLayout::Group => scales[2 * in_unit..][..2].copy_from_slice(&raw.d.to_le_bytes()),
+        ScaleLayout::GroupMin => {
+            scales[4 * in_unit..][..2].copy_from_slice(&raw.d.to_le_bytes());
+            scales[4 * in_unit + 2..][..2].copy_from_slice(&raw.m.to_le_bytes());
+        }
+        ScaleLayout::Super32Min | ScaleLayout::Super16Min | ScaleLayout::Super16 => {
+            scales[2 * in_unit..][..2].copy_from_slice(&raw.sub);
+        }
+    }
+}
