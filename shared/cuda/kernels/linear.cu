@@ -8,10 +8,11 @@
 
 struct LinearArgs {
     Matrix matrix;
-    const uint16_t *x;   // packed rows as operand B, [rows padded to what the kernel reads][n_units * 64]
+    const uint16_t *x;   // rows as operand B, padded to what the kernel reads; its first column meets the matrix's first
     const float *bias;   // [n_outputs], or null
     float *out;          // [n_rows][out_stride]; null for gated products
     uint16_t *gated;     // silu(gate) * up as operand B, [n_rows][gated_k_padded]; null for plain ones
+    int64_t x_tile_bytes;  // from 8 rows of x to the next 8
     int32_t n_rows;      // rows of activations
     int32_t n_outputs;   // rows of the matrix; for gated products features, half of them
     int32_t out_stride;
@@ -202,7 +203,7 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
             int chunk = first + threadIdx.x;
             if (BLOCK_N * X_CHUNKS % THREADS != 0 && chunk >= BLOCK_N * X_CHUNKS) break;
             int tile = first_n + chunk / X_CHUNKS;
-            const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + ((size_t)tile * n_units + unit) * X_BYTES;
+            const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + tile * args.x_tile_bytes + unit * X_BYTES;
             copy_async(to + chunk * 16, x + chunk % X_CHUNKS * 16, tile * 8 < args.n_rows);
         }
     };
@@ -234,6 +235,26 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
 }
 
 }  // namespace linear
+
+// For gates and ups that are held differently and so are two matrices.
+struct SiluArgs {
+    const float *gate;  // [n_rows][n_features]
+    const float *up;    // [n_rows][n_features]
+    uint16_t *gated;    // operand B, [n_rows][gated_k_padded]
+    int32_t n_rows;
+    int32_t n_features;
+    int32_t gated_k_padded;
+    int32_t unused;
+};
+
+KERNEL(silu_times_up, SiluArgs, 256, 4) {
+    int row = blockIdx.x;
+    for (int k = threadIdx.x; k < args.n_features; k += blockDim.x) {
+        size_t at = (size_t)row * args.n_features + k;
+        args.gated[operand_b_index(row, k, args.gated_k_padded)] =
+            float_to_bf16(linear::silu_times(args.gate[at], args.up[at]));
+    }
+}
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
 #define LINEAR_KERNELS(name, F, UNITS, MT, NT, WARPS_M, WARPS_N)                                        \

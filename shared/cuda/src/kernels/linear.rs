@@ -45,6 +45,8 @@ pub struct LinearArgs {
     pub out: DevicePtr,
     /// `silu(gate) * up` as operand B; 0 for plain products.
     pub gated: DevicePtr,
+    /// Bytes from 8 rows of `x` to the next 8.
+    pub x_tile_bytes: i64,
     /// Rows of activations.
     pub n_rows: i32,
     /// Rows of the matrix; for gated products features, half of them.
@@ -71,6 +73,26 @@ pub struct EmbedArgs {
     pub kind: i32,
     /// Columns.
     pub n_embd: i32,
+}
+
+/// `SiluArgs` of kernels/linear.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct SiluArgs {
+    /// `[n_rows][n_features]` f32
+    pub gate: DevicePtr,
+    /// `[n_rows][n_features]` f32
+    pub up: DevicePtr,
+    /// Operand B.
+    pub gated: DevicePtr,
+    /// Rows.
+    pub n_rows: i32,
+    /// Columns.
+    pub n_features: i32,
+    /// Padded columns of `gated`.
+    pub gated_k_padded: i32,
+    /// Fills the struct up.
+    pub unused: i32,
 }
 
 /// Which kernel multiplies a batch of rows.
@@ -140,6 +162,7 @@ macro_rules! kernel_names {
         /// Kernels of this file and the bytes of their arguments.
         pub const SIGNATURES: &[(&str, usize)] = &[
             ("embed", size_of::<EmbedArgs>()),
+            ("silu_times_up", size_of::<SiluArgs>()),
             $((concat!("linear_few_", $name), size_of::<LinearArgs>()),
             (concat!("linear_some_", $name), size_of::<LinearArgs>()),
             (concat!("linear_many_", $name), size_of::<LinearArgs>()),)*
@@ -168,4 +191,13 @@ pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearAr
 pub fn embed(runtime: &mut dyn Runtime, n_rows: usize, args: &EmbedArgs) -> Result<(), CudaError> {
     let launch = Launch { grid: [n_rows as u32, 1, 1], threads: 256, shared_bytes: 0 };
     runtime.launch("embed", launch, bytemuck::bytes_of(args))
+}
+
+/// `gated = silu(gate) * up`.
+///
+/// # Errors
+/// What the device reports.
+pub fn silu_times_up(runtime: &mut dyn Runtime, args: &SiluArgs) -> Result<(), CudaError> {
+    let launch = Launch { grid: [args.n_rows as u32, 1, 1], threads: 256, shared_bytes: 0 };
+    runtime.launch("silu_times_up", launch, bytemuck::bytes_of(args))
 }
