@@ -1,0 +1,2 @@
+// All kernels of the product: the one translation unit that is compiled. A line for each file.
+#include "ptx.cuh"
