@@ -1,2 +1,3 @@
 // All kernels of the product: the one translation unit that is compiled. A line for each file.
-#include "ptx.cuh"
+#include "embed.cu"
+#include "linear.cu"

@@ -11,7 +11,7 @@ struct EmbedArgs {
     int32_t n_embd;
 };
 
-namespace embed {
+namespace embedding {
 
 template <class F> DEVICE void row(const EmbedArgs &args) {
     int row = blockIdx.x, token = (int)args.tokens[row];
@@ -20,22 +20,22 @@ template <class F> DEVICE void row(const EmbedArgs &args) {
     }
 }
 
-}  // namespace embed
+}  // namespace embedding
 
 KERNEL(embed, EmbedArgs, 256, 4) {
     if (blockIdx.x >= args.header->n_rows) return;
     // Numbers as src/pack.rs gives them (`Kind`).
     switch (args.kind) {
-        case 0: return embed::row<Bf16>(args);
-        case 1: return embed::row<Q4_0>(args);
-        case 2: return embed::row<Q4_1>(args);
-        case 3: return embed::row<Q5_0>(args);
-        case 4: return embed::row<Q5_1>(args);
-        case 5: return embed::row<Q8_0>(args);
-        case 6: return embed::row<Q2_K>(args);
-        case 7: return embed::row<Q3_K>(args);
-        case 8: return embed::row<Q4_K>(args);
-        case 9: return embed::row<Q5_K>(args);
-        default: return embed::row<Q6_K>(args);
+        case 0: return embedding::row<Bf16>(args);
+        case 1: return embedding::row<Q4_0>(args);
+        case 2: return embedding::row<Q4_1>(args);
+        case 3: return embedding::row<Q5_0>(args);
+        case 4: return embedding::row<Q5_1>(args);
+        case 5: return embedding::row<Q8_0>(args);
+        case 6: return embedding::row<Q2_K>(args);
+        case 7: return embedding::row<Q3_K>(args);
+        case 8: return embedding::row<Q4_K>(args);
+        case 9: return embedding::row<Q5_K>(args);
+        default: return embedding::row<Q6_K>(args);
     }
 }

@@ -9,7 +9,7 @@ use paceline_cuda::pack::{Arrangement, Kind, Packed, Rows, UNIT_COLUMNS, pack};
 use paceline_cuda::{DevicePtr, Runtime};
 use paceline_domain::WeightType;
 use paceline_kernels::{Pinning, ThreadPool, dequantize_row};
-use support::{Emulated, Sources};
+use support::{compiled::Sources, emulated::Emulated};
 
 /// Counter-based numbers, so that every element can be made on its own.
 fn random(seed: u64, at: usize) -> u64 {

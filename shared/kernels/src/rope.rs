@@ -74,6 +74,18 @@ pub struct RopeTable {
     sin: Vec<f32>,
 }
 
+impl RopeTable {
+    /// Cosines, `[n_rows, rotary_dim / 2]`.
+    pub fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// Sines, `[n_rows, rotary_dim / 2]`.
+    pub fn sin(&self) -> &[f32] {
+        &self.sin
+    }
+}
+
 /// Rotates one head: its first `2 * cos.len()` elements.
 pub(crate) type RotateKernel = unsafe fn(head: &mut [f32], cos: &[f32], sin: &[f32]);
 

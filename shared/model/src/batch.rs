@@ -1,7 +1,5 @@
-//! What goes into a forward pass and what comes out. Everything a caller could get wrong is checked here, before
+//! What goes into a forward pass. Everything a caller could get wrong is checked here, before
 //! any buffer is touched.
-
-use std::ops::Range;
 
 use paceline_domain::group::BLOCK_POSITIONS;
 use paceline_domain::{BlockId, TokenId};
@@ -21,15 +19,6 @@ pub struct Batch<'a> {
     pub block_tables: &'a [&'a [BlockId]],
     /// Rows whose logits are wanted, in the order of the result.
     pub output_rows: &'a [usize],
-}
-
-/// This rank's part of the logits of the asked rows.
-#[derive(Clone, Debug)]
-pub struct Logits<'a> {
-    /// `[n_output_rows, vocab_range.len()]`.
-    pub values: &'a [f32],
-    /// The tokens that `values` are about.
-    pub vocab_range: Range<usize>,
 }
 
 /// What a decoder was made for.

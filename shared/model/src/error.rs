@@ -47,6 +47,14 @@ pub enum ModelError {
     /// A kernel refused its input.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The device that computes failed.
+    #[error("device: {problem}")]
+    Device {
+        /// What can be done about it.
+        kind: ErrorKind,
+        /// What it reported.
+        problem: String,
+    },
     /// A collective failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
@@ -62,6 +70,7 @@ impl ModelError {
             Self::Unfit(_) | Self::Load(_) => ErrorKind::Unfit,
             Self::Checkpoint(error) => error.kind(),
             Self::Kernel(error) => error.kind(),
+            Self::Device { kind, .. } => *kind,
             Self::Collective(error) => error.kind(),
         }
     }
@@ -70,7 +79,8 @@ impl ModelError {
         Self::Config { key: key.into(), problem: problem.into() }
     }
 
-    pub(crate) fn tensor(name: impl Into<String>, problem: impl Into<String>) -> Self {
+    /// A tensor with something wrong with it.
+    pub fn tensor(name: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Tensor { name: name.into(), problem: problem.into() }
     }
 }

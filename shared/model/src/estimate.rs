@@ -3,7 +3,7 @@
 
 use paceline_domain::{KvType, WeightType, group::BLOCK_POSITIONS};
 
-use crate::kv_store::layer_shape;
+use crate::cpu::kv_store::layer_shape;
 use crate::names::{Cut, Expected, Part, expected_tensors, shape};
 use crate::split::Slice;
 use crate::{ModelConfig, SplitPlan};
@@ -140,7 +140,7 @@ impl MemoryEstimate {
             weight_bytes: weight_bytes(config, plan, rank, weight_type),
             kv_bytes_per_position: kv_block_bytes / BLOCK_POSITIONS as u64,
             kv_bytes: capacity.n_kv_blocks as u64 * kv_block_bytes,
-            activation_bytes: crate::scratch::ScratchShape::new(config, plan, rank).bytes(&capacity),
+            activation_bytes: crate::cpu::scratch::ScratchShape::new(config, plan, rank).bytes(&capacity),
             all_reduce_bytes_per_token: if alone {
                 0
             } else {

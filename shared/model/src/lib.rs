@@ -1,5 +1,5 @@
 //! Decoder models: what a checkpoint must hold, how it is split over ranks, and the forward pass that runs it.
-//! It knows nothing of requests, sampling or services; tensors arrive as rows of a memory map and leave as logits.
+//! It knows nothing of requests or services; tensors arrive as rows of a memory map and leave as logits.
 //!
 //! # Layout
 //! * [`config`] – the shape of a decoder, checked; `config_gguf` and `config_json` read it
@@ -7,41 +7,46 @@
 //! * [`split`] – which slice of every tensor each rank holds
 //! * [`estimate`] – memory and exchanged bytes from shapes alone
 //! * [`rope`] – frequencies of the rotary embedding
-//! * [`weights`] – a rank's slices, packed straight from the memory map
-//! * [`kv_store`] – the paged KV memory of all layers
-//! * [`batch`] – what goes into a forward pass and what comes out
-//! * `activation_bits` – how fine activations are quantized
-//! * `scratch` – the buffers of a forward pass, allocated once
-//! * [`decoder`] – the forward pass
+//! * [`weights`] – a rank's slices: rows of the file, and what a backend makes of them
+//! * [`loader`] – the walk over the table, straight from the memory map
+//! * [`batch`] – what goes into a forward pass
+//! * [`logits`] – what comes out
+//! * [`backend`] – what the forward pass asks of a device
+//! * [`decoder`] – the forward pass, once for all backends
+//! * [`cpu`] – the backend of CPUs
 //! * [`fingerprint`] – what must be equal for two processes to compute the same bits
 //! * [`synthetic`] – random models of any shape, for tests and measurements
 //! * [`error`] – what can go wrong
 
 #![forbid(unsafe_code)]
 
-mod activation_bits;
+pub mod backend;
 pub mod batch;
 pub mod config;
 mod config_gguf;
 mod config_json;
+pub mod cpu;
 pub mod decoder;
 pub mod error;
 pub mod estimate;
 pub mod fingerprint;
-pub mod kv_store;
+pub mod loader;
+pub mod logits;
 pub mod names;
 pub mod rope;
-mod scratch;
 pub mod split;
 pub mod synthetic;
 mod synthetic_rows;
 pub mod weights;
 
-pub use batch::{Batch, Logits};
+pub use backend::{Backend, Device};
+pub use batch::Batch;
 pub use config::{Architecture, ModelConfig};
-pub use decoder::{Decoder, LoadSpec};
+pub use cpu::Cpu;
+pub use decoder::Decoder;
 pub use error::ModelError;
 pub use estimate::{Capacity, ConfigEstimate, Dtype, MemoryEstimate};
 pub use fingerprint::fingerprint;
+pub use loader::{LoadProgress, LoadSpec};
+pub use logits::Logits;
 pub use split::{Share, SplitPlan};
-pub use weights::LoadProgress;

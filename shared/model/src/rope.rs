@@ -8,7 +8,7 @@ use paceline_kernels::rope::{Rope, RopeConfig as KernelConfig, RopeScaling as Ke
 use crate::config::{Llama3Scaling, RopeConfig, RopeScaling};
 
 /// Frequencies for heads whose pairs are in [`crate::config::PairLayout::Half`] order, as all are after loading.
-pub(crate) fn build(rope: &RopeConfig, head_dim: usize) -> Rope {
+pub fn build(rope: &RopeConfig, head_dim: usize) -> Rope {
     let (scaling, freq_factors) = match &rope.scaling {
         RopeScaling::None => (KernelScaling::None, None),
         RopeScaling::Linear(factor) => (KernelScaling::Linear { factor: *factor }, None),

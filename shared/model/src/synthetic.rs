@@ -11,7 +11,7 @@ use crate::config::{Architecture, PairLayout, RopeConfig, RopeScaling};
 use crate::names::{Expected, Part, expected_tensors};
 use crate::rope::llama3_factors;
 use crate::synthetic_rows::{Random, floats, row};
-use crate::weights::file_row;
+use crate::weights::RowOrder;
 use crate::{ModelConfig, ModelError};
 
 /// A small llama whose every dimension is awkward: three heads, one leaf of 32 columns a head, an odd vocabulary.
@@ -217,10 +217,10 @@ impl Synthetic {
         n_rows: usize,
         make: impl Fn(usize) -> T,
     ) -> Vec<T> {
+        let order = RowOrder { pair_layout, head_dim: self.config.head_dim };
         let mut rows: Vec<Option<T>> = vec![None; n_rows];
         for logical in 0..n_rows {
-            let at = file_row(expected.part, pair_layout, self.config.head_dim, logical);
-            rows[at] = Some(make(logical));
+            rows[order.file_row(expected.part, logical)] = Some(make(logical));
         }
         rows.into_iter().map(|row| row.expect("invariant: rows are permuted")).collect()
     }

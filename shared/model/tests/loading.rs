@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Solo;
 use paceline_domain::{BlockId, ErrorKind, KvType, TokenId, WeightType};
-use paceline_kernels::{Kernels, Pinning, ThreadPool};
+use paceline_kernels::{Kernels, NUMERICS};
 use paceline_model::names::check_tensors;
 use paceline_model::{
-    Batch, Capacity, Decoder, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig, ModelError, SplitPlan,
+    Batch, Capacity, Cpu, Decoder, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig, ModelError, SplitPlan,
 };
 use support::models;
 
@@ -29,16 +29,13 @@ fn load_with(
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Decoder, ModelError> {
     let config = ModelConfig::from_checkpoint(checkpoint)?;
-    Decoder::load(&LoadSpec {
-        checkpoint,
-        config: &config,
-        plan: &SplitPlan::new(&config, n_ranks)?,
-        rank,
-        capacity: CAPACITY,
-        kernels: Kernels::detect(),
-        pool: Arc::new(ThreadPool::new(1, Pinning::None)),
-        progress,
-    })
+    let plan = SplitPlan::new(&config, n_ranks)?;
+    let spec = LoadSpec { checkpoint, config: &config, plan: &plan, rank, capacity: CAPACITY, progress };
+    Decoder::load(&spec, &cpu())
+}
+
+fn cpu() -> Cpu {
+    Cpu { kernels: Kernels::detect(), n_threads: 1 }
 }
 
 fn gguf(bytes: Vec<u8>) -> Arc<Checkpoint> {
@@ -157,11 +154,9 @@ fn a_decoder_needs_a_rank_of_the_plan_and_room() {
         plan: &SplitPlan::new(&config, 1).expect("a plan"),
         rank: 0,
         capacity: Capacity { max_rows: 0, ..CAPACITY },
-        kernels: Kernels::detect(),
-        pool: Arc::new(ThreadPool::new(1, Pinning::None)),
         progress: &|_| (),
     };
-    assert!(matches!(Decoder::load(&spec), Err(ModelError::Load(_))));
+    assert!(matches!(Decoder::load(&spec, &cpu()), Err(ModelError::Load(_))));
 }
 
 /// A refused batch leaves no trace: the next good one gives what it gives in a fresh decoder.
@@ -177,24 +172,25 @@ fn a_bad_batch_is_refused_and_changes_nothing() {
     };
     let expected = {
         let mut fresh = load(&checkpoint, 1, 0).expect("loads");
-        fresh.forward(&good, &mut Solo::new()).expect("runs").values.to_vec()
+        fresh.forward(&good, &mut Solo::new()).expect("runs").row(0).expect("a row").to_vec()
     };
     let mut decoder = load(&checkpoint, 1, 0).expect("loads");
     let n_layers = decoder.config().n_layers as u64;
     let layers_done = decoder.layers_done();
     let bad = Batch { tokens: &[TokenId(5), TokenId(331)], ..good };
-    let error = decoder.forward(&bad, &mut Solo::new()).expect_err("must be refused");
+    let error = decoder.forward(&bad, &mut Solo::new()).err().expect("must be refused");
     assert!(error.to_string().contains("token 331 of 331"), "{error}");
     assert_eq!((error.kind(), layers_done.load(Ordering::Relaxed)), (ErrorKind::Invalid, 0));
-    let logits = decoder.forward(&good, &mut Solo::new()).expect("runs");
-    assert_eq!(logits.vocab_range, 0..331);
-    assert_eq!(logits.values, expected);
+    let mut logits = decoder.forward(&good, &mut Solo::new()).expect("runs");
+    assert_eq!((logits.n_rows(), logits.vocab_range()), (1, 0..331));
+    assert_eq!(logits.row(0).expect("a row"), expected);
     assert_eq!(layers_done.load(Ordering::Relaxed), n_layers);
 }
 
 #[test]
 fn fingerprints_tell_models_and_kv_types_apart() {
-    let of = |checkpoint: &Arc<Checkpoint>, kv_type| paceline_model::fingerprint(checkpoint, kv_type);
+    let of =
+        |checkpoint: &Arc<Checkpoint>, kv_type| paceline_model::fingerprint(checkpoint, kv_type, NUMERICS);
     let one = gguf(models::qwen2().to_gguf().expect("bytes"));
     let again = gguf(models::qwen2().to_gguf().expect("bytes"));
     let other = gguf(models::qwen2_f16().to_gguf().expect("bytes"));

@@ -8,9 +8,7 @@ use paceline_domain::SamplingParams;
 /// library: positive logits are divided, negative ones multiplied), presence and frequency penalties over the
 /// output (as the OpenAI API defines them), bias. NaN becomes -inf. `logits[i]` is token `vocab_start + i`.
 pub(crate) fn adjust(params: &SamplingParams, history: &TokenHistory, vocab_start: u32, logits: &mut [f32]) {
-    let has_penalty =
-        params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-    if has_penalty {
+    if has_penalty(params) {
         for (i, count) in history.counts(vocab_start, logits.len()) {
             let logit = logits[i];
             let repeated = if logit < 0.0 {
@@ -30,6 +28,11 @@ pub(crate) fn adjust(params: &SamplingParams, history: &TokenHistory, vocab_star
         }
     }
     logits.iter_mut().filter(|logit| logit.is_nan()).for_each(|logit| *logit = f32::NEG_INFINITY);
+}
+
+/// Whether the tokens before a row change its logits.
+pub(crate) fn has_penalty(params: &SamplingParams) -> bool {
+    params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0
 }
 
 #[cfg(test)]

@@ -29,5 +29,5 @@ pub mod sample;
 pub mod verify;
 
 pub use history::TokenHistory;
-pub use sample::{Candidate, local_best, merge, needs_full_row, sample_row};
+pub use sample::{Candidate, is_plain, local_best, merge, needs_full_row, plain_best, sample_row};
 pub use verify::verify;

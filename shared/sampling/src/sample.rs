@@ -1,6 +1,6 @@
 //! The token of a row: for a whole row, or for slices of the vocabulary whose best tokens are merged.
 
-use crate::adjust::adjust;
+use crate::adjust::{adjust, has_penalty};
 use crate::filter::{Cut, below, cut, row_max, top};
 use crate::history::TokenHistory;
 use crate::math;
@@ -60,6 +60,17 @@ pub fn local_best(
     adjust(params, history, vocab_start, logits);
     let noise = |group| gumbel_group(params.seed, position, group);
     best(params.temperature, Cut::ALL, vocab_start, logits, noise)
+}
+
+/// Whether a row's token depends on nothing but its logits and its noise: then [`plain_best`] finds it.
+pub fn is_plain(params: &SamplingParams) -> bool {
+    !needs_full_row(params) && !has_penalty(params) && params.logit_bias.is_empty()
+}
+
+/// [`local_best`] of a plain row: the best of the tokens `vocab_start ..`, larger value and then lower id; -inf and
+/// `vocab_start` when no logit is a number above -inf.
+pub fn plain_best(seed: u64, position: u32, temperature: f32, vocab_start: u32, logits: &[f32]) -> Candidate {
+    best(temperature, Cut::ALL, vocab_start, logits, |group| gumbel_group(seed, position, group))
 }
 
 /// The token among the best of every slice: largest value, then lowest id.

@@ -55,7 +55,10 @@ impl PackSpec {
     }
 
     /// Checks everything and returns the bytes of a row in the file.
-    pub(super) fn check(&self) -> Result<usize, KernelError> {
+    ///
+    /// # Errors
+    /// What is wrong with the specification.
+    pub fn check(&self) -> Result<usize, KernelError> {
         let (start, end) = (self.k_range.start, self.k_range.end);
         let row_bytes = self
             .weight_type

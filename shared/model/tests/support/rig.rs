@@ -5,8 +5,8 @@ use std::sync::Arc;
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{Collective, Solo, Transport};
 use paceline_domain::{BlockId, KvType, TokenId};
-use paceline_kernels::{Isa, Kernels, Pinning, ThreadPool};
-use paceline_model::{Batch, Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_kernels::{Isa, Kernels};
+use paceline_model::{Batch, Capacity, Cpu, Decoder, LoadSpec, ModelConfig, SplitPlan};
 
 use super::threads::Threads;
 use super::transports;
@@ -105,17 +105,16 @@ impl Rig {
             max_rows,
             max_output_rows: max_rows,
         };
-        let mut decoder = Decoder::load(&LoadSpec {
+        let spec = LoadSpec {
             checkpoint: &self.checkpoint,
             config: &self.config,
             plan,
             rank: collective.rank(),
             capacity,
-            kernels: Kernels::for_isa(self.setup.isa),
-            pool: Arc::new(ThreadPool::new(self.setup.n_threads, Pinning::None)),
             progress: &|_| (),
-        })
-        .expect("loads");
+        };
+        let cpu = Cpu { kernels: Kernels::for_isa(self.setup.isa), n_threads: self.setup.n_threads };
+        let mut decoder = Decoder::load(&spec, &cpu).expect("loads");
         steps.iter().map(|step| run_step(&mut decoder, collective, &tables, step)).collect()
     }
 }
@@ -137,9 +136,8 @@ fn run_step(
         block_tables: tables,
         output_rows: &output_rows,
     };
-    let logits = decoder.forward(&batch, collective).expect("a forward pass");
-    let n_vocab = logits.vocab_range.len();
-    (0..step.len()).map(|row| logits.values[row * n_vocab..][..n_vocab].to_vec()).collect()
+    let mut logits = decoder.forward(&batch, collective).expect("a forward pass");
+    (0..step.len()).map(|row| logits.row(row).expect("a row").to_vec()).collect()
 }
 
 /// Blocks of sequences in no order: neighbours in a table are far apart in memory.

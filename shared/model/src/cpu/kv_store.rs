@@ -7,7 +7,7 @@ use crate::estimate::Capacity;
 use crate::{ModelConfig, Share};
 
 /// One [`KvLayer`] for each decoder layer; none when the rank has no head.
-pub struct KvStore {
+pub(crate) struct KvStore {
     layers: Vec<KvLayer>,
 }
 
@@ -18,15 +18,19 @@ pub(crate) fn layer_shape(config: &ModelConfig, share: &Share, kv_type: KvType, 
 
 impl KvStore {
     /// Memory for `capacity.n_kv_blocks` blocks in every layer.
-    pub fn new(config: &ModelConfig, share: &Share, capacity: &Capacity) -> Self {
+    pub(crate) fn new(config: &ModelConfig, share: &Share, capacity: &Capacity) -> Self {
         let shape = layer_shape(config, share, capacity.kv_type, capacity.n_kv_blocks);
         let n_layers = if share.kv_heads.is_empty() { 0 } else { config.n_layers };
         Self { layers: (0..n_layers).map(|_| KvLayer::new(shape)).collect() }
     }
 
     /// Bytes of the whole store.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.layers.iter().map(|layer| layer.shape().n_blocks * layer.shape().block_bytes()).sum()
+    }
+
+    pub(crate) fn layer(&self, layer: usize) -> &KvLayer {
+        &self.layers[layer]
     }
 
     pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut KvLayer {

@@ -4,7 +4,7 @@
 use paceline_kernels::rope::RopeTable;
 use paceline_kernels::{CodeBits, QuantizedRows};
 
-use crate::activation_bits::ActivationBits;
+use super::activation_bits::ActivationBits;
 use crate::estimate::Capacity;
 use crate::{ModelConfig, SplitPlan};
 
@@ -52,8 +52,6 @@ pub(crate) struct Scratch {
     pub quantized: QuantizedRows,
     /// Angles of the batch's positions.
     pub angles: RopeTable,
-    /// Last position seen of each sequence, while a batch is checked.
-    pub last_position: Vec<Option<u32>>,
 }
 
 impl ScratchShape {
@@ -109,7 +107,6 @@ impl ScratchShape {
             logits: vec![0.0; capacity.max_output_rows * self.n_vocab],
             quantized: QuantizedRows::with_capacity(n_rows, self.widest_input(), CodeBits::Sixteen),
             angles: RopeTable::default(),
-            last_position: Vec::new(),
         }
     }
 }
