@@ -147,7 +147,8 @@ fn of_type(weight_type: WeightType) -> Synthetic {
 
 fn with_heads(head_dim: usize, (n_heads, n_kv_heads): (usize, usize), window: Option<usize>) -> Synthetic {
     let base = of_type(WeightType::BF16);
-    let window = window.map(|n_positions| paceline_model::config::SlidingWindow { n_positions, first_layer: 1 });
+    let window =
+        window.map(|n_positions| paceline_model::config::SlidingWindow { n_positions, first_layer: 1 });
     let config = ModelConfig { head_dim, n_heads, n_kv_heads, sliding_window: window, ..base.config };
     Synthetic { config, seed: 41, ..base }
 }
@@ -161,7 +162,8 @@ impl Model {
 
     fn prompt(&self, seed: u32, n_tokens: usize) -> Vec<u32> {
         let n_vocab = self.config.n_vocab as u32;
-        let token = |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(40_503)) >> 7) % n_vocab;
+        let token =
+            |i: u32| (i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(40_503)) >> 7) % n_vocab;
         (0..n_tokens as u32).map(token).collect()
     }
 
@@ -221,7 +223,8 @@ impl Model {
         let tables = Tables::of(steps);
         let mut rows = Vec::new();
         for step in steps {
-            let more = tables.run(&mut decoder, collective.as_mut(), step).map_err(|error| error.to_string())?;
+            let more =
+                tables.run(&mut decoder, collective.as_mut(), step).map_err(|error| error.to_string())?;
             rows.extend(more);
         }
         Ok(rows)
@@ -331,7 +334,8 @@ fn own_rows(steps: &[Step], rows: Rows) -> Rows {
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let dot = |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    let dot =
+        |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
@@ -356,7 +360,8 @@ fn lengths(extent: Extent) -> (usize, usize) {
 fn near_the_cpu(model: &Model, devices: &Devices<'_>, extent: Extent) -> Result<String, String> {
     let n_tokens = lengths(extent).0.min(300);
     let steps = in_pieces(&model.prompt(1, n_tokens), &[n_tokens - 3, 1]);
-    let cpu = Cpu { kernels: Kernels::detect(), n_threads: thread::available_parallelism().map_or(1, |n| n.get()) };
+    let cpu =
+        Cpu { kernels: Kernels::detect(), n_threads: thread::available_parallelism().map_or(1, |n| n.get()) };
     near(&model.run(&cpu, 1, &steps)?, &model.run(devices.graphs, 1, &steps)?)
 }
 

@@ -42,7 +42,8 @@ fn gpu(rig: &Rig, device: &EmulatedGpu, steps: &[Step]) -> Vec<Vec<f32>> {
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let dot = |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    let dot =
+        |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
@@ -92,5 +93,15 @@ fn ranks_agree_with_one_rank() {
         let group = rig.with(model::rig::Setup { n_ranks, ..rig.setup });
         let least = least_cosine(&alone, &group.run_on(&GRAPHS, &steps));
         assert!(least > LEAST_COSINE, "{n_ranks} ranks: cosine {least}");
+    }
+}
+
+#[test]
+fn the_self_test_passes() {
+    let devices = paceline_cuda::selftest::Devices { graphs: &GRAPHS, eager: &EAGER };
+    let checks = paceline_cuda::selftest::run(&devices, paceline_cuda::selftest::Extent::Quick, &mut |_| ());
+    assert!(checks.len() > 6);
+    for check in checks {
+        assert!(check.outcome.is_ok(), "{}: {:?}", check.name, check.outcome);
     }
 }

@@ -7,8 +7,9 @@ use paceline_domain::BlockId;
 use paceline_model::{Batch, Capacity};
 
 use crate::DevicePtr;
-use crate::kernels::attention::{AttentionTile, MAX_SPLIT_ROWS, MAX_TILE_ROWS, SPLIT_POSITIONS, tiles};
+use crate::kernels::attention::TILE_ROWS;
 use crate::kernels::batch::BatchHeader;
+use crate::kernels::tiles::{AttentionTile, Tiles, cut, runs, tiles, tokens_of_tile};
 
 /// Where the parts of a batch are in its block.
 #[derive(Clone, Copy, Debug)]
@@ -111,63 +112,58 @@ impl Staged {
         let n_entries: usize = batch.block_tables.iter().map(|table| table.len()).sum();
         let end = layout.tables + 4 * n_entries;
         if end > layout.n_bytes {
-            return Err(format!("the block tables of the batch name {n_entries} blocks, which is more than fit"));
+            return Err(format!(
+                "the block tables of the batch name {n_entries} blocks, which is more than fit"
+            ));
         }
         let starts = table_starts(batch.block_tables);
-        let (split, many) = self.choose_tiles(batch, &starts, n_heads_per_kv, splits_fit);
+        let table_of_row: Vec<u32> = batch.sequence_of_row.iter().map(|it| starts[*it as usize]).collect();
+        let Tiles { few, many } = self.choose_tiles(batch, &table_of_row, n_heads_per_kv, splits_fit);
         (self.n_rows, self.n_output_rows) = (batch.n_rows(), batch.output_rows.len());
-        (self.n_split_tiles, self.n_row_tiles) = (split.len(), many.len());
+        (self.n_split_tiles, self.n_row_tiles) = (few.len(), many.len());
         let header = BatchHeader {
             n_rows: self.n_rows as u32,
             n_output_rows: self.n_output_rows as u32,
-            n_split_tiles: split.len() as u32,
+            n_split_tiles: few.len() as u32,
             n_row_tiles: many.len() as u32,
         };
         self.bytes.clear();
         self.bytes.resize(end, 0);
-        let mut put = |offset: usize, part: &[u8]| self.bytes[offset..offset + part.len()].copy_from_slice(part);
+        let mut put =
+            |offset: usize, part: &[u8]| self.bytes[offset..offset + part.len()].copy_from_slice(part);
         put(0, bytemuck::bytes_of(&header));
         let tokens: Vec<u32> = batch.tokens.iter().map(|token| token.0).collect();
-        let table_of_row: Vec<u32> = batch.sequence_of_row.iter().map(|it| starts[*it as usize]).collect();
         let output_rows: Vec<u32> = batch.output_rows.iter().map(|row| *row as u32).collect();
         put(layout.tokens, bytemuck::cast_slice(&tokens));
         put(layout.positions, bytemuck::cast_slice(batch.positions));
         put(layout.table_of_row, bytemuck::cast_slice(&table_of_row));
         put(layout.output_rows, bytemuck::cast_slice(&output_rows));
-        put(layout.split_tiles, bytemuck::cast_slice(&split));
+        put(layout.split_tiles, bytemuck::cast_slice(&few));
         put(layout.row_tiles, bytemuck::cast_slice(&many));
-        let blocks: Vec<u32> = batch.block_tables.iter().flat_map(|table| table.iter().map(|block| block.0)).collect();
+        let blocks: Vec<u32> =
+            batch.block_tables.iter().flat_map(|table| table.iter().map(|block| block.0)).collect();
         put(layout.tables, bytemuck::cast_slice(&blocks));
         Ok(&self.bytes)
     }
 
-    /// Short runs of rows go to the kernel of splits, which has more to do at once; long ones, and all when partial
-    /// results have no room, to the kernel that reads keys once for many rows.
+    /// The kernels' own choice, unless the partial results of few rows have no room.
     fn choose_tiles(
         &mut self,
         batch: &Batch<'_>,
-        starts: &[u32],
+        table_of_row: &[u32],
         n_heads_per_kv: usize,
         splits_fit: impl Fn(usize, usize) -> bool,
-    ) -> (Vec<AttentionTile>, Vec<AttentionTile>) {
-        let of = |most_rows: usize| {
-            let most_tokens = (most_rows / n_heads_per_kv.max(1)).max(1);
-            tiles(batch.positions, batch.sequence_of_row, starts, most_tokens)
-        };
-        let runs = tiles(batch.positions, batch.sequence_of_row, starts, usize::MAX);
-        let is_short = |tile: &AttentionTile| tile.n_tokens as usize * n_heads_per_kv <= 2 * MAX_SPLIT_ROWS;
-        let splits_of = |tile: &AttentionTile| tile.last_position as usize / SPLIT_POSITIONS + 1;
-        let short_runs: Vec<_> = runs.iter().filter(|run| is_short(run)).collect();
-        self.n_splits = short_runs.iter().map(|run| splits_of(run)).max().unwrap_or(0);
-        if !splits_fit(batch.n_rows(), self.n_splits) {
-            self.n_splits = 0;
-            return (Vec::new(), of(MAX_TILE_ROWS));
+    ) -> Tiles {
+        let chosen = tiles(batch.positions, table_of_row, n_heads_per_kv);
+        self.n_splits = chosen.few.iter().map(AttentionTile::n_splits).max().unwrap_or(0);
+        if splits_fit(batch.n_rows(), self.n_splits) {
+            return chosen;
         }
-        let in_short = |tile: &AttentionTile| {
-            short_runs.iter().any(|run| (run.first_row..run.first_row + run.n_tokens).contains(&tile.first_row))
-        };
-        let split = of(MAX_SPLIT_ROWS).into_iter().filter(|tile| in_short(tile)).collect();
-        (split, of(MAX_TILE_ROWS).into_iter().filter(|tile| !in_short(tile)).collect())
+        self.n_splits = 0;
+        let mut all = Tiles::default();
+        let max_tokens = tokens_of_tile(TILE_ROWS, n_heads_per_kv) as u32;
+        runs(batch.positions, table_of_row).into_iter().for_each(|run| cut(run, max_tokens, &mut all.many));
+        all
     }
 }
 

@@ -89,6 +89,7 @@ pub struct GpuBackend {
     bytes: MemoryBytes,
     /// What a reduction brings through the host.
     host_sums: reduce::HostSums,
+    choices: rows::ChoiceBuffers,
     /// What was last asked for of the logits.
     host_rows: rows::HostRows,
 }
@@ -143,9 +144,8 @@ impl GpuBackend {
         let output_norm = packer.vector(&loaded.output_norm)?;
         let bytes = MemoryBytes { weights: packer.n_bytes, kv: 2 * kv_bytes_of_layer * layers.len() };
         let layout = BatchLayout::new(&capacity);
-        let is_apart = |layer: &GpuLayer| {
-            layer.ffn.as_ref().is_some_and(|ffn| matches!(ffn.gate_up, GateUp::Apart(_)))
-        };
+        let is_apart =
+            |layer: &GpuLayer| layer.ffn.as_ref().is_some_and(|ffn| matches!(ffn.gate_up, GateUp::Apart(_)));
         let sizes = Sizes {
             widths,
             capacity,
@@ -154,6 +154,8 @@ impl GpuBackend {
         };
         let angles = angles(config, &capacity);
         let buffers = sizes.allocate(runtime.as_mut(), &angles).map_err(model_error)?;
+        let choices = rows::ChoiceBuffers::allocate(runtime.as_mut(), capacity.max_output_rows, widths.vocab)
+            .map_err(model_error)?;
         Ok(Self {
             runtime,
             config: config.clone(),
@@ -173,6 +175,7 @@ impl GpuBackend {
             graphs: (graphs == GraphMode::Auto && plan.n_ranks() == 1).then(Graphs::default),
             bytes,
             host_sums: reduce::HostSums::default(),
+            choices,
             host_rows: rows::HostRows::default(),
         })
     }
@@ -191,11 +194,15 @@ impl GpuBackend {
 fn check(config: &ModelConfig, kv_type: KvType) -> Result<(), CudaError> {
     if kv_type != buffers::KV_TYPE {
         let (asked, held) = (kv_type.name(), buffers::KV_TYPE.name());
-        return Err(CudaError::Unfit(format!("the KV cache of a GPU is {held}, not {asked}: use --kv-type {held}")));
+        return Err(CudaError::Unfit(format!(
+            "the KV cache of a GPU is {held}, not {asked}: use --kv-type {held}"
+        )));
     }
     if !HEAD_DIMS.contains(&config.head_dim) {
         let head_dim = config.head_dim;
-        return Err(CudaError::Unfit(format!("heads of {head_dim} elements; there are kernels for {HEAD_DIMS:?}")));
+        return Err(CudaError::Unfit(format!(
+            "heads of {head_dim} elements; there are kernels for {HEAD_DIMS:?}"
+        )));
     }
     if !config.n_embd.is_multiple_of(4) {
         return Err(CudaError::Unfit(format!("a width of {}; it must be a multiple of 4", config.n_embd)));

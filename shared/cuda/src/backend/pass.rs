@@ -1,20 +1,19 @@
 //! The operations of a forward pass on a GPU: which kernel works on which buffer.
 
-use std::f64::consts::LOG2_E;
-
 use paceline_collectives::Collective;
 use paceline_model::backend::{Backend, Half, Pass};
 use paceline_model::{Batch, ModelError};
 
 use super::GpuBackend;
+use super::KERNEL_SET;
 use super::buffers::partials_fit;
 use super::graphs::{Course, Shape};
 use super::weights::{GateUp, GpuMatrix, Subtree, model_error, padded};
-use super::KERNEL_SET;
-use crate::kernels::attention::{self, AttendArgs};
+use crate::kernels::attention::{self, AttendArgs, AttendGrid, SPLIT_ROWS, TILE_ROWS, parts, score_factor};
 use crate::kernels::linear::{self, EmbedArgs, LinearArgs, SiluArgs, Size};
 use crate::kernels::norm::{self, AddNormArgs};
 use crate::kernels::rope::{self, RotateStoreArgs};
+use crate::kernels::tiles::tokens_of_tile;
 use crate::{CudaError, DevicePtr};
 
 /// Bytes of 8 rows of an operand of this many columns.
@@ -192,7 +191,7 @@ impl GpuBackend {
             epsilon: self.config.rms_eps,
             unused: 0,
         };
-        norm::add_norm(self.runtime.as_mut(), &args, n_rows)
+        norm::add_norm(self.runtime.as_mut(), n_rows, &args)
     }
 
     /// A product of all columns of an operand.
@@ -234,7 +233,7 @@ impl GpuBackend {
             head_dim: self.config.head_dim as u32,
             unused: 0,
         };
-        rope::rotate_store(self.runtime.as_mut(), &args, self.shape.n_rows)
+        rope::rotate_store(self.runtime.as_mut(), self.shape.n_rows, &args)
     }
 
     fn try_attend(&mut self, layer: usize) -> Result<(), CudaError> {
@@ -259,26 +258,42 @@ impl GpuBackend {
             parts: 1,
             window,
             k_padded: padded(self.widths.query) as u32,
-            factor: (LOG2_E / (head_dim as f64).sqrt()) as f32,
+            factor: score_factor(1.0 / (head_dim as f32).sqrt()),
             unused: 0,
         };
-        let most_per_kv = self.heads.most_per_kv;
+        let group = self.heads.most_per_kv;
         let runtime = self.runtime.as_mut();
         if self.staged.n_split_tiles > 0 {
-            let n_tiles = if self.capturing.is_some() { self.shape.n_rows } else { self.staged.n_split_tiles };
-            attention::attend_split(runtime, head_dim, &args, n_tiles, most_per_kv)?;
-            attention::attend_merge(runtime, head_dim, &args, n_tiles, most_per_kv)?;
+            let n_tokens = tokens_of_tile(SPLIT_ROWS, group);
+            // A graph serves every batch of its shape: then each row may be a tile.
+            let n_tiles =
+                if self.capturing.is_some() { self.shape.n_rows } else { self.staged.n_split_tiles };
+            let grid = AttendGrid { head_dim, n_tiles, n_tokens, n_splits: self.shape.n_splits };
+            let args = AttendArgs { parts: parts(n_tokens, group, SPLIT_ROWS), ..args };
+            attention::attend_split(runtime, grid, &args)?;
         }
         if self.staged.n_row_tiles > 0 {
-            let args =
-                AttendArgs { tiles: self.addresses.row_tiles, n_tiles: self.addresses.n_row_tiles, ..args };
-            attention::attend_tiles(runtime, head_dim, &args, self.staged.n_row_tiles, most_per_kv)?;
+            let n_tokens = tokens_of_tile(TILE_ROWS, group);
+            let grid = AttendGrid { head_dim, n_tiles: self.staged.n_row_tiles, n_tokens, n_splits: 0 };
+            let args = AttendArgs {
+                tiles: self.addresses.row_tiles,
+                n_tiles: self.addresses.n_row_tiles,
+                parts: parts(n_tokens, group, TILE_ROWS),
+                ..args
+            };
+            attention::attend_tiles(runtime, grid, &args)?;
         }
         Ok(())
     }
 
     /// Multiplies the columns of a subtree into the `i`-th partial sum.
-    fn partial_sum(&mut self, i: usize, subtree: &Subtree, x: DevicePtr, width: usize) -> Result<(), CudaError> {
+    fn partial_sum(
+        &mut self,
+        i: usize,
+        subtree: &Subtree,
+        x: DevicePtr,
+        width: usize,
+    ) -> Result<(), CudaError> {
         let n_embd = self.widths.n_embd;
         let args = LinearArgs {
             matrix: subtree.matrix.matrix,

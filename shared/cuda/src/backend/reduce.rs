@@ -34,7 +34,9 @@ impl GpuBackend {
         partials.resize(tree.subtrees(self.rank).len() * n, 0.0);
         total.resize(n, 0.0);
         if !partials.is_empty() {
-            self.runtime.download(self.buffers.delta, bytemuck::cast_slice_mut(partials)).map_err(model_error)?;
+            self.runtime
+                .download(self.buffers.delta, bytemuck::cast_slice_mut(partials))
+                .map_err(model_error)?;
         }
         collective.all_reduce_tree(tree, partials, total)?;
         self.runtime.upload(self.buffers.delta, bytemuck::cast_slice(total)).map_err(model_error)
