@@ -25,7 +25,7 @@ const ROOT: [&str; 9] = [
     "shared",
 ];
 /// Crates that may contain `unsafe`.
-const UNSAFE_CRATES: [&str; 3] = ["shared/kernels", "shared/collectives", "shared/checkpoint"];
+const UNSAFE_CRATES: [&str; 4] = ["shared/kernels", "shared/collectives", "shared/checkpoint", "shared/cuda"];
 /// Names that say nothing about what is in a file.
 const EMPTY_NAMES: [&str; 6] = ["utils", "util", "helpers", "common", "misc", "part2"];
 

@@ -3,9 +3,21 @@
 //! # Layout
 //! * [`runtime`] – what is asked of a device
 //! * [`error`] – what can go wrong
+//! * [`kernels`] – launchers of the kernels
+//!
+//! With feature `driver`:
+//! * `image` – what nvcc made of the kernels
+//! * `driver` – a GPU through NVIDIA's driver library
 
+#[cfg(feature = "driver")]
+pub mod driver;
 pub mod error;
+#[cfg(feature = "driver")]
+pub mod image;
+pub mod kernels;
 pub mod runtime;
 
+#[cfg(feature = "driver")]
+pub use driver::Driver;
 pub use error::CudaError;
 pub use runtime::{DevicePtr, GraphId, Launch, Runtime};

@@ -1,0 +1,2 @@
+// All kernels, as one translation unit.
+#include "layout.cuh"
