@@ -63,6 +63,11 @@ unsafe impl Send for Mark {}
 unsafe impl Send for Stream {}
 
 impl Stream {
+    #[cfg(test)]
+    pub(crate) fn none() -> Self {
+        Self(std::ptr::null_mut())
+    }
+
     pub(crate) fn handle(self) -> *mut c_void {
         self.0.cast()
     }

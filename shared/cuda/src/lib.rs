@@ -8,6 +8,7 @@
 //! With feature `driver`:
 //! * `image` – what nvcc made of the kernels
 //! * `driver` – a GPU through NVIDIA's driver library
+//! * `nccl` – all-gather between GPUs through NVIDIA's NCCL library
 
 #[cfg(feature = "driver")]
 pub mod driver;
@@ -15,6 +16,8 @@ pub mod error;
 #[cfg(feature = "driver")]
 pub mod image;
 pub mod kernels;
+#[cfg(feature = "driver")]
+pub mod nccl;
 pub mod runtime;
 
 #[cfg(feature = "driver")]
