@@ -233,6 +233,15 @@ impl Driver {
     }
 }
 
+/// Lets a kernel begin while the one before ends: every kernel waits itself for what it needs (`grid_wait`).
+fn launched_ahead() -> sys::CUlaunchAttribute {
+    // SAFETY: a union of plain numbers and pointers, for all of which zeros are values.
+    let mut value: sys::CUlaunchAttributeValue = unsafe { std::mem::zeroed() };
+    value.programmaticStreamSerializationAllowed = 1;
+    let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    sys::CUlaunchAttribute { id, pad: [0; 4], value }
+}
+
 impl Runtime for Driver {
     fn alloc(&mut self, n_bytes: usize) -> Result<DevicePtr, CudaError> {
         assert!(!self.is_capturing, "memory cannot be allocated during a capture");
@@ -274,20 +283,27 @@ impl Runtime for Driver {
         self.args.0[..args.len()].copy_from_slice(args);
         let mut parameters: [*mut c_void; 1] = [self.args.0.as_mut_ptr().cast()];
         let [x, y, z] = launch.grid;
-        // SAFETY: the function takes one struct, as tests/kernel_signatures.rs checks, and the driver copies it before it
-        // returns; what its pointers point to is up to the launcher of the kernel.
-        let result = unsafe {
-            result::launch_kernel(
-                function.handle,
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared_bytes,
-                self.stream,
-                &mut parameters,
-            )
+        let mut ahead = launched_ahead();
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream,
+            attrs: &mut ahead,
+            numAttrs: u32::from(self.device.waits_in_kernels),
         };
+        // SAFETY: the function takes one struct, as tests/kernel_signatures.rs checks, and the driver copies it and the
+        // configuration before it returns; what its pointers point to is up to the launcher of the kernel.
+        let result = unsafe {
+            sys::cuLaunchKernelEx(&config, function.handle, parameters.as_mut_ptr(), std::ptr::null_mut())
+        };
+        let result = result.result();
         result.map_err(|error| CudaError::Device {
-            call: "cuLaunchKernel",
+            call: "cuLaunchKernelEx",
             problem: format!("{kernel} with {launch:?}: {}", problem_of(error)),
         })
     }
@@ -341,6 +357,10 @@ impl Runtime for Driver {
         self.device.enter()?;
         let (free, total) = check("cuMemGetInfo", result::mem_get_info())?;
         Ok((free as u64, total as u64))
+    }
+
+    fn max_shared_bytes(&self) -> u32 {
+        self.device.max_shared_bytes
     }
 
     fn n_multiprocessors(&self) -> u32 {

@@ -99,8 +99,7 @@ impl Sizes {
         let n_rows = self.n_rows_padded();
         // Captured passes compute rows of their bucket that the batch does not have.
         let n_outputs = bucket_rows(capacity.max_output_rows).unwrap_or(capacity.max_output_rows);
-        let operand =
-            |width: usize| 2 * n_rows.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
+        let operand = |width: usize| 2 * n_rows.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
         let angles_bytes: &[u8] = bytemuck::cast_slice(angles);
         let mut alloc = |n_bytes: usize| runtime.alloc(n_bytes.max(1));
         let buffers = Buffers {

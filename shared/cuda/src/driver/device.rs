@@ -16,6 +16,8 @@ pub(super) struct Device {
     pub(super) n_multiprocessors: u32,
     /// Most bytes of dynamic shared memory a block may ask for.
     pub(super) max_shared_bytes: u32,
+    /// Kernels may be launched ahead of the end of those before.
+    pub(super) waits_in_kernels: bool,
 }
 
 /// Names the call an error comes from.
@@ -103,7 +105,8 @@ impl Device {
         // SAFETY: the device comes from cuDeviceGet; the context is released once, on drop.
         let context = unsafe { result::primary_ctx::retain(handle) };
         let context = check("cuDevicePrimaryCtxRetain", context)?;
-        Ok(Self { handle, context, name, capability, n_multiprocessors, max_shared_bytes })
+        let waits_in_kernels = capability >= (9, 0);
+        Ok(Self { handle, context, name, capability, n_multiprocessors, max_shared_bytes, waits_in_kernels })
     }
 
     /// Makes the context current on the calling thread; every call on the device needs it.
