@@ -1,8 +1,14 @@
 //! Arguments and launches of the kernels, a file each as in `kernels/`.
 
+pub mod attention;
 pub mod linear;
+pub mod norm;
+pub mod rope;
+pub mod sampling;
+pub mod tiles;
 
 /// Every kernel with the bytes of its arguments.
 pub fn signatures() -> Vec<(&'static str, usize)> {
-    [linear::SIGNATURES].concat()
+    [attention::SIGNATURES, linear::SIGNATURES, norm::SIGNATURES, rope::SIGNATURES, sampling::SIGNATURES]
+        .concat()
 }
