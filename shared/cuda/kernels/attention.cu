@@ -63,9 +63,10 @@ template <int HD> DEVICE void split(const AttendArgs &args) {
     write_partial(args, rows, softmax, blockIdx.z);
 }
 
-// Grid: (tiles, heads, tokens of a tile), a thread for each two dimensions.
+// Grid: (tiles, heads, tokens of a tile), a thread for each two dimensions, in whole warps.
+template <int HD> constexpr int MERGE_THREADS = HD <= 64 ? 32 : 64;
 template <int HD> DEVICE void merge(const AttendArgs &args) {
-    if (blockIdx.x >= *args.n_tiles) return;
+    if (blockIdx.x >= *args.n_tiles || threadIdx.x >= HD / 2) return;
     AttentionTile tile = args.tiles[blockIdx.x];
     if (blockIdx.z >= tile.n_tokens) return;
     size_t row = tile.first_row + blockIdx.z;
@@ -180,7 +181,7 @@ template <int HD> DEVICE void tiles(const AttendArgs &args) {
 
 #define ATTENTION_KERNELS(HD)                                                                        \
     KERNEL(attend_split_##HD, AttendArgs, 32, 1) { attention::split<HD>(args); }                     \
-    KERNEL(attend_merge_##HD, AttendArgs, HD / 2, 1) { attention::merge<HD>(args); }                 \
+    KERNEL(attend_merge_##HD, AttendArgs, attention::MERGE_THREADS<HD>, 1) { attention::merge<HD>(args); }                 \
     KERNEL(attend_tiles_##HD, AttendArgs, attention::TILE_THREADS, 2) { attention::tiles<HD>(args); }
 
 ATTENTION_KERNELS(32)

@@ -56,7 +56,7 @@ namespace sampling {
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 // Tokens whose noise one draw of the generator makes.
-constexpr uint32_t GROUP = 4;
+constexpr uint32_t DRAWN = 4;
 constexpr float MAX_NOISE = 22.2f;
 constexpr float NONE = -__builtin_huge_valf();
 
@@ -128,10 +128,10 @@ DEVICE bool keeps(Cut cut, float logit, uint32_t token) {
 // matter.
 DEVICE Candidate visit(const SampleRow &row, Cut cut, Candidate best, uint32_t group, uint32_t first, uint32_t end,
                        const float *logits) {
-    float logit[GROUP];
+    float logit[DRAWN];
     float most = NONE;
-    for (uint32_t i = 0; i < GROUP; i++) {
-        uint32_t token = group * GROUP + i;
+    for (uint32_t i = 0; i < DRAWN; i++) {
+        uint32_t token = group * DRAWN + i;
         logit[i] = token >= first && token < end ? without_nan(logits[token - first]) : NONE;
         most = fmaxf(most, logit[i]);
     }
@@ -139,8 +139,8 @@ DEVICE Candidate visit(const SampleRow &row, Cut cut, Candidate best, uint32_t g
     bool has_noise = row.temperature != 0;
     Words words = {};
     if (has_noise) words = philox(group, row.position, row.seed);
-    for (uint32_t i = 0; i < GROUP; i++) {
-        uint32_t token = group * GROUP + i;
+    for (uint32_t i = 0; i < DRAWN; i++) {
+        uint32_t token = group * DRAWN + i;
         if (token < first || token >= end) continue;
         float noise = has_noise ? gumbel_of(words.word[i]) : 0.0f;
         Candidate next = {__fadd_rn(logit[i], __fmul_rn(row.temperature, noise)), token};
@@ -172,7 +172,7 @@ KERNEL(best_of_parts, BestArgs, 256, 4) {
     uint32_t first = args.vocab_start, end = first + args.n_tokens;
     Candidate best = {NONE, first};
     uint32_t stride = args.n_parts * THREADS;
-    for (uint32_t group = first / GROUP + blockIdx.y * THREADS + threadIdx.x; group * GROUP < end; group += stride) {
+    for (uint32_t group = first / DRAWN + blockIdx.y * THREADS + threadIdx.x; group * DRAWN < end; group += stride) {
         best = visit(row, cut, best, group, first, end, logits);
     }
     best = best_of_warp(best);

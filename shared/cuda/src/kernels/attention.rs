@@ -124,7 +124,7 @@ pub fn attend_split(runtime: &mut dyn Runtime, grid: AttendGrid, args: &AttendAr
     runtime.launch(split, launch, bytemuck::bytes_of(args))?;
     let launch = Launch {
         grid: [grid.n_tiles as u32, args.n_heads, grid.n_tokens as u32],
-        threads: grid.head_dim as u32 / 2,
+        threads: if grid.head_dim <= 64 { 32 } else { 64 },
         shared_bytes: 0,
     };
     runtime.launch(merge, launch, bytemuck::bytes_of(args))
