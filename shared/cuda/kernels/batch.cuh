@@ -6,8 +6,8 @@
 struct BatchHeader {
     uint32_t n_rows;
     uint32_t n_output_rows;
-    uint32_t n_tiles;
-    uint32_t n_sequences;
+    uint32_t n_split_tiles;
+    uint32_t n_row_tiles;
 };
 
 // Consecutive rows of one sequence at consecutive positions.

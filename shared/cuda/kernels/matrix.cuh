@@ -7,8 +7,8 @@
 #include "layout.cuh"
 
 // Where the scales of a group of 32 columns come from; the names are those of the CPU kernels' formats.
-enum ScaleKind {
-    NO_SCALES,    // plain numbers
+enum class ScaleKind {
+    NONE,         // plain numbers
     GROUP,        // f16 d each group: {d, d} of a unit's two groups, 4 bytes a row
     GROUP_MIN,    // f16 d, m each group: 8 bytes a row
     SUPER32_MIN,  // u8 scale, min each group: 4 bytes a row; f16 d, m each superblock
@@ -43,17 +43,17 @@ DEVICE uint32_t word_at(const uint8_t *bytes, int offset) { return *reinterpret_
 template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
     static constexpr int BITS = BITS_, OFFSET = OFFSET_;
     static constexpr ScaleKind SCALES = SCALES_;
-    static constexpr bool QUANTIZED = SCALES != NO_SCALES;
+    static constexpr bool QUANTIZED = SCALES != ScaleKind::NONE;
     // Bits of the lower plane, and of the plane above it.
     static constexpr int LOW = BITS == 16 || BITS == 8 ? BITS : BITS >= 4 ? 4 : 2;
     static constexpr int HIGH = BITS - LOW;
     // Bytes of a unit of a tile.
     static constexpr int CODE_BYTES = TILE_ROWS * UNIT_K * LOW / 8;
     static constexpr int HIGH_BYTES = TILE_ROWS * UNIT_K * HIGH / 8;
-    static constexpr int SCALE_BYTES = !QUANTIZED ? 0 : SCALES == GROUP_MIN ? 128 : 64;
-    static constexpr bool SUPER = SCALES == SUPER32_MIN || SCALES == SUPER16_MIN || SCALES == SUPER16;
-    static constexpr bool MIN = SCALES == GROUP_MIN || SCALES == SUPER32_MIN || SCALES == SUPER16_MIN;
-    static constexpr bool PER_HALF = SCALES == SUPER16_MIN || SCALES == SUPER16;
+    static constexpr int SCALE_BYTES = !QUANTIZED ? 0 : SCALES == ScaleKind::GROUP_MIN ? 128 : 64;
+    static constexpr bool SUPER = SCALES == ScaleKind::SUPER32_MIN || SCALES == ScaleKind::SUPER16_MIN || SCALES == ScaleKind::SUPER16;
+    static constexpr bool MIN = SCALES == ScaleKind::GROUP_MIN || SCALES == ScaleKind::SUPER32_MIN || SCALES == ScaleKind::SUPER16_MIN;
+    static constexpr bool PER_HALF = SCALES == ScaleKind::SUPER16_MIN || SCALES == ScaleKind::SUPER16;
     // A unit as it lies in shared memory: codes, upper bits, scales, and the superblock of each of the two groups.
     static constexpr int HIGH_AT = CODE_BYTES;
     static constexpr int SCALES_AT = HIGH_AT + HIGH_BYTES;
@@ -137,9 +137,9 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
         for (int i = 0; i < 2; i++) {
             int row = g + 8 * i;
             pair.min[i] = 0.0f;
-            if constexpr (SCALES == GROUP) {
+            if constexpr (SCALES == ScaleKind::GROUP) {
                 pair.scale[i] = half_to_float((uint16_t)(word_at(unit.scales, row * 4) >> (16 * group)));
-            } else if constexpr (SCALES == GROUP_MIN) {
+            } else if constexpr (SCALES == ScaleKind::GROUP_MIN) {
                 uint32_t both = word_at(unit.scales, row * 8 + group * 4);
                 pair.scale[i] = half_to_float((uint16_t)both);
                 pair.min[i] = half_to_float((uint16_t)(both >> 16));
@@ -147,12 +147,12 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
                 uint32_t super = word_at(unit.supers[group], row * 4);
                 float d = half_to_float((uint16_t)super), m = half_to_float((uint16_t)(super >> 16));
                 uint32_t subs = word_at(unit.scales, row * 4) >> (16 * group);
-                if constexpr (SCALES == SUPER32_MIN) {
+                if constexpr (SCALES == ScaleKind::SUPER32_MIN) {
                     pair.scale[i] = d * (float)(subs & 255);
                     pair.min[i] = -m * (float)(subs >> 8 & 255);
                 } else {
                     uint32_t sub = subs >> (8 * half) & 255;
-                    pair.scale[i] = d * (SCALES == SUPER16 ? (float)(int8_t)sub : (float)(sub & 15));
+                    pair.scale[i] = d * (SCALES == ScaleKind::SUPER16 ? (float)(int8_t)sub : (float)(sub & 15));
                     if constexpr (MIN) pair.min[i] = -m * (float)(sub >> 4);
                 }
             }
@@ -177,14 +177,14 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
 };
 
 // Names as in src/pack.rs.
-typedef Format<16, 0, NO_SCALES> Bf16;
-typedef Format<4, 8, GROUP> Q4_0;
-typedef Format<4, 0, GROUP_MIN> Q4_1;
-typedef Format<5, 16, GROUP> Q5_0;
-typedef Format<5, 0, GROUP_MIN> Q5_1;
-typedef Format<8, 128, GROUP> Q8_0;
-typedef Format<2, 0, SUPER16_MIN> Q2_K;
-typedef Format<3, 4, SUPER16> Q3_K;
-typedef Format<4, 0, SUPER32_MIN> Q4_K;
-typedef Format<5, 0, SUPER32_MIN> Q5_K;
-typedef Format<6, 32, SUPER16> Q6_K;
+typedef Format<16, 0, ScaleKind::NONE> Bf16;
+typedef Format<4, 8, ScaleKind::GROUP> Q4_0;
+typedef Format<4, 0, ScaleKind::GROUP_MIN> Q4_1;
+typedef Format<5, 16, ScaleKind::GROUP> Q5_0;
+typedef Format<5, 0, ScaleKind::GROUP_MIN> Q5_1;
+typedef Format<8, 128, ScaleKind::GROUP> Q8_0;
+typedef Format<2, 0, ScaleKind::SUPER16_MIN> Q2_K;
+typedef Format<3, 4, ScaleKind::SUPER16> Q3_K;
+typedef Format<4, 0, ScaleKind::SUPER32_MIN> Q4_K;
+typedef Format<5, 0, ScaleKind::SUPER32_MIN> Q5_K;
+typedef Format<6, 32, ScaleKind::SUPER16> Q6_K;

@@ -3,7 +3,9 @@
 
 use half::bf16;
 use paceline_domain::WeightType;
-use paceline_kernels::formats::{CodeLayout, GROUP_LEN, GROUPS_PER_SUPER, Group, ScaleLayout, code_layout, group_of_row};
+use paceline_kernels::formats::{
+    CodeLayout, GROUP_LEN, GROUPS_PER_SUPER, Group, ScaleLayout, code_layout, group_of_row,
+};
 use paceline_kernels::{ThreadPool, dequantize_row};
 use std::ops::Range;
 
@@ -297,7 +299,8 @@ impl Packer {
             let unit_codes = &mut codes_plane[unit * codes..][..codes];
             let unit_high = &mut high_plane[unit * high..][..high];
             put_codes(layout.bits, &group, (row, in_unit), unit_codes, unit_high);
-            let row_scales = &mut scales_plane[unit * scales + row * (scales / TILE_ROWS)..][..scales / TILE_ROWS];
+            let row_scales =
+                &mut scales_plane[unit * scales + row * (scales / TILE_ROWS)..][..scales / TILE_ROWS];
             put_scales(layout.scales, &group, in_unit, row_scales);
             if self.planes.has_super {
                 let at = (self.first_group + idx) / GROUPS_PER_SUPER * SUPER_BYTES + row * 4;

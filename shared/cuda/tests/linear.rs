@@ -4,7 +4,9 @@
 mod support;
 
 use half::bf16;
-use paceline_cuda::kernels::linear::{EmbedArgs, LinearArgs, Matrix, SOME_ROWS, Size, SiluArgs, embed, linear, silu_times_up};
+use paceline_cuda::kernels::linear::{
+    EmbedArgs, LinearArgs, Matrix, SOME_ROWS, SiluArgs, Size, embed, linear, silu_times_up,
+};
 use paceline_cuda::pack::{Arrangement, Kind, Packed, Rows, UNIT_COLUMNS, pack};
 use paceline_cuda::{DevicePtr, Runtime};
 use paceline_domain::WeightType;
@@ -181,7 +183,13 @@ fn exact(weights: &[f32], x: &[f32]) -> (f64, f64) {
     products.fold((0.0, 0.0), |(sum, magnitude), product| (sum + product, magnitude + product.abs()))
 }
 
-fn check_product(device: Emulated, file: &FileMatrix, columns: std::ops::Range<usize>, n_rows: usize, size: Size) -> f64 {
+fn check_product(
+    device: Emulated,
+    file: &FileMatrix,
+    columns: std::ops::Range<usize>,
+    n_rows: usize,
+    size: Size,
+) -> f64 {
     let mut bench = Bench::new(device, &packed_of(file, columns.clone()));
     let x = Activations::new(0, n_rows, columns.len());
     let bias: Vec<f32> = (0..file.n_rows).map(|output| number(5, output)).collect();
@@ -215,7 +223,9 @@ fn every_type_multiplies_as_it_dequantizes() {
 
 #[test]
 fn columns_may_begin_and_end_inside_a_superblock() {
-    for weight_type in [WeightType::Q4_K, WeightType::Q6_K, WeightType::Q2_K, WeightType::Q8_0, WeightType::BF16] {
+    for weight_type in
+        [WeightType::Q4_K, WeightType::Q6_K, WeightType::Q2_K, WeightType::Q8_0, WeightType::BF16]
+    {
         let file = FileMatrix::new(weight_type, 16, 768, 3);
         for columns in [32..544, 96..128, 224..768, 256..320] {
             for size in [Size::Few, Size::Some, Size::Many] {
@@ -237,9 +247,14 @@ fn a_row_has_the_same_bits_in_every_batch_and_kernel() {
         };
         let alone: Vec<f32> = (0..3).flat_map(|row| run(Size::Few, row, 1, 1)).collect();
         assert!(alone.iter().all(|value| value.is_finite()));
-        for (size, n_rows) in
-            [(Size::Few, 3), (Size::Few, 8), (Size::Some, 5), (Size::Some, 33), (Size::Many, 1), (Size::Many, 70)]
-        {
+        for (size, n_rows) in [
+            (Size::Few, 3),
+            (Size::Few, 8),
+            (Size::Some, 5),
+            (Size::Some, 33),
+            (Size::Many, 1),
+            (Size::Many, 70),
+        ] {
             let batch = run(size, 0, n_rows, n_rows as u64);
             let n = 40 * n_rows.min(3);
             let same = batch[..n].iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits());
@@ -279,7 +294,10 @@ fn gated_products_are_silu_of_the_gate_times_up_in_operand_order() {
             let [gate, up] = [0, 1].map(|i| f64::from(apart[i][row * n_features + feature]));
             let exact = gate / (1.0 + (-gate).exp()) * up;
             let got = f64::from(bf16::from_bits(expected[operand_b_index(row, feature, 64)]).to_f32());
-            assert!((got - exact).abs() <= exact.abs() / 250.0 + 1e-6, "row {row} feature {feature}: {got} {exact}");
+            assert!(
+                (got - exact).abs() <= exact.abs() / 250.0 + 1e-6,
+                "row {row} feature {feature}: {got} {exact}"
+            );
         }
     }
     for size in [Size::Few, Size::Some, Size::Many] {
@@ -334,7 +352,10 @@ fn mistakes_in_the_kernels_are_found() {
     let file = FileMatrix::new(WeightType::Q5_K, 37, 512, 9);
     for (from, to) in [
         // A scale of the wrong group.
-        ("(16 * group);\n                if constexpr (SCALES == SUPER32_MIN)", "0;\n                if constexpr (SCALES == SUPER32_MIN)"),
+        (
+            "(16 * group);\n                if constexpr (SCALES == SUPER32_MIN)",
+            "0;\n                if constexpr (SCALES == SUPER32_MIN)",
+        ),
         // The fifth bit of the neighbouring pair.
         (">> (s * 4 + p)) & 0x00010001u", ">> (s * 4 + (p ^ 1))) & 0x00010001u"),
     ] {
@@ -343,7 +364,11 @@ fn mistakes_in_the_kernels_are_found() {
         assert!(worst > 100.0 * TOLERANCE, "`{to}` was not found: {worst:e}");
     }
     // Reading a stage before its copies have arrived.
-    let early = Sources::product().mutated("linear.cu", "copy_wait<STAGES - 2>();\n        sync_warp();", "sync_warp();");
+    let early = Sources::product().mutated(
+        "linear.cu",
+        "copy_wait<STAGES - 2>();\n        sync_warp();",
+        "sync_warp();",
+    );
     let worst = check_product(Emulated::of(&early), &file, 0..512, 2, Size::Few);
     assert!(worst > 100.0 * TOLERANCE, "the missing wait was not found");
 }

@@ -97,7 +97,8 @@ impl Sizes {
         let Self { widths, capacity, .. } = *self;
         let (n_rows, n_padded) = (capacity.max_rows, self.n_rows_padded());
         let n_outputs = capacity.max_output_rows;
-        let operand = |width: usize| 2 * n_padded.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
+        let operand =
+            |width: usize| 2 * n_padded.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
         let angles_bytes: &[u8] = bytemuck::cast_slice(angles);
         let mut alloc = |n_bytes: usize| runtime.alloc(n_bytes.max(1));
         let buffers = Buffers {

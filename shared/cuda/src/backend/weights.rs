@@ -86,7 +86,7 @@ impl<'a> GpuPacker<'a> {
         self.bytes(bytemuck::cast_slice(values)).map_err(model_error)
     }
 
-    fn bytes(&mut self, bytes: &[u8]) -> Result<DevicePtr, CudaError> {
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) -> Result<DevicePtr, CudaError> {
         let to = self.runtime.alloc(bytes.len())?;
         self.runtime.upload(to, bytes)?;
         Ok(to)
@@ -177,7 +177,9 @@ impl Packer for GpuPacker<'_> {
 
     fn head(&mut self, rows: &MatrixRows<'_>) -> Result<GpuMatrix, ModelError> {
         match self.embedding {
-            Some(embedding) if rows.part() == Part::Embedding && rows.spec().n_rows == embedding.n_outputs => {
+            Some(embedding)
+                if rows.part() == Part::Embedding && rows.spec().n_rows == embedding.n_outputs =>
+            {
                 Ok(embedding)
             }
             _ => self.stacked(&[rows]),

@@ -140,7 +140,8 @@ impl Shape {
 
     fn launch(&self, planes: Planes, n_tiles: usize, n_rows: usize) -> Launch {
         let stage = self.units * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES);
-        let (blocks_m, blocks_n) = (n_tiles.div_ceil(self.block_m) as u32, n_rows.div_ceil(8 * self.block_n) as u32);
+        let (blocks_m, blocks_n) =
+            (n_tiles.div_ceil(self.block_m) as u32, n_rows.div_ceil(8 * self.block_n) as u32);
         Launch {
             grid: if self.threads == 32 { [blocks_m, 1, 1] } else { [blocks_n, blocks_m, 1] },
             threads: self.threads as u32,
@@ -180,7 +181,8 @@ kernel_names!(
 /// # Errors
 /// What the device reports.
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
-    let launch = Shape::of(kind, size).launch(kind.planes(), args.matrix.n_tiles as usize, args.n_rows as usize);
+    let launch =
+        Shape::of(kind, size).launch(kind.planes(), args.matrix.n_tiles as usize, args.n_rows as usize);
     runtime.launch(kernel_name(kind, size), launch, bytemuck::bytes_of(args))
 }
 

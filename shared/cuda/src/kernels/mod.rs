@@ -1,6 +1,7 @@
 //! Arguments and launches of the kernels, a file each as in `kernels/`.
 
 pub mod attention;
+pub mod batch;
 pub mod linear;
 pub mod norm;
 pub mod rope;

@@ -6,7 +6,7 @@ use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{Collective, Solo, Transport};
 use paceline_domain::{BlockId, KvType, TokenId};
 use paceline_kernels::{Isa, Kernels};
-use paceline_model::{Batch, Capacity, Cpu, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_model::{Batch, Capacity, Cpu, Decoder, Device, LoadSpec, ModelConfig, SplitPlan};
 
 use super::threads::Threads;
 use super::transports;
@@ -65,12 +65,18 @@ impl Rig {
 
     /// Runs the steps on all ranks and joins their parts of the vocabulary.
     pub fn run(&self, steps: &[Step]) -> AllLogits {
+        let kernels = Kernels::for_isa(self.setup.isa);
+        self.run_on(&Cpu { kernels, n_threads: self.setup.n_threads }, steps)
+    }
+
+    /// The same on another device.
+    pub fn run_on(&self, device: &dyn Device, steps: &[Step]) -> AllLogits {
         let plan = SplitPlan::new(&self.config, self.setup.n_ranks).expect("a plan");
         let collectives = self.group();
         let parts: Vec<AllLogits> = std::thread::scope(|scope| {
             let run = |mut collective: Box<dyn Collective>| {
                 let plan = &plan;
-                scope.spawn(move || self.run_rank(plan, &mut *collective, steps))
+                scope.spawn(move || self.run_rank(plan, device, &mut *collective, steps))
             };
             let ranks: Vec<_> = collectives.into_iter().map(run).collect();
             ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
@@ -93,7 +99,13 @@ impl Rig {
         }
     }
 
-    fn run_rank(&self, plan: &SplitPlan, collective: &mut dyn Collective, steps: &[Step]) -> AllLogits {
+    fn run_rank(
+        &self,
+        plan: &SplitPlan,
+        device: &dyn Device,
+        collective: &mut dyn Collective,
+        steps: &[Step],
+    ) -> AllLogits {
         let n_sequences = 1 + steps.iter().flatten().map(|row| row.sequence).max().unwrap_or(0);
         let longest = 1 + steps.iter().flatten().map(|row| row.position as usize).max().unwrap_or(0);
         let max_rows = steps.iter().map(Vec::len).max().unwrap_or(1);
@@ -113,8 +125,7 @@ impl Rig {
             capacity,
             progress: &|_| (),
         };
-        let cpu = Cpu { kernels: Kernels::for_isa(self.setup.isa), n_threads: self.setup.n_threads };
-        let mut decoder = Decoder::load(&spec, &cpu).expect("loads");
+        let mut decoder = Decoder::load(&spec, device).expect("loads");
         steps.iter().map(|step| run_step(&mut decoder, collective, &tables, step)).collect()
     }
 }

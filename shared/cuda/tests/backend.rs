@@ -1,0 +1,107 @@
+//! Whole passes of the GPU backend on the emulated device: near the CPU's logits, and the same bits whatever the batch, the
+//! chunks of a prompt, the kernels chosen and whether a graph is replayed.
+
+#[path = "../../model/tests/support/mod.rs"]
+mod model;
+mod support;
+
+use model::models;
+use model::rig::{AllLogits, Rig, Step, assert_same_bits, in_a_crowd, in_pieces, of_first_sequence, tokens};
+use paceline_checkpoint::Checkpoint;
+use paceline_cuda::backend::{GpuBackend, GraphMode};
+use paceline_kernels::{Pinning, ThreadPool};
+use paceline_model::synthetic::Synthetic;
+use paceline_model::{Backend, Device, LoadSpec, ModelError};
+use support::emulated::Emulated;
+
+/// The emulator as a device.
+struct EmulatedGpu {
+    graphs: GraphMode,
+}
+
+impl Device for EmulatedGpu {
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
+        let pool = ThreadPool::new(2, Pinning::None);
+        Ok(Box::new(GpuBackend::load(Box::new(Emulated::new()), spec, &pool, self.graphs)?))
+    }
+}
+
+const EAGER: EmulatedGpu = EmulatedGpu { graphs: GraphMode::Off };
+const GRAPHS: EmulatedGpu = EmulatedGpu { graphs: GraphMode::Auto };
+
+fn rig(synthetic: &Synthetic) -> Rig {
+    Rig::new(Checkpoint::from_gguf_bytes(synthetic.to_gguf().expect("bytes")).expect("a checkpoint"))
+}
+
+fn gpu(rig: &Rig, device: &EmulatedGpu, steps: &[Step]) -> Vec<Vec<f32>> {
+    of_first_sequence(steps, rig.run_on(device, steps))
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot =
+        |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum() };
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+fn least_cosine(expected: &AllLogits, found: &AllLogits) -> f64 {
+    let rows = expected.iter().flatten().zip(found.iter().flatten());
+    rows.map(|(expected, found)| cosine(expected, found)).fold(1.0, f64::min)
+}
+
+/// Activations are bfloat16 here, 16-bit codes there: three digits.
+const LEAST_COSINE: f64 = 0.9999;
+
+#[test]
+fn all_models_are_near_the_cpu() {
+    for (name, synthetic) in models::all() {
+        let rig = rig(&synthetic);
+        let steps = in_pieces(&tokens(3, 40, rig.config.n_vocab), &[33, 1]);
+        let least = least_cosine(&rig.run(&steps), &rig.run_on(&GRAPHS, &steps));
+        assert!(least > LEAST_COSINE, "{name}: cosine {least}");
+    }
+}
+
+#[test]
+fn chunks_batches_and_graphs_do_not_change_a_bit() {
+    let models = [models::llama_wide(), models::mistral(), models::qwen2_f16()];
+    for synthetic in models {
+        let rig = rig(&synthetic);
+        let own = tokens(5, 30, rig.config.n_vocab);
+        let one_by_one = gpu(&rig, &EAGER, &in_pieces(&own, &[1]));
+        for pieces in [&[30][..], &[7, 1, 13], &[20, 1]] {
+            for device in [&EAGER, &GRAPHS] {
+                assert_same_bits(&one_by_one, &gpu(&rig, device, &in_pieces(&own, pieces)), "pieces");
+            }
+        }
+        assert_same_bits(&one_by_one, &gpu(&rig, &GRAPHS, &in_pieces(&own, &[1])), "graphs");
+        let crowd = in_a_crowd(&own, 5, rig.config.n_vocab);
+        assert_same_bits(&one_by_one, &gpu(&rig, &GRAPHS, &crowd), "a crowd with graphs");
+        assert_same_bits(&one_by_one, &gpu(&rig, &EAGER, &crowd), "a crowd");
+    }
+}
+
+#[test]
+fn ranks_agree_with_one_rank() {
+    let rig = rig(&models::llama_wide());
+    let steps = in_pieces(&tokens(8, 24, rig.config.n_vocab), &[17, 1]);
+    let alone = rig.run_on(&EAGER, &steps);
+    for n_ranks in [2, 3] {
+        let group = rig.with(model::rig::Setup { n_ranks, ..rig.setup });
+        let least = least_cosine(&alone, &group.run_on(&GRAPHS, &steps));
+        assert!(least > LEAST_COSINE, "{n_ranks} ranks: cosine {least}");
+    }
+}
+
+#[test]
+fn the_self_test_passes() {
+    let devices = paceline_cuda::selftest::Devices { graphs: &GRAPHS, eager: &EAGER };
+    let checks = paceline_cuda::selftest::run(&devices, paceline_cuda::selftest::Extent::Quick, &mut |_| ());
+    assert!(checks.len() > 6);
+    for check in checks {
+        assert!(check.outcome.is_ok(), "{}: {:?}", check.name, check.outcome);
+    }
+}
