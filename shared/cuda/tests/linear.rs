@@ -356,8 +356,8 @@ fn mistakes_in_the_kernels_are_found() {
     for (from, to) in [
         // A scale of the wrong group.
         (
-            "(16 * group);\n                if constexpr (SCALES == SUPER32_MIN)",
-            "0;\n                if constexpr (SCALES == SUPER32_MIN)",
+            "(16 * group);\n                if constexpr (SCALES == ScaleKind::SUPER32_MIN)",
+            "0;\n                if constexpr (SCALES == ScaleKind::SUPER32_MIN)",
         ),
         // The fifth bit of the neighbouring pair.
         (">> (s * 4 + p)) & 0x00010001u", ">> (s * 4 + (p ^ 1))) & 0x00010001u"),
