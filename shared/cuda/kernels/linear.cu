@@ -1,9 +1,11 @@
 // Products of packed weights with rows of activations, for three sizes of batch. All of them give an output element by
-// the same sequence of operations: in the order of K, 16 columns at a time, one accumulator. So a row's result does not
-// depend on who else is in the batch, and each kernel is free in its tiling.
+// the same sequence of operations: chunks of 256 columns each have a sum of their own, in the order of K and 16 columns at a
+// time, and the sums of chunks are added in order. So a row's result does not depend on who else is in the batch, and each
+// kernel is free in its tiling and in who takes which chunk.
 //
-//   bf16       total = mma(a, b, total)
-//   quantized  part = mma(codes, b, 0) over a group; total = fma(scale, part, total); total = fma(min, sum of b, total)
+//   bf16       sum = mma(a, b, sum)
+//   quantized  part = mma(codes, b, 0) over a group; sum = fma(scale, part, sum); sum = fma(min, sum of b, sum)
+//   total = total + sum
 #include "matrix.cuh"
 
 struct LinearArgs {
@@ -25,75 +27,71 @@ constexpr uint32_t ONE_BF16 = 0x3f80u;
 // Bytes of 8 rows of activations in one unit.
 constexpr int X_BYTES = 8 * UNIT_K * 2;
 
-// Adds a group's part to the totals: rows g (0, 1) and g + 8 (2, 3); `sums` are those of the two columns' activations.
+// Units of a chunk.
+constexpr int CHUNK = 4;
+
+// Adds a group's part to the sums: rows g (0, 1) and g + 8 (2, 3); `of_x` are the sums of the two columns' activations.
 template <class F>
-DEVICE void add_scaled(float (&total)[4], const float (&part)[4], const ScalePair &pair, const float (&sums)[4]) {
+DEVICE void add_scaled(float (&sum)[4], const float (&part)[4], const ScalePair &pair, const float (&of_x)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        total[i] = fmaf(pair.scale[i / 2], part[i], total[i]);
-        if constexpr (F::MIN) total[i] = fmaf(pair.min[i / 2], sums[i % 2], total[i]);
+        sum[i] = fmaf(pair.scale[i / 2], part[i], sum[i]);
+        if constexpr (F::MIN) sum[i] = fmaf(pair.min[i / 2], of_x[i % 2], sum[i]);
     }
 }
 
-// Adds one unit of 64 columns: MT tiles of 16 outputs, `tile_bytes` apart, by NT tiles of 8 rows.
+// Adds half a unit, a group of 32 columns: MT tiles of 16 outputs, `tile_bytes` apart, by NT tiles of 8 rows `b`.
 template <class F, int MT, int NT>
-DEVICE void multiply_unit(float (&total)[MT][NT][4], const uint8_t *weights, int tile_bytes, const uint8_t *x, int lane) {
+DEVICE void multiply_group(float (&sum)[MT][NT][4], const uint8_t *weights, int tile_bytes, const uint4 (&b)[NT], int group,
+                           int lane) {
+    if constexpr (!F::QUANTIZED) {
 #pragma unroll
-    for (int group = 0; group < 2; group++) {
-        uint4 b[NT];
+        for (int half = 0; half < 2; half++) {
+            uint32_t a[MT][4];
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            b[n] = *reinterpret_cast<const uint4 *>(x + n * X_BYTES + group * 512 + lane * 16);
-        }
-        if constexpr (!F::QUANTIZED) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t a[MT][4];
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    F::operand_a(a[m], F::staged(weights + m * tile_bytes), lane, group * 2 + half);
-                }
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-#pragma unroll
-                    for (int n = 0; n < NT; n++) {
-                        mma_bf16(total[m][n], a[m], half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
-                    }
-                }
-            }
-        } else {
-            // Sums of the activations over the group, or over each half of it.
-            float sums[NT][2][4] = {};
-            if constexpr (F::MIN) {
-                uint32_t ones[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) ones[i] = ONE_BF16 << 16 | ONE_BF16;
-#pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    mma_bf16(sums[n][0], ones, b[n].x, b[n].y);
-                    mma_bf16(sums[n][F::PER_HALF ? 1 : 0], ones, b[n].z, b[n].w);
-                }
+            for (int m = 0; m < MT; m++) {
+                F::operand_a(a[m], F::staged(weights + m * tile_bytes), lane, group * 2 + half);
             }
 #pragma unroll
             for (int m = 0; m < MT; m++) {
-                Unit unit = F::staged(weights + m * tile_bytes);
-                uint32_t a[2][4];
-                F::operand_a(a[0], unit, lane, group * 2);
-                F::operand_a(a[1], unit, lane, group * 2 + 1);
-                ScalePair first = F::scales(unit, lane / 4, group, 0);
-                ScalePair second = F::PER_HALF ? F::scales(unit, lane / 4, group, 1) : first;
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
-                    float part[4] = {};
-                    mma_bf16(part, a[0], b[n].x, b[n].y);
-                    if constexpr (F::PER_HALF) {
-                        add_scaled<F>(total[m][n], part, first, sums[n][0]);
-#pragma unroll
-                        for (int i = 0; i < 4; i++) part[i] = 0.0f;
-                    }
-                    mma_bf16(part, a[1], b[n].z, b[n].w);
-                    add_scaled<F>(total[m][n], part, second, sums[n][F::PER_HALF ? 1 : 0]);
+                    mma_bf16(sum[m][n], a[m], half ? b[n].z : b[n].x, half ? b[n].w : b[n].y);
                 }
+            }
+        }
+    } else {
+        // Sums of the activations over the group, or over each half of it.
+        float of_x[NT][2][4] = {};
+        if constexpr (F::MIN) {
+            uint32_t ones[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) ones[i] = ONE_BF16 << 16 | ONE_BF16;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                mma_bf16(of_x[n][0], ones, b[n].x, b[n].y);
+                mma_bf16(of_x[n][F::PER_HALF ? 1 : 0], ones, b[n].z, b[n].w);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            Unit unit = F::staged(weights + m * tile_bytes);
+            uint32_t a[2][4];
+            F::operand_a(a[0], unit, lane, group * 2);
+            F::operand_a(a[1], unit, lane, group * 2 + 1);
+            ScalePair first = F::scales(unit, lane / 4, group, 0);
+            ScalePair second = F::PER_HALF ? F::scales(unit, lane / 4, group, 1) : first;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                float part[4] = {};
+                mma_bf16(part, a[0], b[n].x, b[n].y);
+                if constexpr (F::PER_HALF) {
+                    add_scaled<F>(sum[m][n], part, first, of_x[n][0]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) part[i] = 0.0f;
+                }
+                mma_bf16(part, a[1], b[n].z, b[n].w);
+                add_scaled<F>(sum[m][n], part, second, of_x[n][F::PER_HALF ? 1 : 0]);
             }
         }
     }
@@ -129,19 +127,27 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
     }
 }
 
-// Up to 8 rows: a warp for each tile of 16 outputs. It reads its tile once, in a row, with STAGES - 1 stages of UNITS units
-// under way; no other warp is waited for.
-template <class F, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs &args, uint8_t *shared) {
-    constexpr int UNIT_BYTES = F::STAGED_BYTES + X_BYTES, STAGE_BYTES = UNITS * UNIT_BYTES;
-    const int lane = threadIdx.x, tile = blockIdx.x, n_units = args.matrix.n_units;
-    const int n_stages = (n_units + UNITS - 1) / UNITS;
-    auto load_weights = [&](int stage) {
-        uint8_t *to = shared + stage % STAGES * STAGE_BYTES;
+// Up to 8 rows: a block for each tile of 16 outputs. Its warps take chunks in turn, each with STAGES - 1 stages of UNITS
+// units of weights under way; at the end the sums of all chunks are added in order.
+// Shared: the stages of each warp; then the chunks' sums, [n_chunks][32 lanes][4].
+template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs &args, uint8_t *shared) {
+    constexpr int STAGE_BYTES = UNITS * F::STAGED_BYTES, STAGES_OF_CHUNK = CHUNK / UNITS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_units = args.matrix.n_units;
+    const int n_chunks = (n_units + CHUNK - 1) / CHUNK;
+    const int n_stages = (n_chunks - warp + WARPS - 1) / WARPS * STAGES_OF_CHUNK;
+    uint8_t *const ring = shared + warp * STAGES * STAGE_BYTES;
+    float4 *const sums = reinterpret_cast<float4 *>(shared + WARPS * STAGES * STAGE_BYTES);
+    auto first_unit = [&](int stage) {
+        return (stage / STAGES_OF_CHUNK * WARPS + warp) * CHUNK + stage % STAGES_OF_CHUNK * UNITS;
+    };
+    auto load = [&](int stage) {
+        if (stage >= n_stages) return;
+        uint8_t *to = ring + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++, to += UNIT_BYTES) {
-            int unit = stage * UNITS + i;
+        for (int i = 0; i < UNITS; i++, to += F::STAGED_BYTES) {
+            int unit = first_unit(stage) + i;
             if (unit >= n_units) break;
-            Unit from = F::unit_of(args.matrix, tile, unit);
+            Unit from = F::unit_of(args.matrix, blockIdx.x, unit);
 #pragma unroll
             for (int offset = 0; offset < F::STAGED_BYTES; offset += 512) {
                 int at = offset + lane * 16;
@@ -149,44 +155,76 @@ template <class F, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs 
             }
         }
     };
-    auto load_x = [&](int stage) {
-        uint8_t *to = shared + stage % STAGES * STAGE_BYTES;
-#pragma unroll
-        for (int i = 0; i < UNITS; i++, to += UNIT_BYTES) {
-            int unit = stage * UNITS + i;
-            if (unit >= n_units) break;
-            const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + (size_t)unit * X_BYTES;
-#pragma unroll
-            for (int offset = 0; offset < X_BYTES; offset += 512) {
-                // Rows that are not there are zeros, and cost no traffic.
-                copy_async(to + F::STAGED_BYTES + offset + lane * 16, x + offset + lane * 16, lane / 4 < args.n_rows);
-            }
-        }
+    // Rows that are not there are zeros, and cost no traffic.
+    const uint8_t *const x = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
+    auto x_of = [&](int unit, int group) {
+        uint4 zeros = {0, 0, 0, 0};
+        bool is_there = lane / 4 < args.n_rows && unit < n_units;
+        return is_there ? *reinterpret_cast<const uint4 *>(x + (size_t)unit * X_BYTES + group * 512) : zeros;
     };
-    float total[1][1][4] = {};
     // Weights do not depend on the kernels before: they are under way while those end.
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) load_weights(stage);
-    grid_wait();
-#pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) {
-        load_x(stage);
+        load(stage);
         copy_commit();
     }
+    grid_wait();
+    float sum[1][1][4] = {};
+    uint4 b[UNITS][2];
+#pragma unroll
+    for (int i = 0; i < UNITS; i++) b[i][0] = x_of(first_unit(0) + i, 0), b[i][1] = x_of(first_unit(0) + i, 1);
     for (int stage = 0; stage < n_stages; stage++) {
+        uint4 next[UNITS][2];
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            next[i][0] = x_of(first_unit(stage + 1) + i, 0), next[i][1] = x_of(first_unit(stage + 1) + i, 1);
+        }
         copy_wait<STAGES - 2>();
         sync_warp();
-        load_weights(stage + STAGES - 1);
-        load_x(stage + STAGES - 1);
+        load(stage + STAGES - 1);
         copy_commit();
-        const uint8_t *staged = shared + stage % STAGES * STAGE_BYTES;
+        const uint8_t *staged = ring + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++, staged += UNIT_BYTES) {
-            if (stage * UNITS + i >= n_units) break;
-            multiply_unit<F, 1, 1>(total, staged, 0, staged + F::STAGED_BYTES, lane);
+        for (int i = 0; i < UNITS; i++, staged += F::STAGED_BYTES) {
+            if (first_unit(stage) + i >= n_units) break;
+            const uint4(&low)[1] = {b[i][0]}, (&high)[1] = {b[i][1]};
+            multiply_group<F, 1, 1>(sum, staged, 0, low, 0, lane);
+            multiply_group<F, 1, 1>(sum, staged, 0, high, 1, lane);
+        }
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) b[i][0] = next[i][0], b[i][1] = next[i][1];
+        if (stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
+            float(&done)[4] = sum[0][0];
+            sums[(stage / STAGES_OF_CHUNK * WARPS + warp) * 32 + lane] = make_float4(done[0], done[1], done[2], done[3]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) done[i] = 0.0f;
         }
     }
-    store_tile(args, total[0][0], tile, 0, lane);
+    sync_block();
+    if (warp > 0) return;
+    float total[4] = {};
+#pragma unroll 8
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
+        float4 next = sums[chunk * 32 + lane];
+        total[0] = __fadd_rn(total[0], next.x), total[1] = __fadd_rn(total[1], next.y);
+        total[2] = __fadd_rn(total[2], next.z), total[3] = __fadd_rn(total[3], next.w);
+    }
+    store_tile(args, total, blockIdx.x, 0, lane);
+}
+
+// Adds a chunk's sums and begins the next.
+template <int MT, int NT> DEVICE void end_chunk(float (&total)[MT][NT][4], float (&sum)[MT][NT][4]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                total[m][n][i] = __fadd_rn(total[m][n][i], sum[m][n][i]);
+                sum[m][n][i] = 0.0f;
+            }
+        }
+    }
 }
 
 // More rows: a block for BLOCK_M tiles of outputs by BLOCK_N tiles of rows, a warp of it for MT by NT of them. Weights and
@@ -224,7 +262,7 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
             copy_async(to + chunk * 16, x + chunk % X_CHUNKS * 16, tile * 8 < args.n_rows);
         }
     };
-    float total[MT][NT][4] = {};
+    float total[MT][NT][4] = {}, sum[MT][NT][4] = {};
 #pragma unroll
     for (int unit = 0; unit < STAGES - 1; unit++) load_weights(unit);
     grid_wait();
@@ -241,8 +279,16 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
         load_x(unit + STAGES - 1);
         copy_commit();
         const uint8_t *staged = shared + unit % STAGES * STAGE_BYTES;
-        multiply_unit<F, MT, NT>(total, staged + warp_m * MT * F::STAGED_BYTES, F::STAGED_BYTES,
-                                 staged + WEIGHT_BYTES + warp_n * NT * X_BYTES, lane);
+        const uint8_t *weights = staged + warp_m * MT * F::STAGED_BYTES;
+        const uint8_t *x = staged + WEIGHT_BYTES + warp_n * NT * X_BYTES + lane * 16;
+#pragma unroll
+        for (int group = 0; group < 2; group++) {
+            uint4 b[NT];
+#pragma unroll
+            for (int n = 0; n < NT; n++) b[n] = *reinterpret_cast<const uint4 *>(x + n * X_BYTES + group * 512);
+            multiply_group<F, MT, NT>(sum, weights, F::STAGED_BYTES, b, group, lane);
+        }
+        if (unit % CHUNK == CHUNK - 1 || unit + 1 == n_units) end_chunk(total, sum);
     }
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -278,31 +324,31 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 }
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
-#define LINEAR_KERNELS(name, F, UNITS, MT, NT, WARPS_M, WARPS_N)                                        \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 32, 4) {                                                      \
-        SHARED(uint8_t, shared);                                                                        \
-        grid_release();                                                                                 \
-        linear::few_rows<F, 8, UNITS>(args, shared);                                                    \
-    }                                                                                                   \
-    KERNEL_AHEAD(linear_some_##name, LinearArgs, 128, 2) {                                                    \
-        SHARED(uint8_t, shared);                                                                        \
-        grid_release();                                                                                 \
-        linear::many_rows<F, 1, 4, 4, 1, 8>(args, shared);                                              \
-    }                                                                                                   \
-    KERNEL_AHEAD(linear_many_##name, LinearArgs, 32 * WARPS_M * WARPS_N, 1) {                                 \
-        SHARED(uint8_t, shared);                                                                        \
-        grid_release();                                                                                 \
-        linear::many_rows<F, MT, NT, WARPS_M, WARPS_N, 4>(args, shared);                                \
+#define LINEAR_KERNELS(name, F, UNITS, MT, NT, WARPS_M, WARPS_N)                 \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 2) {                        \
+        SHARED(uint8_t, shared);                                                 \
+        grid_release();                                                          \
+        linear::few_rows<F, 8, 4, UNITS>(args, shared);                          \
+    }                                                                            \
+    KERNEL_AHEAD(linear_some_##name, LinearArgs, 128, 2) {                       \
+        SHARED(uint8_t, shared);                                                 \
+        grid_release();                                                          \
+        linear::many_rows<F, 1, 4, 4, 1, 8>(args, shared);                       \
+    }                                                                            \
+    KERNEL_AHEAD(linear_many_##name, LinearArgs, 32 * WARPS_M * WARPS_N, 1) {    \
+        SHARED(uint8_t, shared);                                                 \
+        grid_release();                                                          \
+        linear::many_rows<F, MT, NT, WARPS_M, WARPS_N, 4>(args, shared);         \
     }
 
-LINEAR_KERNELS(bf16, Bf16, 1, 4, 8, 2, 4)
-LINEAR_KERNELS(q4_0, Q4_0, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q4_1, Q4_1, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q5_0, Q5_0, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q5_1, Q5_1, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q8_0, Q8_0, 1, 2, 8, 4, 2)
-LINEAR_KERNELS(q2_k, Q2_K, 2, 2, 4, 4, 2)
-LINEAR_KERNELS(q3_k, Q3_K, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q4_k, Q4_K, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q5_k, Q5_K, 2, 2, 8, 4, 2)
-LINEAR_KERNELS(q6_k, Q6_K, 2, 2, 8, 4, 2)
+LINEAR_KERNELS(bf16, Bf16, 1, 4, 4, 2, 4)
+LINEAR_KERNELS(q4_0, Q4_0, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q4_1, Q4_1, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q5_0, Q5_0, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q5_1, Q5_1, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q8_0, Q8_0, 1, 4, 4, 2, 4)
+LINEAR_KERNELS(q2_k, Q2_K, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q3_k, Q3_K, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q4_k, Q4_K, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q5_k, Q5_K, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(q6_k, Q6_K, 2, 4, 4, 2, 4)

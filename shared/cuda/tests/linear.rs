@@ -212,7 +212,7 @@ fn check_product(
 #[test]
 fn every_type_multiplies_as_it_dequantizes() {
     for weight_type in WeightType::ALL {
-        let n_cols = if weight_type.block_len() == 256 { 512 } else { 160 };
+        let n_cols = if weight_type.block_len() == 256 { 1280 } else { 1184 };
         let file = FileMatrix::new(weight_type, 37, n_cols, 9);
         for (n_rows, size) in [(1, Size::Few), (7, Size::Few), (11, Size::Some), (3, Size::Many)] {
             let worst = check_product(Emulated::new(), &file, 0..n_cols, n_rows, size);
@@ -239,11 +239,11 @@ fn columns_may_begin_and_end_inside_a_superblock() {
 #[test]
 fn a_row_has_the_same_bits_in_every_batch_and_kernel() {
     for kind in Kind::ALL {
-        let file = FileMatrix::new(kind.weight_type(), 40, 512, 21);
-        let packed = packed_of(&file, 0..512);
+        let file = FileMatrix::new(kind.weight_type(), 40, 2560, 21);
+        let packed = packed_of(&file, 0..2560);
         let run = |size: Size, first: usize, n_rows: usize, seed: u64| {
             let mut bench = Bench::new(Emulated::new().with_seed(seed), &packed);
-            bench.multiply(size, &Activations::new(first, n_rows, 512), 40, None)
+            bench.multiply(size, &Activations::new(first, n_rows, 2560), 40, None)
         };
         let alone: Vec<f32> = (0..3).flat_map(|row| run(Size::Few, row, 1, 1)).collect();
         assert!(alone.iter().all(|value| value.is_finite()));

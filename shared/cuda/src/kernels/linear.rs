@@ -1,7 +1,7 @@
 //! Launches of the matrix products of kernels/linear.cu and of the embedding's look-up. The numbers of rows, columns and
 //! stages are those of the kernels.
 
-use crate::pack::{Kind, Planes, UNIT_COLUMNS};
+use crate::pack::{Kind, Planes, TILE_ROWS, UNIT_COLUMNS};
 use crate::{CudaError, DevicePtr, Launch, Runtime};
 
 /// Rows up to which the kernel of one warp a tile is used.
@@ -109,7 +109,7 @@ pub enum Size {
 impl Size {
     /// The kernel for this number of rows on a device whose blocks may have so much shared memory.
     pub fn of(kind: Kind, n_rows: usize, max_shared_bytes: u32) -> Self {
-        let fits = Shape::of(kind, Self::Many).shared_bytes(kind.planes()) <= max_shared_bytes;
+        let fits = MANY.shared_bytes(kind.planes()) <= max_shared_bytes;
         match n_rows {
             0..=FEW_ROWS => Self::Few,
             _ if n_rows <= SOME_ROWS || !fits => Self::Some,
@@ -118,40 +118,49 @@ impl Size {
     }
 }
 
-/// Blocking of a kernel: tiles of 16 outputs, tiles of 8 rows, threads, stages, units of a stage.
-struct Shape {
+/// Warps of a block for few rows, and stages of each.
+const FEW_WARPS: usize = 8;
+const FEW_STAGES: usize = 4;
+/// Units of a chunk, and bytes of its sums over a tile and 8 rows.
+const CHUNK_UNITS: usize = 4;
+const CHUNK_SUM_BYTES: usize = 4 * TILE_ROWS * 8;
+
+/// Blocking of the kernels for more rows: tiles of 16 outputs, tiles of 8 rows, threads, stages.
+struct Blocking {
     block_m: usize,
     block_n: usize,
-    threads: usize,
+    threads: u32,
     stages: usize,
-    units: usize,
 }
 
-impl Shape {
-    fn of(kind: Kind, size: Size) -> Self {
-        let units = if matches!(kind, Kind::BF16 | Kind::Q8_0) { 1 } else { 2 };
-        match (size, kind) {
-            (Size::Few, _) => Self { block_m: 1, block_n: 1, threads: 32, stages: 8, units },
-            (Size::Some, _) => Self { block_m: 4, block_n: 4, threads: 128, stages: 8, units: 1 },
-            (Size::Many, Kind::BF16) => Self { block_m: 8, block_n: 32, threads: 256, stages: 4, units: 1 },
-            (Size::Many, Kind::Q2_K) => Self { block_m: 8, block_n: 8, threads: 256, stages: 4, units: 1 },
-            (Size::Many, _) => Self { block_m: 8, block_n: 16, threads: 256, stages: 4, units: 1 },
-        }
-    }
+const SOME: Blocking = Blocking { block_m: 4, block_n: 4, threads: 128, stages: 8 };
+const MANY: Blocking = Blocking { block_m: 8, block_n: 16, threads: 256, stages: 4 };
 
+impl Blocking {
     fn shared_bytes(&self, planes: Planes) -> u32 {
-        let stage = self.units * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES);
-        (self.stages * stage) as u32
+        (self.stages * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES)) as u32
     }
 
     fn launch(&self, planes: Planes, n_tiles: usize, n_rows: usize) -> Launch {
         let blocks_m = n_tiles.div_ceil(self.block_m) as u32;
         let blocks_n = n_rows.div_ceil(8 * self.block_n) as u32;
-        Launch {
-            grid: if self.threads == 32 { [blocks_m, 1, 1] } else { [blocks_n, blocks_m, 1] },
-            threads: self.threads as u32,
-            shared_bytes: self.shared_bytes(planes),
-        }
+        let shared_bytes = self.shared_bytes(planes);
+        Launch { grid: [blocks_n, blocks_m, 1], threads: self.threads, shared_bytes }
+    }
+}
+
+/// Units of a stage of the kernel for few rows: about as many bytes for every kind.
+fn few_units(kind: Kind) -> usize {
+    if matches!(kind, Kind::BF16 | Kind::Q8_0) { 1 } else { 2 }
+}
+
+fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
+    let stages = FEW_WARPS * FEW_STAGES * few_units(kind) * kind.planes().staged_bytes();
+    let sums = (matrix.n_units as usize).div_ceil(CHUNK_UNITS) * CHUNK_SUM_BYTES;
+    Launch {
+        grid: [matrix.n_tiles as u32, 1, 1],
+        threads: 32 * FEW_WARPS as u32,
+        shared_bytes: (stages + sums) as u32,
     }
 }
 
@@ -186,8 +195,12 @@ kernel_names!(
 /// # Errors
 /// What the device reports.
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
-    let launch =
-        Shape::of(kind, size).launch(kind.planes(), args.matrix.n_tiles as usize, args.n_rows as usize);
+    let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
+    let launch = match size {
+        Size::Few => few_launch(kind, &args.matrix),
+        Size::Some => SOME.launch(kind.planes(), n_tiles, n_rows),
+        Size::Many => MANY.launch(kind.planes(), n_tiles, n_rows),
+    };
     runtime.launch(kernel_name(kind, size), launch, bytemuck::bytes_of(args))
 }
 
