@@ -89,7 +89,8 @@ impl World {
             let other = random.below(ids.len());
             ids.swap(i, other);
         }
-        let mut stale = |n: usize| -> Vec<f16> { (0..n).map(|_| f16::from_f32(6e4 * random.number())).collect() };
+        let mut stale =
+            |n: usize| -> Vec<f16> { (0..n).map(|_| f16::from_f32(6e4 * random.number())).collect() };
         let n_elements = ids.len() * kv_width * BLOCK_POSITIONS;
         let (mut key_cache, mut value_cache) = (stale(n_elements), stale(n_elements));
         let (mut table_of, mut n_before) = (Vec::new(), 0);
@@ -137,9 +138,12 @@ impl World {
         let kv_heads = self.case.groups.iter().enumerate().flat_map(|(kv, n)| std::iter::repeat_n(kv, *n));
         for (head, kv_head) in kv_heads.enumerate() {
             let q = &self.queries[sequence][position][head * head_dim..][..head_dim];
-            let of = |rows: &Vec<Vec<f16>>, key: usize, dim: usize| rows[key][kv_head * head_dim + dim].to_f64();
+            let of =
+                |rows: &Vec<Vec<f16>>, key: usize, dim: usize| rows[key][kv_head * head_dim + dim].to_f64();
             let scores: Vec<f64> = (first..=position)
-                .map(|key| (0..head_dim).map(|i| q[i].to_f64() * of(&self.keys[sequence], key, i)).sum::<f64>())
+                .map(|key| {
+                    (0..head_dim).map(|i| q[i].to_f64() * of(&self.keys[sequence], key, i)).sum::<f64>()
+                })
                 .map(|score| score / (head_dim as f64).sqrt())
                 .collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -147,7 +151,8 @@ impl World {
             let sum: f64 = weights.iter().sum();
             for dim in 0..head_dim {
                 let terms = weights.iter().enumerate();
-                let terms = terms.map(|(i, weight)| weight / sum * of(&self.values[sequence], first + i, dim));
+                let terms =
+                    terms.map(|(i, weight)| weight / sum * of(&self.values[sequence], first + i, dim));
                 out.push(terms.fold((0.0, 0.0), |(value, size), term| (value + term, size + term.abs())));
             }
         }

@@ -4,9 +4,9 @@
 mod support;
 
 use half::{bf16, f16};
+use paceline_cuda::CudaError;
 use paceline_cuda::kernels::norm::{AddNormArgs, add_norm};
 use paceline_cuda::kernels::rope::{RotateStoreArgs, rotate_store};
-use paceline_cuda::CudaError;
 use support::{
     arrays::{Random, get, key_index, only, operand_b_index, put, value_index},
     emulated::Emulated,
@@ -36,8 +36,7 @@ impl Rows {
         // Some rows are large, some small.
         let size = |row: usize| 10f32.powi(row as i32 % 7 - 3);
         let mut rows = |scale: f32| -> Vec<Vec<f32>> {
-            let mut row =
-                |row: usize| random.numbers(n_embd).iter().map(|x| scale * size(row) * x).collect();
+            let mut row = |row: usize| random.numbers(n_embd).iter().map(|x| scale * size(row) * x).collect();
             (0..n_rows).map(&mut row).collect()
         };
         let (hidden, delta) = (rows(1.0), rows(0.3));

@@ -141,7 +141,9 @@ fn check(mut device: Emulated, slice: Slice, with_cuts: bool) -> Result<(), Stri
 #[test]
 fn tokens_and_values_are_those_of_the_crate() {
     // Slices that begin and end anywhere in the groups of the generator.
-    for (vocab_start, n_tokens) in [(0, 1), (7, 1), (0, 1_000), (5, 2), (17, 3_001), (32_000, 4_096), (151_643, 293)] {
+    for (vocab_start, n_tokens) in
+        [(0, 1), (7, 1), (0, 1_000), (5, 2), (17, 3_001), (32_000, 4_096), (151_643, 293)]
+    {
         for with_cuts in [false, true] {
             let outcome = check(Emulated::new(), Slice::new(vocab_start, n_tokens), with_cuts);
             assert_eq!(outcome, Ok(()), "{n_tokens} tokens from {vocab_start}, cuts: {with_cuts}");
@@ -192,7 +194,10 @@ fn mistakes_are_found() {
         ),
         ("a.token < b.token", "a.token > b.token"),
         ("token <= cut.token", "token < cut.token"),
-        ("mask = 16; mask > 0; mask /= 2) {\n        Candidate", "mask = 8; mask > 0; mask /= 2) {\n        Candidate"),
+        (
+            "mask = 16; mask > 0; mask /= 2) {\n        Candidate",
+            "mask = 8; mask > 0; mask /= 2) {\n        Candidate",
+        ),
         ("part < args.n_parts; part += 32", "part + 1 < args.n_parts; part += 32"),
         ("most = fmaxf(most, logit[i]);", "most = logit[i];"),
     ] {
