@@ -101,6 +101,7 @@ impl TestCluster {
             model_name: spec.model_name,
             listen: "127.0.0.1:0".into(),
             threads: vec![spec.threads_per_rank; spec.n_ranks],
+            devices: Vec::new(),
             shard_args: spec.shard_args.into_iter().map(Into::into).collect(),
             coordinator_args: spec.coordinator_args.into_iter().map(Into::into).collect(),
             env: spec.env,

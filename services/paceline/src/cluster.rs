@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use paceline_shard::device::DeviceChoice;
 use tokio::time::timeout;
 
 use crate::{
@@ -37,6 +38,8 @@ pub struct ClusterSpec {
     pub listen: String,
     /// Compute threads of each rank; its length is the number of ranks.
     pub threads: Vec<usize>,
+    /// What each rank computes with; empty leaves it to the shards.
+    pub devices: Vec<DeviceChoice>,
     /// Further arguments of every shard.
     pub shard_args: Vec<OsString>,
     /// Further arguments of the coordinator.
@@ -119,6 +122,9 @@ fn start_shards(spec: &ClusterSpec) -> anyhow::Result<Vec<ServiceProcess>> {
         let mut args: Vec<OsString> = vec!["shard".into(), "--listen".into(), "127.0.0.1:0".into()];
         args.extend(["--model".into(), spec.model.clone().into()]);
         args.extend(["--threads".into(), threads.to_string().into()]);
+        if let Some(device) = spec.devices.get(rank) {
+            args.extend(["--device".into(), device.to_string().into()]);
+        }
         args.extend(spec.shard_args.iter().cloned());
         service(spec, format!("shard {rank}"), args)
     };

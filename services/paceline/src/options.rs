@@ -7,8 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use paceline_shard::device::{DeviceChoice, GpuMemory};
 use paceline_wire::inference::{SamplingOptions, StopOptions};
 
 use crate::{
@@ -98,6 +99,12 @@ pub struct ClusterOptions {
     /// Compute threads of all shards together [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
+    /// What shards compute with: auto, cpu or cuda:N, one for all or one for each rank [default: auto]
+    #[arg(long, value_name = "DEVICE,...", value_delimiter = ',')]
+    pub device: Vec<DeviceChoice>,
+    /// Share of the free memory of each GPU that weights and KV cache may take [default: 0.9]
+    #[arg(long, value_name = "SHARE")]
+    pub gpu_memory: Option<GpuMemory>,
     /// Instruction set: auto, scalar, avx2, avx512 or avx512vnni
     #[arg(long, value_name = "ISA")]
     pub isa: Option<String>,
@@ -126,9 +133,21 @@ impl ClusterOptions {
         share_threads(self.threads.map_or(cores, NonZeroUsize::get), ranks)
     }
 
+    /// What each rank computes with; empty when the user does not say.
+    ///
+    /// # Errors
+    /// When there are several devices, but not one for each rank.
+    pub fn devices(&self) -> anyhow::Result<Vec<DeviceChoice>> {
+        devices_of_ranks(&self.device, self.threads_per_rank().len())
+    }
+
     /// Arguments for every shard.
     pub fn shard_args(&self) -> Vec<OsString> {
-        flags(&[("--isa", self.isa.clone()), ("--transport", self.transport.clone())])
+        flags(&[
+            ("--isa", self.isa.clone()),
+            ("--transport", self.transport.clone()),
+            ("--gpu-memory", self.gpu_memory.map(|share| share.to_string())),
+        ])
     }
 
     /// Arguments for the coordinator.
@@ -140,6 +159,18 @@ impl ClusterOptions {
             ("--context", text(self.context)),
             ("--max-sequences", text(self.max_sequences)),
         ])
+    }
+}
+
+fn devices_of_ranks(devices: &[DeviceChoice], n_ranks: usize) -> anyhow::Result<Vec<DeviceChoice>> {
+    match devices {
+        [device] => Ok(vec![*device; n_ranks]),
+        [] => Ok(Vec::new()),
+        several => {
+            let n_devices = several.len();
+            ensure!(n_devices == n_ranks, "--device names {n_devices} devices, there are {n_ranks} ranks");
+            Ok(several.to_vec())
+        }
     }
 }
 
@@ -184,6 +215,9 @@ pub struct SamplingArgs {
     /// The same seed gives the same text [default: a new one each time]
     #[arg(long, value_name = "S", help_heading = "Sampling")]
     pub seed: Option<u64>,
+    /// With --json, log probabilities of each token and of its N likeliest alternatives (0 to 20)
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    pub logprobs: Option<u32>,
     /// Text that ends the output; may be given several times
     #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
     pub stop: Vec<String>,
@@ -204,6 +238,7 @@ impl SamplingArgs {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: self.seed,
+            logprobs: self.logprobs,
             ..SamplingOptions::default()
         }
     }
@@ -285,6 +320,17 @@ mod tests {
         assert_eq!(server_url("localhost:1").expect("plain"), "http://localhost:1");
         assert_eq!(server_url("http://localhost:1").expect("URL"), "http://localhost:1");
         assert!(server_url("ftp://x").expect_err("scheme").to_string().contains("ftp"));
+    }
+
+    #[test]
+    fn a_device_is_for_all_ranks_or_for_one() {
+        use DeviceChoice::{Cpu, Cuda};
+        let of = |devices: &[DeviceChoice]| devices_of_ranks(devices, 2);
+        assert_eq!(of(&[]).expect("none"), []);
+        assert_eq!(of(&[Cuda(1)]).expect("one for all"), [Cuda(1), Cuda(1)]);
+        assert_eq!(of(&[Cuda(0), Cpu]).expect("one each"), [Cuda(0), Cpu]);
+        let error = of(&[Cpu, Cpu, Cpu]).expect_err("one too many").to_string();
+        assert!(error.contains("3 devices") && error.contains("2 ranks"), "{error}");
     }
 
     #[test]

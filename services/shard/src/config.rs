@@ -7,6 +7,8 @@ use paceline_collectives::{BindSpec, Transport};
 use paceline_kernels::Isa;
 use paceline_telemetry::shutdown::ParentWatch;
 
+use crate::device::DeviceOptions;
+
 /// Flags of a shard.
 #[derive(Args, Clone, Debug)]
 pub struct Config {
@@ -16,6 +18,9 @@ pub struct Config {
     /// GGUF file, or directory with config.json and safetensors
     #[arg(long, env = "PACELINE_MODEL")]
     pub model: PathBuf,
+    /// What to compute with.
+    #[command(flatten)]
+    pub device: DeviceOptions,
     /// Compute threads [default: all cores]
     #[arg(long, env = "PACELINE_THREADS")]
     pub threads: Option<usize>,

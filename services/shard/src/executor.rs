@@ -12,15 +12,16 @@ use paceline_collectives::{
     AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
 };
 use paceline_domain::{ErrorKind, KvType, StepNumber, StepPlan, StepResult, StepTimings};
-use paceline_kernels::{Kernels, Pinning, ThreadPool};
-use paceline_model::{Batch, Capacity, Decoder, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan};
+use paceline_model::{
+    Batch, Capacity, Decoder, Device, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan,
+};
 use paceline_wire::shard as proto;
 use tokio::sync::mpsc::Sender;
 use tonic::Status;
 use tracing::{Span, field, info_span};
 
 use crate::{
-    sampler::{LogitSlices, Sampler},
+    sampler::Sampler,
     sequences::{PlanError, Sequences},
 };
 
@@ -36,9 +37,9 @@ pub struct Machine {
     pub checkpoint: Arc<Checkpoint>,
     /// Its architecture.
     pub config: Arc<ModelConfig>,
-    /// Chosen kernels.
-    pub kernels: &'static Kernels,
-    /// Compute threads.
+    /// What computes.
+    pub device: Arc<dyn Device>,
+    /// Compute threads of the CPU.
     pub n_threads: usize,
     /// How ranks exchange partial sums.
     pub transport: Transport,
@@ -143,7 +144,6 @@ struct Executor {
     epoch: u64,
     rank: usize,
     last_step: StepNumber,
-    n_usable_vocab: usize,
     decoder: Decoder,
     collective: Box<dyn Collective>,
     sequences: Sequences,
@@ -172,21 +172,20 @@ impl Executor {
             max_rows: form.max_rows as usize,
             max_output_rows: form.max_sampled_rows as usize,
         };
-        let decoder = Decoder::load(&LoadSpec {
+        let spec = LoadSpec {
             checkpoint: &machine.checkpoint,
             config: &machine.config,
             plan: &plan,
             rank,
             capacity,
-            kernels: machine.kernels,
-            pool: Arc::new(ThreadPool::new(machine.n_threads, Pinning::None)),
             progress: &progress,
-        })?;
+        };
+        let decoder = Decoder::load(&spec, machine.device.as_ref())?;
         let (weight_bytes, kv_bytes) = decoder.memory_bytes();
         let ready = proto::Ready {
             epoch: form.epoch,
             numerics: decoder.fingerprint().numerics,
-            isa: machine.kernels.isa().name().into(),
+            isa: decoder.device_name(),
             threads: machine.n_threads as u32,
             weight_bytes: weight_bytes as u64,
             kv_bytes: kv_bytes as u64,
@@ -197,11 +196,10 @@ impl Executor {
             epoch: form.epoch,
             rank,
             last_step: StepNumber(0),
-            n_usable_vocab: form.vocabulary_tokens as usize,
             decoder,
             collective,
             sequences: Sequences::new(form.n_kv_blocks),
-            sampler: Sampler::default(),
+            sampler: Sampler::new(form.vocabulary_tokens as usize),
         })
     }
 
@@ -264,10 +262,8 @@ impl Executor {
             block_tables: &block_tables,
             output_rows: &rows.output_rows,
         };
-        let logits = self.decoder.forward(&batch, self.collective.as_mut())?;
-        let slices =
-            LogitSlices { values: logits.values, vocab: logits.vocab_range, n_usable: self.n_usable_vocab };
-        Ok(self.sampler.sample(plan, &mut self.sequences, &slices, self.collective.as_mut())?)
+        let mut logits = self.decoder.forward(&batch, self.collective.as_mut())?;
+        Ok(self.sampler.sample(plan, &mut self.sequences, &mut logits, self.collective.as_mut())?)
     }
 }
 

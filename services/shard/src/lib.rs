@@ -3,6 +3,7 @@
 //!
 //! # Layout
 //! * [`config`] – command-line flags and environment
+//! * [`device`] – what to compute with
 //! * [`server`] – listens, and ends cleanly
 //! * [`service`] – the gRPC session: handshake, then plans in and results out
 //! * [`executor`] – the thread that owns model, KV memory and collective
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod device;
 pub mod executor;
 pub mod sampler;
 pub mod sequences;

@@ -1,69 +1,76 @@
 //! From the logits of all ranks to tokens on rank 0: each rank prepares its slice of each sampled row, one gather
 //! brings them together, rank 0 chooses. A row that needs no filter travels as one candidate of eight bytes, any
-//! other as its logits.
+//! other as its logits. The candidates of plain rows are found where the logits are, all of a step in one call.
 
-use std::{convert::Infallible, ops::Range};
+use std::convert::Infallible;
 
-use paceline_collectives::{Collective, CollectiveError};
+use paceline_collectives::Collective;
 use paceline_domain::{SampledToken, SequenceChunk, SequenceSamples, StepPlan};
-use paceline_sampling::{Candidate, local_best, merge, needs_full_row, sample_row, verify};
+use paceline_model::{Logits, ModelError, logits::Choice};
+use paceline_sampling::{Candidate, is_plain, local_best, merge, needs_full_row, sample_row, verify};
 
 use crate::sequences::{Sequence, Sequences};
 
 /// Bytes of a candidate.
 const CANDIDATE_BYTES: usize = 8;
 
-/// Chooses tokens for the rows of a step. Holds only buffers.
-#[derive(Debug, Default)]
+/// Chooses tokens for the rows of a step. Beside one number it holds only buffers.
+#[derive(Debug)]
 pub struct Sampler {
+    /// Ids from here on are padding and never sampled.
+    n_usable: usize,
     own: Vec<u8>,
     parts: Vec<Vec<u8>>,
     row: Vec<f32>,
-}
-
-/// This rank's logits of the sampled rows, in plan order.
-#[derive(Debug)]
-pub struct LogitSlices<'a> {
-    /// `[n_sampled_rows, n_local_vocab]`
-    pub values: &'a [f32],
-    /// Token ids of the columns.
-    pub vocab: Range<usize>,
-    /// Ids from here on are padding and never sampled.
-    pub n_usable: usize,
-}
-
-impl<'a> LogitSlices<'a> {
-    fn row(&self, row_idx: usize) -> &'a [f32] {
-        let width = self.vocab.len();
-        let n_columns = self.vocab.end.min(self.n_usable).saturating_sub(self.vocab.start);
-        &self.values[row_idx * width..][..n_columns]
-    }
+    /// Plain rows of the step, where their candidates go in `own`, and the candidates.
+    plain: Vec<Choice>,
+    places: Vec<usize>,
+    best: Vec<Candidate>,
 }
 
 impl Sampler {
+    /// For a vocabulary whose ids from `n_usable` on are padding.
+    pub fn new(n_usable: usize) -> Self {
+        Self {
+            n_usable,
+            own: Vec::new(),
+            parts: Vec::new(),
+            row: Vec::new(),
+            plain: Vec::new(),
+            places: Vec::new(),
+            best: Vec::new(),
+        }
+    }
+
     /// Samples every row the plan asks for and adds the plan's tokens to the histories. Rank 0 gets one entry for
-    /// each chunk with sampled rows, every other rank none.
+    /// each chunk with sampled rows, every other rank none. `logits` has the sampled rows in plan order.
     ///
     /// # Errors
-    /// When the gather fails.
+    /// When the gather or the device fails.
     pub fn sample(
         &mut self,
         plan: &StepPlan,
         sequences: &mut Sequences,
-        logits: &LogitSlices<'_>,
+        logits: &mut Logits<'_>,
         collective: &mut dyn Collective,
-    ) -> Result<Vec<SequenceSamples>, CollectiveError> {
+    ) -> Result<Vec<SequenceSamples>, ModelError> {
         self.own.clear();
+        self.plain.clear();
+        self.places.clear();
         let mut row_idx = 0;
         for chunk in &plan.chunks {
             let sequence = sequences.get_mut(chunk.sequence);
             for (i, token) in chunk.tokens.iter().enumerate() {
                 sequence.history.push(*token);
                 if i >= first_sampled(chunk) {
-                    self.prepare_row(sequence, logits.row(row_idx), logits.vocab.start as u32);
+                    self.prepare_row(sequence, row_idx, logits)?;
                     row_idx += 1;
                 }
             }
+        }
+        logits.best(self.n_usable, &self.plain, &mut self.best)?;
+        for (place, best) in self.places.iter().zip(&self.best) {
+            self.own[*place..][..CANDIDATE_BYTES].copy_from_slice(&best.to_bytes());
         }
         collective.gather(&self.own, &mut self.parts)?;
         if collective.rank() != 0 {
@@ -73,17 +80,33 @@ impl Sampler {
     }
 
     /// Appends this rank's share of a row to what will be gathered. The history ends with the row's own token.
-    fn prepare_row(&mut self, sequence: &Sequence, logits: &[f32], vocab_start: u32) {
-        if needs_full_row(&sequence.sampling) {
+    fn prepare_row(
+        &mut self,
+        sequence: &Sequence,
+        row: usize,
+        logits: &mut Logits<'_>,
+    ) -> Result<(), ModelError> {
+        let Sequence { sampling, history, .. } = sequence;
+        let position = history.len() as u32;
+        if is_plain(sampling) {
+            let (seed, temperature) = (sampling.seed, sampling.temperature);
+            self.plain.push(Choice { row, position, seed, temperature });
+            self.places.push(self.own.len());
+            self.own.extend_from_slice(&[0; CANDIDATE_BYTES]);
+            return Ok(());
+        }
+        let columns = logits.columns(self.n_usable);
+        let logits = &logits.row(row)?[..columns.n_usable];
+        if needs_full_row(sampling) {
             logits.iter().for_each(|logit| self.own.extend_from_slice(&logit.to_le_bytes()));
-            return;
+            return Ok(());
         }
         // Penalties and bias change the row; the decoder's logits stay as they are.
         self.row.clear();
         self.row.extend_from_slice(logits);
-        let position = sequence.history.len() as u32;
-        let best = local_best(&sequence.sampling, &sequence.history, position, vocab_start, &mut self.row);
+        let best = local_best(sampling, history, position, columns.first_token.0, &mut self.row);
         self.own.extend_from_slice(&best.to_bytes());
+        Ok(())
     }
 
     fn choose(&mut self, plan: &StepPlan, sequences: &mut Sequences) -> Vec<SequenceSamples> {
@@ -155,10 +178,20 @@ fn first_sampled(chunk: &SequenceChunk) -> usize {
 mod tests {
     use paceline_collectives::Solo;
     use paceline_domain::{BlockId, Epoch, SamplingParams, SequenceId, SequenceOpen, StepNumber, TokenId};
+    use paceline_model::logits::LogitRows;
 
     use super::*;
 
     const N_VOCAB: usize = 8;
+
+    /// Rows of logits in memory.
+    struct Rows(Vec<Vec<f32>>);
+
+    impl LogitRows for Rows {
+        fn row(&mut self, row: usize) -> Result<&[f32], ModelError> {
+            Ok(&self.0[row])
+        }
+    }
 
     fn tokens(ids: &[u32]) -> Vec<TokenId> {
         ids.iter().copied().map(TokenId).collect()
@@ -191,14 +224,15 @@ mod tests {
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
-        let mut values = vec![0.0; 6 * N_VOCAB];
+        let mut rows = Rows(vec![vec![0.0; N_VOCAB]; 6]);
         for (row, best) in [5, 7, 3, 4, 2, 6].into_iter().enumerate() {
-            values[row * N_VOCAB + best] = 1.0;
+            rows.0[row][best] = 1.0;
         }
-        let logits = LogitSlices { values: &values, vocab: 0..N_VOCAB, n_usable: N_VOCAB };
+        let mut logits = Logits::new(&mut rows, 6, 0..N_VOCAB);
         let mut sequences = Sequences::new(8);
         sequences.begin(&plan).unwrap();
-        let samples = Sampler::default().sample(&plan, &mut sequences, &logits, &mut Solo::new()).unwrap();
+        let mut sampler = Sampler::new(N_VOCAB);
+        let samples = sampler.sample(&plan, &mut sequences, &mut logits, &mut Solo::new()).unwrap();
         for chunk in &plan.chunks {
             assert_eq!(sequences.get(chunk.sequence).history.tokens(), chunk.tokens);
         }
@@ -216,11 +250,53 @@ mod tests {
         assert_eq!(sampled(Some(2)), expected);
     }
 
+    /// Tokens of one row for each of these ways to sample; row i is `row(i)`.
+    fn sampled_with(
+        n_usable: usize,
+        params: &[SamplingParams],
+        row: impl Fn(usize) -> Vec<f32>,
+    ) -> Vec<TokenId> {
+        let ids = 0..params.len() as u64;
+        let chunks: Vec<SequenceChunk> = ids.map(|id| chunk(id, &[1, 2], 1)).collect();
+        let opens = params.iter().zip(&chunks).map(|(sampling, chunk)| SequenceOpen {
+            sequence: chunk.sequence,
+            sampling: sampling.clone(),
+            n_prompt: 1,
+            cached_tokens: Vec::new(),
+            cached_blocks: Vec::new(),
+        });
+        let opens = opens.collect();
+        let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
+        let mut rows = Rows((0..params.len()).map(row).collect());
+        let mut logits = Logits::new(&mut rows, params.len(), 0..N_VOCAB);
+        let mut sequences = Sequences::new(16);
+        sequences.begin(&plan).unwrap();
+        let mut sampler = Sampler::new(n_usable);
+        let samples = sampler.sample(&plan, &mut sequences, &mut logits, &mut Solo::new()).unwrap();
+        samples.iter().flat_map(|samples| &samples.tokens).map(|sampled| sampled.token).collect()
+    }
+
     #[test]
     fn padding_of_the_vocabulary_is_never_sampled() {
-        let logits = LogitSlices { values: &[0.0; 16], vocab: 8..16, n_usable: 10 };
-        assert_eq!(logits.row(1).len(), 2);
-        let padding_only = LogitSlices { values: &[0.0; 8], vocab: 16..24, n_usable: 10 };
-        assert_eq!(padding_only.row(0).len(), 0);
+        let plain = SamplingParams::greedy();
+        let biased = SamplingParams { logit_bias: vec![(TokenId(2), 0.5)], ..plain.clone() };
+        let whole = SamplingParams { n_logprobs: Some(0), ..plain.clone() };
+        let row = vec![0.0, 0.0, 0.0, 0.0, 1.0, 9.0, 9.0, 9.0];
+        assert_eq!(sampled_with(5, &[plain, biased, whole], |_| row.clone()), [TokenId(4); 3]);
+    }
+
+    #[test]
+    fn rows_of_a_step_do_not_disturb_each_other() {
+        let noisy = SamplingParams { temperature: 0.8, seed: 7, ..SamplingParams::default() };
+        let of_kind = |i: usize| match i % 4 {
+            0 => noisy.clone(),
+            1 => SamplingParams { presence_penalty: 0.7, ..noisy.clone() },
+            2 => SamplingParams { top_k: 3, ..noisy.clone() },
+            _ => SamplingParams::greedy(),
+        };
+        let row = |i: usize| (0..N_VOCAB).map(|token| ((token * 7 + i * 5) % 11) as f32 * 0.3).collect();
+        let params: Vec<SamplingParams> = (0..12).map(of_kind).collect();
+        let alone = (0..12).flat_map(|i| sampled_with(N_VOCAB, &params[i..=i], |_| row(i)));
+        assert_eq!(sampled_with(N_VOCAB, &params, row), alone.collect::<Vec<_>>());
     }
 }

@@ -5,11 +5,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
 use paceline_kernels::Kernels;
-use paceline_model::ModelConfig;
+use paceline_model::{Cpu, ModelConfig};
 use paceline_wire::{DESCRIPTORS, MAX_INTERNAL_MESSAGE_BYTES, shard::shard_server::ShardServer};
 use tonic::transport::{Server, server::TcpIncoming};
 
-use crate::{Config, executor::Machine, service::ShardService};
+use crate::{Config, device, executor::Machine, service::ShardService};
 
 /// How long open sessions may take to end after a shutdown was asked for.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -63,13 +63,12 @@ fn machine(config: &Config) -> anyhow::Result<Machine> {
         .with_context(|| format!("cannot open the model {}", config.model.display()))?;
     let model = ModelConfig::from_checkpoint(&checkpoint)
         .with_context(|| format!("cannot serve the model {}", config.model.display()))?;
-    let isa = config.isa()?;
-    tracing::info!(?isa, threads = config.n_threads()?, "kernels chosen");
+    let cpu = Cpu { kernels: Kernels::for_isa(config.isa()?), n_threads: config.n_threads()? };
     Ok(Machine {
         checkpoint: Arc::new(checkpoint),
         config: Arc::new(model),
-        kernels: Kernels::for_isa(isa),
-        n_threads: config.n_threads()?,
+        device: device::choose(&config.device, cpu)?,
+        n_threads: cpu.n_threads,
         transport: config.transport.into(),
     })
 }

@@ -42,6 +42,21 @@ pub trait Collective: Send {
     /// A peer that is late, gone or disagrees, or the abort flag.
     fn barrier(&mut self) -> Result<(), CollectiveError>;
 
+    /// Gives every rank the bytes of rank 0; all ranks bring as many. For small things, once in a group's life.
+    ///
+    /// # Errors
+    /// A peer that is late, gone or disagrees, or the abort flag.
+    fn broadcast_from_first(&mut self, bytes: &mut [u8]) -> Result<(), CollectiveError> {
+        // One leaf a rank, of which all but the first are zero: the sum is the first, and a byte is exact in f32.
+        let tree = ReduceTree::new((0..=self.n_ranks()).collect());
+        let is_first = self.rank() == 0;
+        let own: Vec<f32> = bytes.iter().map(|byte| if is_first { f32::from(*byte) } else { 0.0 }).collect();
+        let mut sum = vec![0.0; bytes.len()];
+        self.all_reduce_tree(&tree, &own, &mut sum)?;
+        bytes.iter_mut().zip(sum).for_each(|(byte, sum)| *byte = sum as u8);
+        Ok(())
+    }
+
     /// How long each following operation may take before it is an error that names a late rank.
     fn set_deadline(&mut self, deadline: Duration);
 

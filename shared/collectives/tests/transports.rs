@@ -201,6 +201,29 @@ fn many_operations_of_all_kinds_in_a_row() {
 }
 
 #[test]
+fn every_rank_receives_the_bytes_of_the_first() {
+    let sent: Vec<u8> = (0..=255).rev().chain([0, 255, 1]).collect();
+    let mut alone = sent.clone();
+    Solo::new().broadcast_from_first(&mut alone).unwrap();
+    assert_eq!(alone, sent);
+    for transport in TRANSPORTS {
+        for n_ranks in 2..5 {
+            let received = group(
+                transport,
+                n_ranks,
+                |_| {},
+                |rank, joined| {
+                    let mut bytes = if rank == 0 { sent.clone() } else { vec![rank as u8; sent.len()] };
+                    joined.unwrap().broadcast_from_first(&mut bytes).unwrap();
+                    bytes
+                },
+            );
+            assert!(received.iter().all(|bytes| *bytes == sent), "{transport:?} {n_ranks}");
+        }
+    }
+}
+
+#[test]
 fn a_rank_that_leaves_is_named() {
     for transport in TRANSPORTS {
         for leaver in 0..3 {

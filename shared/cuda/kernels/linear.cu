@@ -135,7 +135,7 @@ template <class F, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs 
     constexpr int UNIT_BYTES = F::STAGED_BYTES + X_BYTES, STAGE_BYTES = UNITS * UNIT_BYTES;
     const int lane = threadIdx.x, tile = blockIdx.x, n_units = args.matrix.n_units;
     const int n_stages = (n_units + UNITS - 1) / UNITS;
-    auto load = [&](int stage) {
+    auto load_weights = [&](int stage) {
         uint8_t *to = shared + stage % STAGES * STAGE_BYTES;
 #pragma unroll
         for (int i = 0; i < UNITS; i++, to += UNIT_BYTES) {
@@ -147,6 +147,14 @@ template <class F, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs 
                 int at = offset + lane * 16;
                 if (at < F::STAGED_BYTES) copy_async(to + at, F::source(from, at), true);
             }
+        }
+    };
+    auto load_x = [&](int stage) {
+        uint8_t *to = shared + stage % STAGES * STAGE_BYTES;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++, to += UNIT_BYTES) {
+            int unit = stage * UNITS + i;
+            if (unit >= n_units) break;
             const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + (size_t)unit * X_BYTES;
 #pragma unroll
             for (int offset = 0; offset < X_BYTES; offset += 512) {
@@ -156,15 +164,20 @@ template <class F, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs 
         }
     };
     float total[1][1][4] = {};
+    // Weights do not depend on the kernels before: they are under way while those end.
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) load_weights(stage);
+    grid_wait();
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) {
-        if (stage < n_stages) load(stage);
+        load_x(stage);
         copy_commit();
     }
     for (int stage = 0; stage < n_stages; stage++) {
         copy_wait<STAGES - 2>();
         sync_warp();
-        if (stage + STAGES - 1 < n_stages) load(stage + STAGES - 1);
+        load_weights(stage + STAGES - 1);
+        load_x(stage + STAGES - 1);
         copy_commit();
         const uint8_t *staged = shared + stage % STAGES * STAGE_BYTES;
 #pragma unroll
@@ -186,7 +199,8 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
     const int first_n = blockIdx.x * BLOCK_N, first_m = blockIdx.y * BLOCK_M, n_units = args.matrix.n_units;
-    auto load = [&](int unit) {
+    auto load_weights = [&](int unit) {
+        if (unit >= n_units) return;
         uint8_t *to = shared + unit % STAGES * STAGE_BYTES;
 #pragma unroll
         for (int first = 0; first < BLOCK_M * TILE_CHUNKS; first += THREADS) {
@@ -197,7 +211,10 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
             tile = tile < args.matrix.n_tiles ? tile : args.matrix.n_tiles - 1;
             copy_async(to + chunk * 16, F::source(F::unit_of(args.matrix, tile, unit), offset), true);
         }
-        to += WEIGHT_BYTES;
+    };
+    auto load_x = [&](int unit) {
+        if (unit >= n_units) return;
+        uint8_t *to = shared + unit % STAGES * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll
         for (int first = 0; first < BLOCK_N * X_CHUNKS; first += THREADS) {
             int chunk = first + threadIdx.x;
@@ -209,15 +226,19 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
     };
     float total[MT][NT][4] = {};
 #pragma unroll
+    for (int unit = 0; unit < STAGES - 1; unit++) load_weights(unit);
+    grid_wait();
+#pragma unroll
     for (int unit = 0; unit < STAGES - 1; unit++) {
-        if (unit < n_units) load(unit);
+        load_x(unit);
         copy_commit();
     }
     for (int unit = 0; unit < n_units; unit++) {
         copy_wait<STAGES - 2>();
         // Also: everybody is done with the stage that is filled next.
         sync_block();
-        if (unit + STAGES - 1 < n_units) load(unit + STAGES - 1);
+        load_weights(unit + STAGES - 1);
+        load_x(unit + STAGES - 1);
         copy_commit();
         const uint8_t *staged = shared + unit % STAGES * STAGE_BYTES;
         multiply_unit<F, MT, NT>(total, staged + warp_m * MT * F::STAGED_BYTES, F::STAGED_BYTES,
@@ -258,16 +279,19 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
 #define LINEAR_KERNELS(name, F, UNITS, MT, NT, WARPS_M, WARPS_N)                                        \
-    KERNEL(linear_few_##name, LinearArgs, 32, 4) {                                                      \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 32, 4) {                                                      \
         SHARED(uint8_t, shared);                                                                        \
+        grid_release();                                                                                 \
         linear::few_rows<F, 8, UNITS>(args, shared);                                                    \
     }                                                                                                   \
-    KERNEL(linear_some_##name, LinearArgs, 128, 2) {                                                    \
+    KERNEL_AHEAD(linear_some_##name, LinearArgs, 128, 2) {                                                    \
         SHARED(uint8_t, shared);                                                                        \
+        grid_release();                                                                                 \
         linear::many_rows<F, 1, 4, 4, 1, 8>(args, shared);                                              \
     }                                                                                                   \
-    KERNEL(linear_many_##name, LinearArgs, 32 * WARPS_M * WARPS_N, 1) {                                 \
+    KERNEL_AHEAD(linear_many_##name, LinearArgs, 32 * WARPS_M * WARPS_N, 1) {                                 \
         SHARED(uint8_t, shared);                                                                        \
+        grid_release();                                                                                 \
         linear::many_rows<F, MT, NT, WARPS_M, WARPS_N, 4>(args, shared);                                \
     }
 

@@ -11,10 +11,33 @@
 #define HOST_DEVICE __host__ __device__
 #define DEVICE __device__ __forceinline__
 
+// Waits until the kernels before have ended and their results are there; and allows the kernel behind to begin, which waits
+// likewise. A kernel that is launched ahead may do before its wait what does not depend on other kernels. (PTX ISA,
+// griddepcontrol; before sm_90 kernels follow each other anyway.)
+DEVICE void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void grid_release() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Defines kernel `name` over one struct of arguments, for blocks of `threads` threads of which at least `blocks` fit on a
-// multiprocessor. Kernels use no static shared memory; `SHARED` declares the dynamic one.
-#define KERNEL(name, Args, threads, blocks) \
+// multiprocessor. Kernels use no static shared memory; `SHARED` declares the dynamic one. The body of a KERNEL_AHEAD must
+// call `grid_wait` on every path, before it touches what other kernels read or write.
+#define KERNEL_AHEAD(name, Args, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args)
+#define KERNEL(name, Args, threads, blocks)          \
+    static DEVICE void name##_body(const Args &args); \
+    KERNEL_AHEAD(name, Args, threads, blocks) {      \
+        grid_release();                              \
+        grid_wait();                                 \
+        name##_body(args);                           \
+    }                                                \
+    static DEVICE void name##_body(const Args &args)
 #define SHARED(type, name)                                       \
     extern __shared__ __align__(16) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)

@@ -1,6 +1,7 @@
 //! What can go wrong with a device.
 
 use paceline_domain::ErrorKind;
+use std::time::Duration;
 
 /// An error of this crate.
 #[derive(thiserror::Error, Clone, PartialEq, Eq, Debug)]
@@ -24,6 +25,23 @@ pub enum CudaError {
         /// Its answer.
         problem: String,
     },
+    /// NCCL is not there or too old; the text says where it was looked for.
+    #[error("NCCL cannot be used: {0}")]
+    Nccl(String),
+    /// Another rank did not do its part in time.
+    #[error("GPU: {call} was not done within {deadline:?}")]
+    Late {
+        /// What was waited for.
+        call: &'static str,
+        /// How long.
+        deadline: Duration,
+    },
+    /// Waiting was ended from outside.
+    #[error("GPU: {call} was aborted")]
+    Aborted {
+        /// What was waited for.
+        call: &'static str,
+    },
     /// The model has a shape no kernel exists for.
     #[error("the GPU kernels cannot run this model: {0}")]
     Unfit(String),
@@ -33,8 +51,8 @@ impl CudaError {
     /// What whoever caused or met the error can do about it.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Unavailable(_) | Self::Memory { .. } | Self::Unfit(_) => ErrorKind::Unfit,
-            Self::Device { .. } => ErrorKind::Unavailable,
+            Self::Unavailable(_) | Self::Memory { .. } | Self::Nccl(_) | Self::Unfit(_) => ErrorKind::Unfit,
+            Self::Device { .. } | Self::Late { .. } | Self::Aborted { .. } => ErrorKind::Unavailable,
         }
     }
 }

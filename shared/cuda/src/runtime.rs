@@ -78,6 +78,9 @@ pub trait Runtime: Send {
     /// What the device reports.
     fn memory(&self) -> Result<(u64, u64), CudaError>;
 
+    /// Most bytes of dynamic shared memory a block may have.
+    fn max_shared_bytes(&self) -> u32;
+
     /// Multiprocessors of the device.
     fn n_multiprocessors(&self) -> u32;
 

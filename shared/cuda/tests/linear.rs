@@ -261,7 +261,10 @@ fn a_row_has_the_same_bits_in_every_batch_and_kernel() {
             assert!(same, "{kind:?}: {size:?} with {n_rows} rows differs from rows alone");
         }
     }
-    assert_eq!([Size::of(8), Size::of(9), Size::of(SOME_ROWS + 1)], [Size::Few, Size::Some, Size::Many]);
+    let size = |n_rows: usize, max_shared_bytes: u32| Size::of(Kind::BF16, n_rows, max_shared_bytes);
+    let sizes = [8, 9, SOME_ROWS, SOME_ROWS + 1].map(|n_rows| size(n_rows, 227 << 10));
+    assert_eq!(sizes, [Size::Few, Size::Some, Size::Some, Size::Many]);
+    assert_eq!(size(SOME_ROWS + 1, 99 << 10), Size::Some, "blocks of small GPUs");
 }
 
 #[test]
@@ -353,8 +356,8 @@ fn mistakes_in_the_kernels_are_found() {
     for (from, to) in [
         // A scale of the wrong group.
         (
-            "(16 * group);\n                if constexpr (SCALES == SUPER32_MIN)",
-            "0;\n                if constexpr (SCALES == SUPER32_MIN)",
+            "(16 * group);\n                if constexpr (SCALES == ScaleKind::SUPER32_MIN)",
+            "0;\n                if constexpr (SCALES == ScaleKind::SUPER32_MIN)",
         ),
         // The fifth bit of the neighbouring pair.
         (">> (s * 4 + p)) & 0x00010001u", ">> (s * 4 + (p ^ 1))) & 0x00010001u"),

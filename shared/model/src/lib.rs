@@ -36,7 +36,6 @@ pub mod names;
 pub mod rope;
 pub mod split;
 pub mod synthetic;
-mod synthetic_rows;
 pub mod weights;
 
 pub use backend::{Backend, Device};

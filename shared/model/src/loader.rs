@@ -11,7 +11,7 @@ use crate::estimate::Capacity;
 use crate::names::{self, Cut, Part};
 use crate::split::RowParallel;
 use crate::weights::{
-    AttentionRows, FfnRows, LayerWeights, MatrixRows, Packer, ProjectionRows, RowOrder, Weights,
+    AttentionRows, FfnRows, LayerWeights, MatrixRows, Packer, ProjectionRows, RowOrder, Weights, WeightsOf,
 };
 use crate::{ModelConfig, ModelError, SplitPlan};
 
@@ -81,10 +81,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// A tensor that cannot be packed.
-    pub fn load<P: Packer>(
-        &self,
-        packer: &mut P,
-    ) -> Result<Weights<P::Attention, P::Ffn, P::Head>, ModelError> {
+    pub fn load<P: Packer>(&self, packer: &mut P) -> Result<WeightsOf<P>, ModelError> {
         let state = LoadProgress { done_bytes: 0, total_bytes: self.total_bytes()? };
         let mut meter = Meter { progress: self.spec.progress, state };
         meter.add(0);

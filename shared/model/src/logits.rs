@@ -134,3 +134,50 @@ pub(crate) fn best_of_row(columns: Columns, choice: &Choice, row: &[f32]) -> Can
     let Choice { position, seed, temperature, .. } = *choice;
     plain_best(seed, position, temperature, columns.first_token.0, &row[..columns.n_usable])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Rows(Vec<Vec<f32>>);
+
+    impl LogitRows for Rows {
+        fn row(&mut self, row: usize) -> Result<&[f32], ModelError> {
+            Ok(&self.0[row])
+        }
+    }
+
+    #[test]
+    fn columns_end_with_the_usable_vocabulary() {
+        let mut rows = Rows(Vec::new());
+        let mut columns = |vocab| {
+            let Columns { first_token, n_usable } = Logits::new(&mut rows, 0, vocab).columns(10);
+            (first_token.0, n_usable)
+        };
+        assert_eq!([columns(0..8), columns(8..16), columns(16..24)], [(0, 8), (8, 2), (16, 0)]);
+    }
+
+    #[test]
+    fn the_best_of_each_row_asked_for() {
+        let mut rows = Rows(vec![vec![0.0, 2.0, 2.0, 9.0], vec![f32::NAN, f32::NEG_INFINITY, f32::NAN, 9.0]]);
+        let mut logits = Logits::new(&mut rows, 2, 16..20);
+        let greedy = |row| Choice { row, position: 3, seed: 1, temperature: 0.0 };
+        let mut best = Vec::new();
+        logits.best(19, &[greedy(1), greedy(0)], &mut best).expect("rows");
+        let none = Candidate { value: f32::NEG_INFINITY, token: TokenId(16) };
+        assert_eq!(best, [none, Candidate { value: 2.0, token: TokenId(17) }]);
+        logits.best(16, &[greedy(0)], &mut best).expect("rows");
+        assert_eq!(best, [none], "nothing but padding");
+    }
+
+    #[test]
+    fn a_rank_without_tokens_has_empty_rows_and_never_wins() {
+        let mut rows = Rows(Vec::new());
+        let mut logits = Logits::new(&mut rows, 1, 20..20);
+        assert!(logits.row(0).expect("a row").is_empty());
+        let mut best = Vec::new();
+        let choice = Choice { row: 0, position: 0, seed: 0, temperature: 1.0 };
+        logits.best(20, &[choice], &mut best).expect("rows");
+        assert_eq!(best, [Candidate { value: f32::NEG_INFINITY, token: TokenId(20) }]);
+    }
+}

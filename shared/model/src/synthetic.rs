@@ -1,18 +1,37 @@
 //! Random models of any supported shape, for tests and measurements: the same weights as a GGUF file or as a
 //! Hugging Face directory. Their text is noise; only their arithmetic is meant.
+//!
+//! # Layout
+//! * `shapes` – shapes of published models
+//! * `tensors` – which tensors there are, and how a part of one is made
+//! * `rows` – random numbers, and rows of every storage type
+//! * `tokenizer` – one token a byte
+//! * `file` – streams a model to disk
 
-use std::fs;
+mod file;
+mod rows;
+mod shapes;
+mod tensors;
+mod tokenizer;
+
 use std::path::Path;
 
 use paceline_checkpoint::{Format, GgufWriter, MetadataValue};
 use paceline_domain::WeightType;
 
 use crate::config::{Architecture, PairLayout, RopeConfig, RopeScaling};
+<<<<<<< HEAD
 use crate::names::{Expected, Part, expected_tensors};
 use crate::rope::llama3_factors;
 use crate::synthetic_rows::{Random, floats, row};
 use crate::weights::RowOrder;
+=======
+use crate::names::Part;
+>>>>>>> device
 use crate::{ModelConfig, ModelError};
+
+pub use file::{Writing, Written};
+pub use shapes::{built_in_shape, built_in_shapes};
 
 /// A small llama whose every dimension is awkward: three heads, one leaf of 32 columns a head, an odd vocabulary.
 pub fn tiny_config() -> ModelConfig {
@@ -45,10 +64,12 @@ pub struct Synthetic {
     pub weight_type: fn(Part, usize) -> WeightType,
 }
 
-struct Tensor {
-    expected: Expected,
-    weight_type: WeightType,
-    bytes: Vec<u8>,
+/// The same type for every matrix.
+pub fn uniform(weight_type: WeightType) -> fn(Part, usize) -> WeightType {
+    macro_rules! constant {
+        ($($name:ident),*) => { match weight_type { $(WeightType::$name => |_, _| WeightType::$name),* } };
+    }
+    constant!(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 }
 
 impl Synthetic {
@@ -62,60 +83,26 @@ impl Synthetic {
 
     /// [`Self::to_gguf`] before it is bytes, so that something can be added.
     pub fn gguf_writer(&self) -> GgufWriter {
-        let mut writer = GgufWriter::new();
-        for (key, value) in self.metadata().into_iter().chain(tokenizer_metadata(self.config.n_vocab)) {
-            writer = writer.metadata(key, value);
-        }
-        for tensor in self.tensors(Format::Gguf) {
-            let Tensor { expected, weight_type, bytes } = tensor;
-            writer = writer.tensor(expected.name, weight_type, &expected.shape, bytes);
-        }
-        if let Some(factors) = self.freq_factors() {
-            let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
-            writer = writer.tensor(crate::names::ROPE_FACTORS, WeightType::F32, &[factors.len()], bytes);
-        }
-        writer
+        tensors::tensors(self, Format::Gguf).iter().fold(self.gguf_header(), |writer, tensor| {
+            writer.tensor(&tensor.name, tensor.weight_type, &tensor.shape, tensor.bytes())
+        })
     }
 
-    /// Writes the model as config.json and model.safetensors into a directory.
+    /// Writes the model into a directory, on this thread: [`Self::write_directory`].
     ///
     /// # Errors
     /// A type that safetensors do not have, or the file system's error.
     pub fn write_hugging_face(&self, directory: &Path) -> Result<(), ModelError> {
-        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        for tensor in self.tensors(Format::Safetensors) {
-            let dtype = match tensor.weight_type {
-                WeightType::F32 => "F32",
-                WeightType::F16 => "F16",
-                WeightType::BF16 => "BF16",
-                other => return Err(ModelError::Unfit(format!("safetensors have no {}", other.name()))),
-            };
-            let end = data.len() + tensor.bytes.len();
-            let entry = serde_json::json!({
-                "dtype": dtype, "shape": tensor.expected.shape, "data_offsets": [data.len(), end],
-            });
-            header.insert(tensor.expected.name, entry);
-            data.extend(tensor.bytes);
-        }
-        let header = serde_json::Value::Object(header).to_string();
-        let mut file = (header.len() as u64).to_le_bytes().to_vec();
-        file.extend(header.bytes());
-        file.extend(data);
-        let write = |name: &str, bytes: &[u8]| {
-            fs::write(directory.join(name), bytes)
-                .map_err(|error| ModelError::Load(format!("{name}: {error}")))
-        };
-        write("model.safetensors", &file)?;
-        write("config.json", self.config_json().to_string().as_bytes())
+        self.write_directory(directory, &Writing::plain()).map(|_| ())
     }
 
     /// The Hugging Face configuration.
     pub fn config_json(&self) -> serde_json::Value {
         let config = &self.config;
-        let class = match (config.architecture, config.sliding_window) {
-            (Architecture::Qwen2, _) => "Qwen2ForCausalLM",
-            (Architecture::Llama, Some(_)) => "MistralForCausalLM",
-            (Architecture::Llama, None) => "LlamaForCausalLM",
+        let (class, model_type) = match (config.architecture, config.sliding_window) {
+            (Architecture::Qwen2, _) => ("Qwen2ForCausalLM", "qwen2"),
+            (Architecture::Llama, Some(_)) => ("MistralForCausalLM", "mistral"),
+            (Architecture::Llama, None) => ("LlamaForCausalLM", "llama"),
         };
         let scaling = match &config.rope.scaling {
             RopeScaling::None | RopeScaling::Factors(_) => serde_json::Value::Null,
@@ -126,8 +113,9 @@ impl Synthetic {
                 "original_max_position_embeddings": scaling.original_context,
             }),
         };
-        serde_json::json!({
-            "architectures": [class], "hidden_act": "silu", "hidden_size": config.n_embd,
+        let end_token = tokenizer::end(config.n_vocab);
+        let mut json = serde_json::json!({
+            "architectures": [class], "model_type": model_type, "hidden_act": "silu", "hidden_size": config.n_embd,
             "intermediate_size": config.n_ff, "num_hidden_layers": config.n_layers,
             "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads,
             "head_dim": config.head_dim, "vocab_size": config.n_vocab,
@@ -137,7 +125,16 @@ impl Synthetic {
             "use_sliding_window": config.sliding_window.is_some(),
             "max_window_layers": config.sliding_window.map(|window| window.first_layer),
             "tie_word_embeddings": config.tied_embeddings,
-        })
+            "bos_token_id": end_token, "eos_token_id": end_token,
+        });
+        json.as_object_mut().expect("invariant: an object").retain(|_, value| !value.is_null());
+        json
+    }
+
+    /// The GGUF file without tensors.
+    fn gguf_header(&self) -> GgufWriter {
+        let metadata = self.metadata().into_iter().chain(tokenizer::gguf_metadata(self.config.n_vocab));
+        metadata.fold(GgufWriter::new(), |writer, (key, value)| writer.metadata(key, value))
     }
 
     fn metadata(&self) -> Vec<(String, MetadataValue)> {
@@ -170,6 +167,7 @@ impl Synthetic {
         let named = values.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
         [("general.architecture".to_string(), architecture.into())].into_iter().chain(named).collect()
     }
+<<<<<<< HEAD
 
     fn freq_factors(&self) -> Option<Vec<f32>> {
         match &self.config.rope.scaling {
@@ -278,4 +276,6 @@ fn byte_symbol(byte: u8) -> char {
     }
     let before = (0..byte).filter(|earlier| !printable(*earlier)).count() as u32;
     char::from_u32(0x100 + before).expect("invariant: U+0100.. are characters")
+=======
+>>>>>>> device
 }

@@ -31,6 +31,9 @@ pub struct Weights<A, F, M> {
     pub head: Option<M>,
 }
 
+/// The weights that a packer makes.
+pub type WeightsOf<P> = Weights<<P as Packer>::Attention, <P as Packer>::Ffn, <P as Packer>::Head>;
+
 /// Makes a backend's matrices of rows of the file. It gets together what a backend may want to lay out together.
 pub trait Packer {
     /// The projections around attention.

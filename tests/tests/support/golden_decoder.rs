@@ -7,8 +7,8 @@ use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{Collective, Solo};
 use paceline_domain::group::BLOCK_POSITIONS;
 use paceline_domain::{BlockId, KvType, TokenId};
-use paceline_kernels::{Kernels, Pinning, ThreadPool};
-use paceline_model::{Batch, Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_kernels::Kernels;
+use paceline_model::{Batch, Capacity, Cpu, Decoder, LoadSpec, ModelConfig, SplitPlan};
 
 const CHUNK: usize = 256;
 
@@ -24,7 +24,7 @@ impl GoldenDecoder {
         let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
         let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
         let n_blocks = n_positions.div_ceil(BLOCK_POSITIONS);
-        let decoder = Decoder::load(&LoadSpec {
+        let spec = LoadSpec {
             checkpoint: &checkpoint,
             config: &config,
             plan: &SplitPlan::new(&config, 1).expect("a plan"),
@@ -35,10 +35,9 @@ impl GoldenDecoder {
                 max_rows: CHUNK.max(n_sequences),
                 max_output_rows: CHUNK.max(n_sequences),
             },
-            kernels: Kernels::detect(),
-            pool: Arc::new(ThreadPool::new(n_threads, Pinning::None)),
             progress: &|_| (),
-        });
+        };
+        let decoder = Decoder::load(&spec, &Cpu { kernels: Kernels::detect(), n_threads });
         Self { decoder: decoder.expect("loads"), n_blocks }
     }
 
@@ -65,9 +64,9 @@ impl GoldenDecoder {
                 block_tables: &[table],
                 output_rows: &output_rows,
             };
-            let logits = self.decoder.forward(&batch, collective).expect("a forward pass");
-            for (row, values) in logits.values.chunks_exact(logits.vocab_range.len()).enumerate() {
-                visit(chunk * CHUNK + row, values);
+            let mut logits = self.decoder.forward(&batch, collective).expect("a forward pass");
+            for row in 0..logits.n_rows() {
+                visit(chunk * CHUNK + row, logits.row(row).expect("a row"));
             }
         }
     }
@@ -90,9 +89,9 @@ impl GoldenDecoder {
             block_tables: &tables,
             output_rows: &output_rows,
         };
-        let logits = self.decoder.forward(&batch, &mut Solo::new()).expect("a forward pass");
-        for (row, values) in logits.values.chunks_exact(logits.vocab_range.len()).enumerate() {
-            visit(row, values);
+        let mut logits = self.decoder.forward(&batch, &mut Solo::new()).expect("a forward pass");
+        for row in 0..logits.n_rows() {
+            visit(row, logits.row(row).expect("a row"));
         }
     }
 }

@@ -12,7 +12,8 @@ use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
 use paceline_kernels::{Isa, Kernels};
-use paceline_model::{ModelConfig, names};
+use paceline_model::{Cpu, ModelConfig, names};
+use paceline_shard::device::{self, DeviceOptions};
 use serde_json::json;
 
 use self::{
@@ -57,6 +58,9 @@ pub struct BenchArgs {
     /// What to run: ppN, tgN, tgNxB, ppNdD, tgNdD, tgNxBdD
     #[arg(long, value_name = "SHAPES", value_delimiter = ',', default_value = "pp512,tg128,tg64x8,tg64x32")]
     shapes: Vec<Shape>,
+    /// What to compute with.
+    #[command(flatten)]
+    device: DeviceOptions,
     /// Compute threads of all ranks together [default: one a core]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -96,14 +100,18 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
     }
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
+    let device = args.device;
     let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
     let work = move || {
         let checkpoint = Arc::new(Checkpoint::open(&path)?);
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         let threads_of_rank = share_threads(n_threads, ranks);
-        let job = Job { checkpoint, config, kernels, threads_of_rank, shapes, n_repeats };
-        let (measured, limits) = measure(&job, machine)?;
-        Ok(Report { model, job, measured, limits }.show(format))
+        let n_threads = threads_of_rank.iter().sum();
+        let devices = threads_of_rank.iter().map(|n| device::choose(&device, Cpu { kernels, n_threads: *n }));
+        let devices = devices.collect::<anyhow::Result<_>>()?;
+        let job = Job { checkpoint, config, devices, shapes, n_repeats };
+        let (measured, limits) = measure(&job, machine, n_threads)?;
+        Ok(Report { model, job, n_threads, measured, limits }.show(format))
     };
     write_stdout(&interruptible(work, &mut interrupts).await?)
 }
@@ -141,8 +149,7 @@ fn kernels(isa: &str) -> anyhow::Result<&'static Kernels> {
 }
 
 /// The limits are those of the machine's best instruction set, whatever the engine is told to use.
-fn measure(job: &Job, machine: Machine) -> anyhow::Result<(Measured, Option<Limits>)> {
-    let n_threads = job.threads_of_rank.iter().sum();
+fn measure(job: &Job, machine: Machine, n_threads: usize) -> anyhow::Result<(Measured, Option<Limits>)> {
     let limits = || match machine {
         Machine::Measured => machine::measure(Kernels::detect(), &[n_threads]).pop(),
         Machine::Unknown => None,
@@ -179,6 +186,7 @@ fn show_machine(kernels: &'static Kernels, n_threads: usize, format: Format) -> 
 struct Report {
     model: String,
     job: Job,
+    n_threads: usize,
     measured: Measured,
     limits: Option<Limits>,
 }
@@ -221,11 +229,10 @@ impl Report {
     }
 
     fn heading(&self) -> String {
-        let (n_ranks, isa) = (self.job.threads_of_rank.len(), self.job.kernels.isa());
-        let n_threads: usize = self.job.threads_of_rank.iter().sum();
+        let (n_ranks, device, n_threads) = (self.job.devices.len(), self.device(), self.n_threads);
         let weights = self.measured.weight_bytes as f64 / 1e9;
         let mut text = format!(
-            "{}, {weights:.2} GB of weights, {n_threads} threads, {n_ranks} ranks, {isa}\n",
+            "{}, {weights:.2} GB of weights, {n_threads} threads, {n_ranks} ranks, {device}\n",
             self.model
         );
         if let Some(limits) = &self.limits {
@@ -240,8 +247,8 @@ impl Report {
         let object = json!({
             "model": self.model,
             "shape": shape.to_string(),
-            "threads": self.job.threads_of_rank.iter().sum::<usize>(),
-            "ranks": self.job.threads_of_rank.len(),
+            "threads": self.n_threads,
+            "ranks": self.job.devices.len(),
             "tokens_per_s": rounded(line.tokens_per_s.median, 2),
             "gb_per_s": rounded(line.bytes_per_s / 1e9, 3),
             "share_of_bandwidth": share(line.share_of_bandwidth),
@@ -252,9 +259,14 @@ impl Report {
             "read_gb_per_s": self.limits.map(|limits| rounded(limits.read_gb_per_s(), 2)),
             "int8_gop_per_s": self.limits.map(|limits| rounded(limits.int8_gop_per_s(), 1)),
             "weight_bytes": self.measured.weight_bytes,
-            "isa": self.job.kernels.isa().name(),
+            "isa": self.device(),
         });
         format!("{object}\n")
+    }
+
+    /// What rank 0 computes with.
+    fn device(&self) -> String {
+        self.job.devices.first().map(|device| device.name()).unwrap_or_default()
     }
 }
 

@@ -55,7 +55,7 @@ pub async fn up(args: &UpArgs, places: &ModelPlaces) -> anyhow::Result<()> {
 /// What to start for these options: this executable, N times.
 ///
 /// # Errors
-/// When the path of this executable is unknown.
+/// When the path of this executable is unknown, or there are several devices but not one for each rank.
 pub fn embedded_spec(
     options: &ClusterOptions,
     (model, model_name): (PathBuf, String),
@@ -67,6 +67,7 @@ pub fn embedded_spec(
         model_name,
         listen: listen.into(),
         threads: options.threads_per_rank(),
+        devices: options.devices()?,
         shard_args: options.shard_args(),
         coordinator_args: options.coordinator_args(),
         env: Vec::new(),

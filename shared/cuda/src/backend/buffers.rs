@@ -4,6 +4,7 @@ use paceline_domain::KvType;
 use paceline_domain::group::BLOCK_POSITIONS;
 use paceline_model::{Capacity, ModelConfig, SplitPlan};
 
+use super::graphs::bucket_rows;
 use super::weights::padded;
 use crate::kernels::linear::ROW_PADDING;
 use crate::{CudaError, DevicePtr, Runtime};
@@ -95,10 +96,10 @@ impl Sizes {
 
     pub(crate) fn allocate(&self, runtime: &mut dyn Runtime, angles: &[f32]) -> Result<Buffers, CudaError> {
         let Self { widths, capacity, .. } = *self;
-        let (n_rows, n_padded) = (capacity.max_rows, self.n_rows_padded());
-        let n_outputs = capacity.max_output_rows;
-        let operand =
-            |width: usize| 2 * n_padded.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
+        let n_rows = self.n_rows_padded();
+        // Captured passes compute rows of their bucket that the batch does not have.
+        let n_outputs = bucket_rows(capacity.max_output_rows).unwrap_or(capacity.max_output_rows);
+        let operand = |width: usize| 2 * n_rows.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
         let angles_bytes: &[u8] = bytemuck::cast_slice(angles);
         let mut alloc = |n_bytes: usize| runtime.alloc(n_bytes.max(1));
         let buffers = Buffers {
@@ -107,7 +108,7 @@ impl Sizes {
             delta: alloc(4 * widths.n_partials * n_rows * widths.n_embd)?,
             normed: alloc(operand(widths.n_embd))?,
             qkv: alloc(4 * n_rows * widths.qkv())?,
-            query: alloc(2 * n_padded * widths.query)?,
+            query: alloc(2 * n_rows * widths.query)?,
             attended: alloc(operand(widths.query))?,
             partial_outputs: alloc(PARTIAL_BYTES)?,
             partial_sums: alloc(PARTIAL_BYTES / 8)?,

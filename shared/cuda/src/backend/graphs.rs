@@ -13,6 +13,11 @@ const MAX_GRAPHS: usize = 96;
 /// Numbers of rows that graphs exist for; a smaller batch leaves rows idle.
 const ROW_BUCKETS: [usize; 9] = [1, 2, 4, 8, 16, 24, 32, 48, MAX_ROWS];
 
+/// Rows that a captured pass of `n_rows` rows computes; none is captured for more than there are buckets for.
+pub(crate) fn bucket_rows(n_rows: usize) -> Option<usize> {
+    ROW_BUCKETS.into_iter().find(|bucket| *bucket >= n_rows)
+}
+
 /// What the launches of a captured pass depend on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Shape {
@@ -36,7 +41,7 @@ impl Shape {
         if staged.n_row_tiles > 0 {
             return None;
         }
-        let n_rows = ROW_BUCKETS.into_iter().find(|bucket| *bucket >= staged.n_rows)?;
+        let n_rows = bucket_rows(staged.n_rows)?;
         let n_splits = staged.n_splits.next_power_of_two();
         let n_output_rows = if staged.n_output_rows == 0 { 0 } else { n_rows };
         splits_fit(n_rows, n_splits).then_some(Self { n_rows, n_splits, n_output_rows })

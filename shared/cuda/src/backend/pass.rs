@@ -196,7 +196,8 @@ impl GpuBackend {
 
     /// A product of all columns of an operand.
     fn multiply(&mut self, matrix: &GpuMatrix, args: LinearArgs) -> Result<(), CudaError> {
-        linear::linear(self.runtime.as_mut(), matrix.kind, Size::of(args.n_rows as usize), &args)
+        let size = Size::of(matrix.kind, args.n_rows as usize, self.runtime.max_shared_bytes());
+        linear::linear(self.runtime.as_mut(), matrix.kind, size, &args)
     }
 
     fn try_project(&mut self, layer: usize) -> Result<(), CudaError> {

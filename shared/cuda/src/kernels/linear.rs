@@ -107,11 +107,12 @@ pub enum Size {
 }
 
 impl Size {
-    /// The kernel for this number of rows.
-    pub fn of(n_rows: usize) -> Self {
+    /// The kernel for this number of rows on a device whose blocks may have so much shared memory.
+    pub fn of(kind: Kind, n_rows: usize, max_shared_bytes: u32) -> Self {
+        let fits = Shape::of(kind, Self::Many).shared_bytes(kind.planes()) <= max_shared_bytes;
         match n_rows {
             0..=FEW_ROWS => Self::Few,
-            _ if n_rows <= SOME_ROWS => Self::Some,
+            _ if n_rows <= SOME_ROWS || !fits => Self::Some,
             _ => Self::Many,
         }
     }
@@ -138,14 +139,18 @@ impl Shape {
         }
     }
 
-    fn launch(&self, planes: Planes, n_tiles: usize, n_rows: usize) -> Launch {
+    fn shared_bytes(&self, planes: Planes) -> u32 {
         let stage = self.units * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES);
-        let (blocks_m, blocks_n) =
-            (n_tiles.div_ceil(self.block_m) as u32, n_rows.div_ceil(8 * self.block_n) as u32);
+        (self.stages * stage) as u32
+    }
+
+    fn launch(&self, planes: Planes, n_tiles: usize, n_rows: usize) -> Launch {
+        let blocks_m = n_tiles.div_ceil(self.block_m) as u32;
+        let blocks_n = n_rows.div_ceil(8 * self.block_n) as u32;
         Launch {
             grid: if self.threads == 32 { [blocks_m, 1, 1] } else { [blocks_n, blocks_m, 1] },
             threads: self.threads as u32,
-            shared_bytes: (self.stages * stage) as u32,
+            shared_bytes: self.shared_bytes(planes),
         }
     }
 }

@@ -48,6 +48,8 @@ void finish_copies(int n_under_way);
 #define blockDim (emulator::here->threads)
 #define gridDim (emulator::here->blocks)
 
+// Kernels follow each other here: there is nothing to wait for.
+#define KERNEL_AHEAD(name, Args, threads, blocks) KERNEL(name, Args, threads, blocks)
 #define KERNEL(name, Args, threads, blocks)                                                   \
     static void name(const Args &args);                                                       \
     static_assert(std::is_trivially_copyable_v<Args>, "arguments are copied as bytes");       \
@@ -55,6 +57,9 @@ void finish_copies(int n_under_way);
         #name, sizeof(Args), threads, [](const void *args) { name(*(const Args *)args); }};   \
     static void name(const Args &args)
 #define SHARED(type, name) type *name = reinterpret_cast<type *>(emulator::shared_memory())
+
+inline void grid_wait() {}
+inline void grid_release() {}
 
 // What CUDA has beyond C++.
 struct alignas(8) uint2 {

@@ -252,6 +252,10 @@ impl Runtime for Emulated {
         Ok((self.memory_bytes - self.used_bytes, self.memory_bytes))
     }
 
+    fn max_shared_bytes(&self) -> u32 {
+        227 << 10
+    }
+
     fn n_multiprocessors(&self) -> u32 {
         4
     }

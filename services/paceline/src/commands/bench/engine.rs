@@ -14,8 +14,7 @@ use anyhow::{Context as _, bail};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
 use paceline_domain::{BlockId, Epoch, KvType, TokenId, group::BLOCK_POSITIONS};
-use paceline_kernels::{Kernels, Pinning, ThreadPool, argmax::argmax};
-use paceline_model::{Batch, Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_model::{Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, logits::Choice};
 use paceline_sampling::{Candidate, merge};
 
 use super::shape::Shape;
@@ -31,10 +30,8 @@ pub struct Job {
     pub checkpoint: Arc<Checkpoint>,
     /// Its architecture.
     pub config: ModelConfig,
-    /// Chosen kernels.
-    pub kernels: &'static Kernels,
-    /// Compute threads of each rank.
-    pub threads_of_rank: Vec<usize>,
+    /// What each rank computes with.
+    pub devices: Vec<Arc<dyn Device>>,
     /// Shapes, in this order.
     pub shapes: Vec<Shape>,
     /// Measurements of each.
@@ -62,7 +59,7 @@ pub fn run(job: &Job) -> anyhow::Result<Measured> {
             bail!("{shape} takes {n} positions, the model was made for {context}");
         }
     }
-    let n_ranks = job.threads_of_rank.len();
+    let n_ranks = job.devices.len();
     let plan = SplitPlan::new(&job.config, n_ranks)?;
     let endpoints = (0..n_ranks)
         .map(|_| Endpoint::bind(&BindSpec::default()))
@@ -146,12 +143,12 @@ impl Chosen {
 struct Rank<'a> {
     decoder: Decoder,
     collective: Box<dyn Collective>,
-    kernels: &'static Kernels,
     chosen: &'a Chosen,
     kv_positions: u64,
     n_vocab: usize,
     /// What comes next in each sequence.
     next: Vec<TokenId>,
+    best: Vec<Candidate>,
     own: Vec<u8>,
     parts: Vec<Vec<u8>>,
 }
@@ -165,24 +162,22 @@ impl<'a> Rank<'a> {
         chosen: &'a Chosen,
     ) -> anyhow::Result<Self> {
         let capacity = capacity(&job.shapes);
-        let decoder = Decoder::load(&LoadSpec {
+        let load_spec = LoadSpec {
             checkpoint: &job.checkpoint,
             config: &job.config,
             plan,
             rank: spec.rank,
             capacity,
-            kernels: job.kernels,
-            pool: Arc::new(ThreadPool::new(job.threads_of_rank[spec.rank], Pinning::None)),
             progress: &|_| (),
-        })?;
+        };
         Ok(Self {
-            decoder,
+            decoder: Decoder::load(&load_spec, job.devices[spec.rank].as_ref())?,
             collective: connect(endpoint, spec)?,
-            kernels: job.kernels,
             chosen,
             kv_positions: (capacity.n_kv_blocks * BLOCK_POSITIONS) as u64,
             n_vocab: job.config.n_vocab,
             next: Vec::new(),
+            best: Vec::new(),
             own: Vec::new(),
             parts: Vec::new(),
         })
@@ -274,13 +269,12 @@ impl<'a> Rank<'a> {
 
     /// One pass and the best token of each output row, the same on every rank.
     fn step(&mut self, batch: &Batch<'_>) -> anyhow::Result<Vec<TokenId>> {
-        let logits = self.decoder.forward(batch, self.collective.as_mut())?;
+        let greedy = |row| Choice { row, position: 0, seed: 0, temperature: 0.0 };
+        let choices: Vec<Choice> = (0..batch.output_rows.len()).map(greedy).collect();
+        let mut logits = self.decoder.forward(batch, self.collective.as_mut())?;
+        logits.best(self.n_vocab, &choices, &mut self.best)?;
         self.own.clear();
-        for row in logits.values.chunks_exact(logits.vocab_range.len().max(1)) {
-            let best = argmax(self.kernels, row).context("a row of logits holds no number")?;
-            let token = TokenId((logits.vocab_range.start + best) as u32);
-            self.own.extend(Candidate { value: row[best], token }.to_bytes());
-        }
+        self.own.extend(self.best.iter().flat_map(|best| best.to_bytes()));
         self.collective.gather(&self.own, &mut self.parts)?;
         let n_rows = batch.output_rows.len();
         if self.collective.rank() == 0 {
