@@ -6,6 +6,8 @@ use clap::{Parser, Subcommand};
 use paceline_telemetry::{Telemetry, TelemetryConfig};
 use tracing::{Instrument as _, Span, info_span};
 
+#[cfg(feature = "cuda")]
+use crate::commands::selftest;
 use crate::{
     commands::{
         bench::{self, BenchArgs},
@@ -52,6 +54,8 @@ enum Command {
     Estimate(EstimateArgs),
     Bench(BenchArgs),
     Synth(SynthArgs),
+    #[cfg(feature = "cuda")]
+    Selftest(selftest::SelftestArgs),
     Shard(ShardArgs),
     Coordinator(CoordinatorArgs),
 }
@@ -112,6 +116,8 @@ async fn command(cli: &Cli) -> anyhow::Result<()> {
         Command::Estimate(args) => estimate::estimate(args),
         Command::Bench(args) => bench::bench(args, &cli.places).await,
         Command::Synth(args) => synth::synth(args).await,
+        #[cfg(feature = "cuda")]
+        Command::Selftest(args) => tokio::task::block_in_place(|| selftest::selftest(args)),
         Command::Shard(args) => service::shard(args).await,
         Command::Coordinator(args) => service::coordinator(args).await,
     }

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-use anyhow::bail;
+use anyhow::Context as _;
 use clap::Args;
 use paceline_model::{Cpu, Device};
 
@@ -77,13 +77,32 @@ impl fmt::Display for GpuMemory {
 /// When a GPU is demanded and cannot be had.
 pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Device>> {
     let device: Arc<dyn Device> = match options.device {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Arc::new(cpu),
-        DeviceChoice::Cuda(_) => {
-            bail!("--device {}: this build has no GPU support: build with --features cuda", options.device)
+        DeviceChoice::Cpu => Arc::new(cpu),
+        DeviceChoice::Auto => match gpu(0, cpu.n_threads) {
+            Ok(gpu) => gpu,
+            Err(error) => {
+                tracing::info!(reason = %error, "no GPU, so the CPU");
+                Arc::new(cpu)
+            }
+        },
+        DeviceChoice::Cuda(number) => {
+            gpu(number, cpu.n_threads).with_context(|| format!("--device {}", options.device))?
         }
     };
     tracing::info!(asked = %options.device, taken = device.name(), threads = cpu.n_threads, "device chosen");
     Ok(device)
+}
+
+/// A GPU, if this build and this machine have one.
+#[cfg(feature = "cuda")]
+fn gpu(number: usize, n_threads: usize) -> anyhow::Result<Arc<dyn Device>> {
+    Ok(Arc::new(paceline_cuda::Gpu::open(number, n_threads)?))
+}
+
+/// A GPU, if this build and this machine have one.
+#[cfg(not(feature = "cuda"))]
+fn gpu(_number: usize, _n_threads: usize) -> anyhow::Result<Arc<dyn Device>> {
+    anyhow::bail!("this build has no GPU support: build with --features cuda")
 }
 
 #[cfg(test)]
@@ -116,10 +135,12 @@ mod tests {
     fn the_cpu_is_taken_and_a_missing_gpu_is_an_error() {
         let cpu = Cpu { kernels: Kernels::detect(), n_threads: 1 };
         let take = |device| choose(&DeviceOptions { device, gpu_memory: GpuMemory(0.9) }, cpu);
-        for device in [DeviceChoice::Auto, DeviceChoice::Cpu] {
-            assert_eq!(take(device).expect("a device").name(), cpu.name());
-        }
-        let error = take(DeviceChoice::Cuda(0)).err().expect("must be refused").to_string();
-        assert!(error.contains("--device cuda:0") && error.contains("--features cuda"), "{error}");
+        assert_eq!(take(DeviceChoice::Cpu).expect("a device").name(), cpu.name());
+        assert!(take(DeviceChoice::Auto).is_ok(), "there is always something");
+        // No machine has so many; without GPU support there is not even one.
+        let error = take(DeviceChoice::Cuda(999)).err().expect("must be refused");
+        let error = format!("{error:#}");
+        let reason = if cfg!(feature = "cuda") { "no GPU can be used" } else { "--features cuda" };
+        assert!(error.contains("--device cuda:999") && error.contains(reason), "{error}");
     }
 }

@@ -34,7 +34,7 @@ use crate::{
   paceline bench --ranks 2 --json
   paceline bench --machine
 
-Shapes: ppN runs a prompt of N tokens (512 a pass); tgN decodes N tokens after a prompt of 16, which is not timed;
+Shapes: ppN runs a prompt of N tokens (--pass-rows of them a pass); tgN decodes N tokens after a prompt of 16, which is not timed;
 tgNxB decodes B sequences together, tokens/s of all of them. dN after a shape is the number of positions each sequence
 has cached before the clock starts (tg32d8000 decodes at 8,000 positions of context). A step is the forward pass and the greedy choice of the
 next token, in this process, without services. Ranks are threads of this process joined through shared memory, with
@@ -48,7 +48,7 @@ peak        multiply-adds a second of the quantized matrices, as a share of the 
             have 16 bits and the multiply units therefore do two. Attention, norms and matrices of plain numbers are
             not counted. The machine's peak are multiply-adds of bytes with the best instruction set and no memory
             access (1 multiply-add = 2 operations in GOP/s).
-ms/pass     median time of one pass: 512 rows or the rest of a prompt, or one row of each sequence
+ms/pass     median time of one pass: --pass-rows rows or the rest of a prompt, or one row of each sequence
 Repeats go over all shapes in turn, so that what disturbs the machine disturbs them alike.
 The machine is measured before and after the model, and the better of the two counts.")]
 pub struct BenchArgs {
@@ -70,8 +70,11 @@ pub struct BenchArgs {
     /// Measurements of each shape
     #[arg(long, value_name = "N", default_value = "5")]
     repeat: NonZeroUsize,
+    /// Rows of one pass over a prompt; longer prompts take several passes
+    #[arg(long, value_name = "N", default_value = "512")]
+    pass_rows: NonZeroUsize,
     /// Measure the machine alone, with 1 thread up to --threads
-    #[arg(long, conflicts_with_all = ["model", "shapes", "ranks", "repeat"])]
+    #[arg(long, conflicts_with_all = ["model", "shapes", "ranks", "repeat", "pass_rows"])]
     machine: bool,
     /// Do not measure the machine; shares are then unknown
     #[arg(long, conflicts_with = "machine")]
@@ -100,7 +103,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
     }
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
-    let device = args.device;
+    let (device, pass_rows) = (args.device, args.pass_rows.get());
     let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
     let work = move || {
         let checkpoint = Arc::new(Checkpoint::open(&path)?);
@@ -109,7 +112,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         let n_threads = threads_of_rank.iter().sum();
         let devices = threads_of_rank.iter().map(|n| device::choose(&device, Cpu { kernels, n_threads: *n }));
         let devices = devices.collect::<anyhow::Result<_>>()?;
-        let job = Job { checkpoint, config, devices, shapes, n_repeats };
+        let job = Job { checkpoint, config, devices, shapes, n_repeats, pass_rows };
         let (measured, limits) = measure(&job, machine, n_threads)?;
         Ok(Report { model, job, n_threads, measured, limits }.show(format))
     };
@@ -212,7 +215,7 @@ impl Report {
     }
 
     fn line(&self, shape: Shape, seconds: &[f64], products: &Products) -> Line {
-        let work = shape.work();
+        let work = shape.work(self.job.pass_rows);
         let per_second: Vec<f64> = seconds.iter().map(|seconds| shape.n_tokens() as f64 / seconds).collect();
         let tokens_per_s = Spread::of(&per_second);
         let median_s = shape.n_tokens() as f64 / tokens_per_s.median;

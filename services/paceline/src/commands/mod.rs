@@ -7,6 +7,8 @@ pub mod generate;
 pub mod models;
 pub mod plan;
 pub mod run;
+#[cfg(feature = "cuda")]
+pub mod selftest;
 pub mod service;
 pub mod synth;
 pub mod up;

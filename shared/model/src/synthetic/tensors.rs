@@ -11,7 +11,7 @@ use super::rows::{Random, fill_floats, fill_row};
 use crate::config::{Architecture, PairLayout, RopeScaling};
 use crate::names::{Expected, Part, ROPE_FACTORS, expected_tensors};
 use crate::rope::llama3_factors;
-use crate::weights::file_row;
+use crate::weights::RowOrder;
 
 /// A tensor as it will lie in a file: units, of which each is made in one go. A unit is a row of a matrix, or all of
 /// a vector.
@@ -141,12 +141,15 @@ impl Rows {
         }
     }
 
-    /// The row, in [`PairLayout::Half`] order, that lies at this row of the file: the inverse of [`file_row`], which
+    fn order(&self) -> RowOrder {
+        RowOrder { pair_layout: self.pair_layout, head_dim: self.head_dim }
+    }
+
+    /// The row, in [`PairLayout::Half`] order, that lies at this row of the file: the inverse of [`RowOrder::file_row`], which
     /// moves rows within a head only.
     fn logical_row(&self, row: usize) -> usize {
         let head = row - row % self.head_dim;
-        let is_there =
-            |logical: &usize| file_row(self.part, self.pair_layout, self.head_dim, *logical) == row;
+        let is_there = |logical: &usize| self.order().file_row(self.part, *logical) == row;
         // Mostly the row itself.
         [row].into_iter().chain(head..).find(is_there).expect("invariant: rows are permuted within a head")
     }
@@ -170,7 +173,7 @@ mod tests {
             let (pair_layout, head_dim) = (PairLayout::Interleaved, 6);
             let rows = Rows { seed: 0, part, layer: 0, pair_layout, head_dim };
             for logical in 0..24 {
-                assert_eq!(rows.logical_row(file_row(part, pair_layout, head_dim, logical)), logical);
+                assert_eq!(rows.logical_row(rows.order().file_row(part, logical)), logical);
             }
         }
     }

@@ -36,6 +36,8 @@ pub struct Job {
     pub shapes: Vec<Shape>,
     /// Measurements of each.
     pub n_repeats: usize,
+    /// Rows of one pass over a prompt; longer prompts take several passes.
+    pub pass_rows: usize,
 }
 
 /// What was measured.
@@ -66,7 +68,8 @@ pub fn run(job: &Job) -> anyhow::Result<Measured> {
         .collect::<Result<Vec<_>, _>>()
         .context("ranks cannot be joined")?;
     let peers: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address().clone()).collect();
-    let (abort, chosen) = (AbortFlag::new(), Chosen::new(capacity(&job.shapes).max_output_rows));
+    let (abort, chosen) =
+        (AbortFlag::new(), Chosen::new(capacity(&job.shapes, job.pass_rows).max_output_rows));
     let results: Vec<anyhow::Result<Measured>> = thread::scope(|scope| {
         let start = |(rank, endpoint): (usize, Endpoint)| {
             let spec = GroupSpec {
@@ -110,13 +113,13 @@ fn combine(results: Vec<anyhow::Result<Measured>>) -> anyhow::Result<Measured> {
 }
 
 /// Room for the largest shape.
-fn capacity(shapes: &[Shape]) -> Capacity {
+fn capacity(shapes: &[Shape], pass_rows: usize) -> Capacity {
     let blocks = |shape: &Shape| shape.n_sequences() * shape.n_positions().div_ceil(BLOCK_POSITIONS);
     let most = |of: &dyn Fn(&Shape) -> usize| shapes.iter().map(of).max().unwrap_or(1);
     Capacity {
         kv_type: KvType::F16,
         n_kv_blocks: most(&blocks),
-        max_rows: most(&|shape| shape.max_rows()),
+        max_rows: most(&|shape| shape.max_rows(pass_rows)),
         max_output_rows: most(&|shape| shape.n_sequences()),
     }
 }
@@ -145,6 +148,7 @@ struct Rank<'a> {
     collective: Box<dyn Collective>,
     chosen: &'a Chosen,
     kv_positions: u64,
+    pass_rows: usize,
     n_vocab: usize,
     /// What comes next in each sequence.
     next: Vec<TokenId>,
@@ -161,7 +165,7 @@ impl<'a> Rank<'a> {
         spec: &GroupSpec,
         chosen: &'a Chosen,
     ) -> anyhow::Result<Self> {
-        let capacity = capacity(&job.shapes);
+        let capacity = capacity(&job.shapes, job.pass_rows);
         let load_spec = LoadSpec {
             checkpoint: &job.checkpoint,
             config: &job.config,
@@ -175,6 +179,7 @@ impl<'a> Rank<'a> {
             collective: connect(endpoint, spec)?,
             chosen,
             kv_positions: (capacity.n_kv_blocks * BLOCK_POSITIONS) as u64,
+            pass_rows: job.pass_rows,
             n_vocab: job.config.n_vocab,
             next: Vec::new(),
             best: Vec::new(),
@@ -228,7 +233,7 @@ impl<'a> Rank<'a> {
             let n_vocab = self.n_vocab;
             let token = |position: usize| TokenId(((7 * position + 13 * sequence + 1_000) % n_vocab) as u32);
             let mut start = from;
-            for end in Shape::pass_ends(from, to) {
+            for end in Shape::pass_ends(from, to, self.pass_rows) {
                 let tokens: Vec<TokenId> = (start..end).map(token).collect();
                 let positions: Vec<u32> = (start as u32..end as u32).collect();
                 let output_rows: &[usize] = if end == to { &[end - start - 1] } else { &[] };
@@ -300,7 +305,7 @@ mod tests {
         let tables = block_tables(shapes[1]);
         let blocks: Vec<u32> = tables.concat().into_iter().map(|block| block.0).collect();
         assert_eq!(blocks, (0..9).collect::<Vec<_>>());
-        let capacity = capacity(&shapes);
+        let capacity = capacity(&shapes, 512);
         assert_eq!((capacity.n_kv_blocks, capacity.max_rows, capacity.max_output_rows), (9, 40, 3));
     }
 }

@@ -2,8 +2,6 @@
 
 use std::{fmt, str::FromStr};
 
-/// Rows of one pass over a prompt; longer prompts take several passes.
-pub const PASS_ROWS: usize = 512;
 /// Tokens that each sequence has before decoding is measured, if no depth is given.
 const PROMPT_TOKENS: usize = 16;
 /// Most tokens of a sequence, and most sequences.
@@ -72,27 +70,29 @@ impl Shape {
         depth
     }
 
-    /// Most rows of a pass.
-    pub fn max_rows(self) -> usize {
+    /// Most rows of a pass, when `pass_rows` of a prompt run at a time.
+    pub fn max_rows(self, pass_rows: usize) -> usize {
         match self {
-            Self::Prefill { n_tokens, depth } => n_tokens.max(depth).min(PASS_ROWS),
-            Self::Decode { n_sequences, depth, .. } => n_sequences.max(depth.min(PASS_ROWS)),
+            Self::Prefill { n_tokens, depth } => n_tokens.max(depth).min(pass_rows),
+            Self::Decode { n_sequences, depth, .. } => n_sequences.max(depth.min(pass_rows)),
         }
     }
 
     /// Ends of the passes over the positions `from .. to` of a prompt.
-    pub fn pass_ends(from: usize, to: usize) -> impl Iterator<Item = usize> {
-        (from..to).step_by(PASS_ROWS).map(move |start| to.min(start + PASS_ROWS))
+    pub fn pass_ends(from: usize, to: usize, pass_rows: usize) -> impl Iterator<Item = usize> {
+        (from..to).step_by(pass_rows).map(move |start| to.min(start + pass_rows))
     }
 
     /// What is measured.
-    pub fn work(self) -> Work {
+    pub fn work(self, pass_rows: usize) -> Work {
         match self {
             Self::Prefill { n_tokens, depth } => Work {
-                n_passes: n_tokens.div_ceil(PASS_ROWS) as u64,
+                n_passes: n_tokens.div_ceil(pass_rows) as u64,
                 n_rows: n_tokens as u64,
                 n_output_rows: 1,
-                n_kv_positions: Self::pass_ends(depth, depth + n_tokens).map(|end| end as u64).sum(),
+                n_kv_positions: Self::pass_ends(depth, depth + n_tokens, pass_rows)
+                    .map(|end| end as u64)
+                    .sum(),
             },
             Self::Decode { n_tokens, n_sequences, depth } => {
                 let of_one: usize = (1..=n_tokens).map(|n| depth + n).sum();
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn work_is_counted_by_pass() {
-        let work = |text: &str| text.parse::<Shape>().expect("a shape").work();
+        let work = |text: &str| text.parse::<Shape>().expect("a shape").work(512);
         let expected = Work { n_passes: 2, n_rows: 600, n_output_rows: 1, n_kv_positions: 512 + 600 };
         assert_eq!(work("pp600"), expected);
         let expected = Work { n_passes: 2, n_rows: 600, n_output_rows: 1, n_kv_positions: 612 + 700 };
