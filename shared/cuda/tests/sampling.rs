@@ -207,7 +207,7 @@ fn check_adjusted(device: &mut Emulated, vocab: std::ops::Range<u32>) -> Result<
     let (requests, n_tokens) = (requests(), vocab.len());
     let mut history = TokenHistory::new(300);
     let mut random = Random(8);
-    (0..900).for_each(|_| history.push(TokenId(random.below(30) as u32 * 29)));
+    (0..900).for_each(|_| history.push(TokenId(random.below(500) as u32 * 2)));
     let logits = rows(requests.len(), n_tokens, 11);
     let changes: Vec<_> = (0..)
         .zip(&requests)
@@ -259,22 +259,24 @@ fn penalties_and_biases_are_those_of_the_crate() {
 fn mistakes_are_found() {
     let slice = Slice::new(5, 2_000);
     assert_eq!(check(Emulated::of(&only("sampling.cu")), slice, true), Ok(()));
-    for (from, to) in [
+    for (file, from, to) in [
         // One rounding where the crate has two.
         (
+            "sampling.cuh",
             "__fadd_rn(__fmul_rn(twice, tail), __fmul_rn(x.e, LN_2_LOW))",
             "fmaf(twice, tail, __fmul_rn(x.e, LN_2_LOW))",
         ),
-        ("a.token < b.token", "a.token > b.token"),
-        ("token <= cut.token", "token < cut.token"),
+        ("sampling.cu", "a.token < b.token", "a.token > b.token"),
+        ("sampling.cuh", "token <= cut.token", "token < cut.token"),
         (
+            "sampling.cu",
             "mask = 16; mask > 0; mask /= 2) {\n        Candidate",
             "mask = 8; mask > 0; mask /= 2) {\n        Candidate",
         ),
-        ("part < args.n_parts; part += 32", "part + 1 < args.n_parts; part += 32"),
-        ("most = fmaxf(most, logit[i]);", "most = logit[i];"),
+        ("sampling.cu", "part < args.n_parts; part += 32", "part + 1 < args.n_parts; part += 32"),
+        ("sampling.cu", "most = fmaxf(most, logit[i]);", "most = logit[i];"),
     ] {
-        let device = || Emulated::of(&only("sampling.cu").mutated("sampling.cu", from, to));
+        let device = || Emulated::of(&only("sampling.cu").mutated(file, from, to));
         let wide = Slice { n_parts: 3, ..slice };
         let ways = [(wide, false), (wide, true), (Slice::new(5, 1), false)];
         let found = ways.map(|(slice, with_cuts)| check(device(), slice, with_cuts).is_err());
