@@ -110,6 +110,8 @@ DEVICE float exp2_fast(float x) {
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// Adds to a number in shared memory and returns what it was, in one step.
+DEVICE uint32_t fetch_add(uint32_t *shared, uint32_t x) { return atomicAdd(shared, x); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 #endif

@@ -1,7 +1,7 @@
 // The token of a row on the device, to the last bit what shared/sampling takes: penalties and bias as its adjust.rs, noise
 // as its noise.rs and math.rs, the best token as its sample.rs. Every operation that rounds is written out, so that no
 // compiler joins two of them.
-#include "batch.cuh"
+#include "sampling.cuh"
 
 // How a row is sampled.
 struct SampleRow {
@@ -12,12 +12,6 @@ struct SampleRow {
 
 struct Candidate {
     float value;  // logit with noise
-    uint32_t token;
-};
-
-// The last kept token in the order (logit falling, id rising).
-struct Cut {
-    float logit;
     uint32_t token;
 };
 
@@ -58,7 +52,6 @@ constexpr int WARPS = THREADS / 32;
 // Tokens whose noise one draw of the generator makes.
 constexpr uint32_t DRAWN = 4;
 constexpr float MAX_NOISE = 22.2f;
-constexpr float NONE = -__builtin_huge_valf();
 
 struct Words {
     uint32_t word[4];
@@ -81,30 +74,6 @@ DEVICE Words philox(uint32_t block, uint32_t position, uint64_t seed) {
     return {{a, b, c, d}};
 }
 
-// x = (1 + f) * 2^e
-struct Split {
-    float f, e;
-};
-DEVICE Split split(float x) {
-    uint32_t bits = __float_as_uint(x);
-    int exponent = (int)(bits - 0x3f3504f3u) >> 23;
-    return {__fsub_rn(__uint_as_float(bits - ((uint32_t)exponent << 23)), 1.0f), (float)exponent};
-}
-
-constexpr float LN_2_HIGH = 0.6933594f;
-constexpr float LN_2_LOW = -2.1219444e-4f;
-
-DEVICE float ln_of_split(Split x) {
-    float s = __fdiv_rn(x.f, __fadd_rn(2.0f, x.f));
-    float z = __fmul_rn(s, s);
-    float tail = __fadd_rn(1.0f / 7.0f, __fmul_rn(z, 1.0f / 9.0f));
-    tail = __fadd_rn(1.0f / 5.0f, __fmul_rn(z, tail));
-    tail = __fmul_rn(z, __fadd_rn(1.0f / 3.0f, __fmul_rn(z, tail)));
-    float twice = __fadd_rn(s, s);
-    float low = __fadd_rn(__fmul_rn(twice, tail), __fmul_rn(x.e, LN_2_LOW));
-    return __fadd_rn(__fmul_rn(x.e, LN_2_HIGH), __fadd_rn(twice, low));
-}
-
 DEVICE float gumbel_of(uint32_t word) {
     constexpr float SCALE = 1.0f / 2147483648.0f;
     int j = (int)(word >> 1);
@@ -116,13 +85,7 @@ DEVICE float gumbel_of(uint32_t word) {
     return -ln_of_split(split(-ln_of_split(x)));
 }
 
-DEVICE float without_nan(float logit) { return logit == logit ? logit : NONE; }
-
 DEVICE bool beats(Candidate a, Candidate b) { return a.value > b.value || (a.value == b.value && a.token < b.token); }
-
-DEVICE bool keeps(Cut cut, float logit, uint32_t token) {
-    return logit > cut.logit || (logit == cut.logit && token <= cut.token);
-}
 
 // The better of the best so far and the tokens of a group that are in first .. end. Noise is only made where it can
 // matter.

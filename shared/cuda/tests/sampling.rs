@@ -3,9 +3,12 @@
 mod support;
 
 use paceline_cuda::kernels::batch::BatchHeader;
-use paceline_cuda::kernels::sampling::{BestArgs, BestToken, SampleRow, best_tokens, n_parts};
+use paceline_cuda::kernels::sampling::{
+    AdjustArgs, BestArgs, BestToken, SampleRow, adjust_logits, adjustments, best_tokens, n_parts,
+};
 use paceline_cuda::{CudaError, Runtime};
-use paceline_sampling::plain_best;
+use paceline_domain::{SamplingParams, TokenId};
+use paceline_sampling::{TokenHistory, local_best, plain_best};
 use support::{
     arrays::{Random, get, only, put},
     emulated::Emulated,
@@ -182,26 +185,98 @@ fn a_slice_is_a_part_of_the_row() {
     }
 }
 
+/// Penalties and biases of some requests.
+fn requests() -> Vec<SamplingParams> {
+    let plain = SamplingParams::default();
+    let bias = vec![(TokenId(3), 2.5), (TokenId(40), -100.0), (TokenId(700), 0.1), (TokenId(999), 1e9)];
+    vec![
+        SamplingParams { repetition_penalty: 1.3, ..plain.clone() },
+        SamplingParams { presence_penalty: 0.7, frequency_penalty: 0.31, ..plain.clone() },
+        SamplingParams { logit_bias: bias.clone(), ..plain.clone() },
+        SamplingParams {
+            repetition_penalty: 0.9,
+            frequency_penalty: -0.2,
+            logit_bias: bias,
+            ..plain.clone()
+        },
+        plain,
+    ]
+}
+
+fn check_adjusted(device: &mut Emulated, vocab: std::ops::Range<u32>) -> Result<(), String> {
+    let (requests, n_tokens) = (requests(), vocab.len());
+    let mut history = TokenHistory::new(300);
+    let mut random = Random(8);
+    (0..900).for_each(|_| history.push(TokenId(random.below(500) as u32 * 2)));
+    let logits = rows(requests.len(), n_tokens, 11);
+    let changes: Vec<_> = (0..)
+        .zip(&requests)
+        .flat_map(|(row, params)| adjustments(row, params, &history, vocab.clone()))
+        .collect();
+    let on_device = put(device, &logits.concat());
+    let args = AdjustArgs {
+        logits: on_device,
+        adjustments: put(device, &changes),
+        n_adjustments: put(device, &[changes.len() as u32]),
+        row_stride: n_tokens as u32,
+        unused: 0,
+    };
+    adjust_logits(device, changes.len() / 3, &args).map_err(|error| error.to_string())?;
+    let found: Vec<f32> = get(device, on_device, requests.len() * n_tokens);
+    for (row, params) in requests.iter().enumerate() {
+        let mut expected = logits[row].clone();
+        local_best(params, &history, 1_200, vocab.start, &mut expected);
+        // The kernel leaves what is not a number, where nothing is changed, to the search.
+        let bits = |logit: &f32| if logit.is_nan() { f32::NEG_INFINITY } else { *logit }.to_bits();
+        let differs = |i: &usize| bits(&found[row * n_tokens + i]) != expected[*i].to_bits();
+        if let Some(i) = (0..n_tokens).find(differs) {
+            let found = found[row * n_tokens + i];
+            return Err(format!("row {row} column {i}: {found}, not {}", expected[i]));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn penalties_and_biases_are_those_of_the_crate() {
+    for vocab in [0..1_000, 20..720, 500..501] {
+        assert_eq!(check_adjusted(&mut Emulated::new(), vocab.clone()), Ok(()), "{vocab:?}");
+    }
+    for (from, to) in [
+        (
+            "__fsub_rn(__fsub_rn(logit, presence), __fmul_rn(it.frequency, (float)it.n_output))",
+            "fmaf(-it.frequency, (float)it.n_output, __fsub_rn(logit, presence))",
+        ),
+        ("logit < 0 ? ", "logit > 0 ? "),
+        ("gridDim.x * 256", "gridDim.x * 512"),
+    ] {
+        let sources = only("sampling.cu").mutated("sampling.cu", from, to);
+        assert!(check_adjusted(&mut Emulated::of(&sources), 0..1_000).is_err(), "{to}");
+    }
+}
+
 #[test]
 fn mistakes_are_found() {
     let slice = Slice::new(5, 2_000);
     assert_eq!(check(Emulated::of(&only("sampling.cu")), slice, true), Ok(()));
-    for (from, to) in [
+    for (file, from, to) in [
         // One rounding where the crate has two.
         (
+            "sampling.cuh",
             "__fadd_rn(__fmul_rn(twice, tail), __fmul_rn(x.e, LN_2_LOW))",
             "fmaf(twice, tail, __fmul_rn(x.e, LN_2_LOW))",
         ),
-        ("a.token < b.token", "a.token > b.token"),
-        ("token <= cut.token", "token < cut.token"),
+        ("sampling.cu", "a.token < b.token", "a.token > b.token"),
+        ("sampling.cuh", "token <= cut.token", "token < cut.token"),
         (
+            "sampling.cu",
             "mask = 16; mask > 0; mask /= 2) {\n        Candidate",
             "mask = 8; mask > 0; mask /= 2) {\n        Candidate",
         ),
-        ("part < args.n_parts; part += 32", "part + 1 < args.n_parts; part += 32"),
-        ("most = fmaxf(most, logit[i]);", "most = logit[i];"),
+        ("sampling.cu", "part < args.n_parts; part += 32", "part + 1 < args.n_parts; part += 32"),
+        ("sampling.cu", "most = fmaxf(most, logit[i]);", "most = logit[i];"),
     ] {
-        let device = || Emulated::of(&only("sampling.cu").mutated("sampling.cu", from, to));
+        let device = || Emulated::of(&only("sampling.cu").mutated(file, from, to));
         let wide = Slice { n_parts: 3, ..slice };
         let ways = [(wide, false), (wide, true), (Slice::new(5, 1), false)];
         let found = ways.map(|(slice, with_cuts)| check(device(), slice, with_cuts).is_err());

@@ -31,7 +31,7 @@ pub(crate) fn adjust(params: &SamplingParams, history: &TokenHistory, vocab_star
 }
 
 /// Whether the tokens before a row change its logits.
-pub(crate) fn has_penalty(params: &SamplingParams) -> bool {
+pub fn has_penalty(params: &SamplingParams) -> bool {
     params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0
 }
 

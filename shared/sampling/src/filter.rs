@@ -17,16 +17,19 @@ const GUESS_FACTOR: usize = 16;
 
 /// The last kept token.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) struct Cut {
-    pub(crate) logit: f32,
-    token: u32,
+pub struct Cut {
+    /// Its logit.
+    pub logit: f32,
+    /// Its id.
+    pub token: u32,
 }
 
 impl Cut {
     /// Keeps every token.
-    pub(crate) const ALL: Self = Self { logit: f32::NEG_INFINITY, token: u32::MAX };
+    pub const ALL: Self = Self { logit: f32::NEG_INFINITY, token: u32::MAX };
 
-    pub(crate) fn keeps(&self, logit: f32, token: u32) -> bool {
+    /// Whether a token with this logit is kept.
+    pub fn keeps(&self, logit: f32, token: u32) -> bool {
         logit > self.logit || (logit == self.logit && token <= self.token)
     }
 
@@ -37,7 +40,7 @@ impl Cut {
 }
 
 /// The cut for a whole row without NaN.
-pub(crate) fn cut(params: &SamplingParams, logits: &[f32]) -> Cut {
+pub fn cut(params: &SamplingParams, logits: &[f32]) -> Cut {
     let k = if params.top_k == 0 { logits.len() } else { logits.len().min(params.top_k as usize) };
     let has_top_k = k < logits.len();
     let is_open = !has_top_k && params.top_p >= 1.0 && params.min_p <= 0.0;

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 
 /// How often a token is in prompt and output.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) struct TokenCount {
-    pub(crate) n_prompt: u32,
-    pub(crate) n_output: u32,
+pub struct TokenCount {
+    /// In the prompt.
+    pub n_prompt: u32,
+    /// In the output.
+    pub n_output: u32,
 }
 
 /// The tokens before the one to be sampled, and how often each occurs.
@@ -67,7 +69,7 @@ impl TokenHistory {
     }
 
     /// Counts of the tokens `vocab_start .. vocab_start + n` that occur.
-    pub(crate) fn counts(&self, vocab_start: u32, n: usize) -> impl Iterator<Item = (usize, TokenCount)> {
+    pub fn counts(&self, vocab_start: u32, n: usize) -> impl Iterator<Item = (usize, TokenCount)> {
         let end = vocab_start.saturating_add(u32::try_from(n).unwrap_or(u32::MAX));
         self.counts
             .range(vocab_start..end)

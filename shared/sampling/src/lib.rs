@@ -28,6 +28,8 @@ pub mod noise;
 pub mod sample;
 pub mod verify;
 
-pub use history::TokenHistory;
+pub use adjust::has_penalty;
+pub use filter::{Cut, cut};
+pub use history::{TokenCount, TokenHistory};
 pub use sample::{Candidate, is_plain, local_best, merge, needs_full_row, plain_best, sample_row};
 pub use verify::verify;

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod batch;
+pub mod filter;
 pub mod linear;
 pub mod norm;
 pub mod rope;
@@ -10,6 +11,13 @@ pub mod tiles;
 
 /// Every kernel with the bytes of its arguments.
 pub fn signatures() -> Vec<(&'static str, usize)> {
-    [attention::SIGNATURES, linear::SIGNATURES, norm::SIGNATURES, rope::SIGNATURES, sampling::SIGNATURES]
-        .concat()
+    [
+        attention::SIGNATURES,
+        filter::SIGNATURES,
+        linear::SIGNATURES,
+        norm::SIGNATURES,
+        rope::SIGNATURES,
+        sampling::SIGNATURES,
+    ]
+    .concat()
 }

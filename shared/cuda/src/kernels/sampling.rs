@@ -1,6 +1,12 @@
 //! Launches of sampling of kernels/sampling.cu, and its inputs from the parameters of requests. The results are those of
 //! the crate `paceline-sampling`, bit for bit.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use paceline_domain::SamplingParams;
+use paceline_sampling::{TokenHistory, has_penalty};
+
 use crate::{CudaError, DevicePtr, Launch, Runtime};
 
 const THREADS: u32 = 256;
@@ -107,6 +113,32 @@ pub const SIGNATURES: &[(&str, usize)] = &[
     ("best_of_parts", size_of::<BestArgs>()),
     ("best_of_rows", size_of::<BestArgs>()),
 ];
+
+/// What penalties and bias change in a row whose logits are of the tokens `vocab`; one entry for each token.
+pub fn adjustments(
+    row: u32,
+    params: &SamplingParams,
+    history: &TokenHistory,
+    vocab: Range<u32>,
+) -> Vec<Adjustment> {
+    let none = Adjustment { row, column: 0, n_output: 0, kinds: 0, ..bytemuck::Zeroable::zeroed() };
+    let mut changes: BTreeMap<u32, Adjustment> = BTreeMap::new();
+    if has_penalty(params) {
+        for (column, count) in history.counts(vocab.start, vocab.len()) {
+            let (kinds, n_output) = (Adjustment::PENALTIES, count.n_output);
+            changes.insert(column as u32, Adjustment { n_output, kinds, ..none });
+        }
+    }
+    for (token, bias) in params.logit_bias.iter().filter(|(token, _)| vocab.contains(&token.0)) {
+        let change = changes.entry(token.0 - vocab.start).or_insert(none);
+        change.kinds |= Adjustment::BIAS;
+        change.bias = *bias;
+    }
+    let (repetition, presence, frequency) =
+        (params.repetition_penalty, params.presence_penalty, params.frequency_penalty);
+    let complete = |(column, change)| Adjustment { column, repetition, presence, frequency, ..change };
+    changes.into_iter().map(complete).collect()
+}
 
 /// Blocks that share a row of `n_tokens` logits. Changes no result.
 pub fn n_parts(n_tokens: u32) -> u32 {

@@ -183,5 +183,11 @@ DEVICE uint32_t shuffle_xor(uint32_t x, int mask, emulator::Where where = emulat
 DEVICE float shuffle_xor(float x, int mask, emulator::Where where = emulator::Where::current()) {
     return __uint_as_float(emulator::shuffle(__float_as_uint(x), mask, where));
 }
+// The fibers of a block share a thread.
+DEVICE uint32_t fetch_add(uint32_t *shared, uint32_t x) {
+    uint32_t before = *shared;
+    *shared += x;
+    return before;
+}
 DEVICE void sync_warp(emulator::Where where = emulator::Where::current()) { emulator::meet_in_warp(where); }
 DEVICE void sync_block(emulator::Where where = emulator::Where::current()) { emulator::meet_in_block(where); }
