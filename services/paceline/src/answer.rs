@@ -5,8 +5,9 @@ use std::io::{self, IsTerminal as _, Write};
 
 use anyhow::{Context as _, bail};
 use paceline_wire::inference::{
-    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model, Timings, Usage,
-    generate_request::Input, generate_response::Event, inference_client::InferenceClient,
+    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model, Timings,
+    TokenLogprobs, Usage, generate_request::Input, generate_response::Event,
+    inference_client::InferenceClient,
 };
 use serde::Serialize;
 use tonic::{Request, transport::Channel};
@@ -35,6 +36,9 @@ pub struct Answer {
     pub text: String,
     /// The generated token ids, an end token included.
     pub tokens: Vec<u32>,
+    /// One for each token when asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<LogprobsJson>,
     /// "stop", "length" or "cancelled".
     pub finish_reason: &'static str,
     /// Tokens counted.
@@ -45,6 +49,15 @@ pub struct Answer {
     pub model: String,
     /// Seed that was in force.
     pub seed: u64,
+}
+
+/// Natural logarithms of probabilities at one position, before temperature and filters.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct LogprobsJson {
+    /// Of the token that was chosen.
+    pub logprob: f32,
+    /// Ids and those of the likeliest tokens, likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// Tokens counted.
@@ -133,11 +146,13 @@ pub async fn generate(
 ) -> anyhow::Result<Answer> {
     let mut stream = client.generate(traced(request)).await.map_err(readable)?.into_inner();
     let (mut text, mut tokens, mut model, mut seed) = (String::new(), Vec::new(), String::new(), 0);
+    let mut logprobs = Vec::new();
     while let Some(chunk) = stream.message().await.map_err(readable)? {
         match chunk.event {
             Some(Event::Started(started)) => (model, seed) = (started.model, started.seed),
             Some(Event::Delta(delta)) => {
                 tokens.extend(delta.token_ids);
+                logprobs.extend(delta.logprobs.iter().map(logprobs_json));
                 if !delta.text.is_empty() {
                     on_text(&delta.text)?;
                     text.push_str(&delta.text);
@@ -149,6 +164,7 @@ pub async fn generate(
                 return Ok(Answer {
                     text,
                     tokens,
+                    logprobs,
                     finish_reason: finish_reason(&finished),
                     usage: usage_json(&usage),
                     timings: timings_json(&timings, usage.completion_tokens),
@@ -235,6 +251,11 @@ fn finish_reason(finished: &Finished) -> &'static str {
     }
 }
 
+fn logprobs_json(logprobs: &TokenLogprobs) -> LogprobsJson {
+    let top = logprobs.top.iter().map(|top| (top.token_id, top.logprob)).collect();
+    LogprobsJson { logprob: logprobs.logprob, top }
+}
+
 fn usage_json(usage: &Usage) -> UsageJson {
     UsageJson {
         prompt_tokens: usage.prompt_tokens,
@@ -263,6 +284,7 @@ mod tests {
         Answer {
             text: "a".into(),
             tokens: vec![1; 11],
+            logprobs: Vec::new(),
             finish_reason: "length",
             usage: usage_json(&Usage { prompt_tokens: 7, completion_tokens: 11, cached_tokens: 0 }),
             timings: timings_json(&timings, 11),
@@ -283,6 +305,10 @@ mod tests {
         let json = serde_json::to_value(answer()).expect("plain data");
         let fields: Vec<&String> = json.as_object().expect("object").keys().collect();
         assert_eq!(fields, ["text", "tokens", "finish_reason", "usage", "timings", "model", "seed"]);
+        let logprobs = TokenLogprobs { logprob: -0.5, top: Vec::new() };
+        let told = Answer { logprobs: vec![logprobs_json(&logprobs)], ..answer() };
+        let json_told = serde_json::to_value(told).expect("plain data");
+        assert_eq!(json_told["logprobs"], serde_json::json!([{ "logprob": -0.5, "top": [] }]));
         assert_eq!(json["usage"]["completion_tokens"], 11);
     }
 

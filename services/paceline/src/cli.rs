@@ -16,6 +16,7 @@ use crate::{
         plan::{self, PlanArgs},
         run::{self, RunArgs},
         service::{self, CoordinatorArgs, ShardArgs},
+        synth::{self, SynthArgs},
         up::{self, UpArgs},
     },
     interrupt::Interrupted,
@@ -50,6 +51,7 @@ enum Command {
     Plan(PlanArgs),
     Estimate(EstimateArgs),
     Bench(BenchArgs),
+    Synth(SynthArgs),
     Shard(ShardArgs),
     Coordinator(CoordinatorArgs),
 }
@@ -71,11 +73,22 @@ pub fn main() -> ExitCode {
         Err(error) => match error.downcast_ref::<Interrupted>() {
             Some(interrupted) => interrupted.exit_code(),
             None => {
-                eprintln!("error: {error:#}");
+                eprintln!("error: {}", message(&error));
                 ExitCode::FAILURE
             }
         },
     }
+}
+
+/// The error and its causes; a cause that the text before it ends with is not said again.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 async fn dispatch(cli: &Cli) -> anyhow::Result<()> {
@@ -98,6 +111,7 @@ async fn command(cli: &Cli) -> anyhow::Result<()> {
         Command::Plan(args) => plan::plan(args, &cli.places).await,
         Command::Estimate(args) => estimate::estimate(args),
         Command::Bench(args) => bench::bench(args, &cli.places).await,
+        Command::Synth(args) => synth::synth(args).await,
         Command::Shard(args) => service::shard(args).await,
         Command::Coordinator(args) => service::coordinator(args).await,
     }
@@ -158,6 +172,8 @@ mod tests {
             "models pull --all --models-dir /tmp",
             "plan --model M --ranks 3",
             "estimate --config config.json --dtype bfloat16",
+            "synth --shape qwen2.5-7b --type q4_k --seed 1 --out model.gguf --json",
+            "synth --config config.json --out model",
             "shard --listen 127.0.0.1:0 --model M --threads 2 --events --exit-with-stdin",
             "coordinator --listen 127.0.0.1:0 --model M --shards http://a:1,http://b:2",
         ];
@@ -168,8 +184,22 @@ mod tests {
     }
 
     #[test]
+    fn a_cause_is_said_once() {
+        let error = anyhow::anyhow!("disk full").context("cannot write a: disk full").context("no model");
+        assert_eq!(message(&error), "no model: cannot write a: disk full");
+    }
+
+    #[test]
     fn nonsense_is_refused() {
-        for line in ["", "run", "run --ranks 0 PROMPT", "models pull", "fly"] {
+        for line in [
+            "",
+            "run",
+            "run --ranks 0 PROMPT",
+            "models pull",
+            "fly",
+            "synth --out a",
+            "synth --shape a --config b --out c",
+        ] {
             let arguments = ["paceline"].into_iter().chain(line.split(' ').filter(|word| !word.is_empty()));
             assert!(Cli::try_parse_from(arguments).is_err(), "{line}");
         }

@@ -184,6 +184,9 @@ pub struct SamplingArgs {
     /// The same seed gives the same text [default: a new one each time]
     #[arg(long, value_name = "S", help_heading = "Sampling")]
     pub seed: Option<u64>,
+    /// With --json, log probabilities of each token and of its N likeliest alternatives (0 to 20)
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    pub logprobs: Option<u32>,
     /// Text that ends the output; may be given several times
     #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
     pub stop: Vec<String>,
@@ -204,6 +207,7 @@ impl SamplingArgs {
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
             seed: self.seed,
+            logprobs: self.logprobs,
             ..SamplingOptions::default()
         }
     }

@@ -117,7 +117,7 @@ fn bad_usage_exits_2_and_bad_models_1() {
 #[test]
 fn every_command_has_help_and_the_program_a_version() {
     assert_eq!(stdout(&paceline(&["--version"])), format!("paceline {}\n", env!("CARGO_PKG_VERSION")));
-    for command in ["run", "up", "generate", "chat", "plan", "estimate"] {
+    for command in ["run", "up", "generate", "chat", "plan", "estimate", "bench", "synth"] {
         let help = stdout(&paceline(&[command, "--help"]));
         assert!(help.contains("Examples:") && help.contains("paceline "), "{command}: {help}");
     }

@@ -17,6 +17,7 @@
 //! * `sidecar` – config.json and its neighbours
 //! * `map` – the read-only memory map, the only unsafe lines
 //! * [`writer`] – writes GGUF files
+//! * [`new_file`] – a file that appears whole or not at all
 //! * [`limits`] – every static limit
 //! * [`error`] – everything that can be wrong
 
@@ -34,6 +35,7 @@ mod json;
 pub mod limits;
 mod map;
 pub mod metadata;
+pub mod new_file;
 mod safetensors;
 mod shard_index;
 mod sidecar;
@@ -44,6 +46,7 @@ pub mod writer;
 pub use checkpoint::{Checkpoint, Format};
 pub use error::CheckpointError;
 pub use metadata::Metadata;
+pub use new_file::NewFile;
 pub use tensor::TensorView;
 pub use value::{Array, Value, ValueType};
-pub use writer::{GgufWriter, MetadataValue};
+pub use writer::{FileLayout, GgufWriter, MetadataValue};

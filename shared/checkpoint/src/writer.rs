@@ -1,7 +1,6 @@
 //! Writes GGUF files (version 3, little-endian, alignment 32): for small random models in tests and for synthetic
-//! ones. It does not quantize; tensors come as bytes.
+//! ones. It does not quantize; tensors come as bytes, or are declared and written by somebody else.
 
-use std::io::Write;
 use std::path::Path;
 
 use paceline_domain::WeightType;
@@ -10,6 +9,7 @@ use crate::directory::data_bytes;
 use crate::error::{CheckpointError, quoted};
 use crate::gguf::MAGIC;
 use crate::limits::{DEFAULT_ALIGNMENT, MAX_NAME_BYTES};
+use crate::new_file::NewFile;
 use crate::value::ValueType;
 
 const VERSION: u32 = 3;
@@ -41,11 +41,23 @@ pub struct GgufWriter {
     tensors: Vec<WriterTensor>,
 }
 
+/// Where everything lies in a file of tensors. Bytes that belong to nothing are zero.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FileLayout {
+    /// What the file begins with: all that comes before the data of tensors.
+    pub header: Vec<u8>,
+    /// First byte of each tensor's data, in the order in which they were added.
+    pub starts: Vec<u64>,
+    /// Bytes of the file.
+    pub n_bytes: u64,
+}
+
 struct WriterTensor {
     name: String,
     weight_type: WeightType,
     shape: Vec<usize>,
-    data: Vec<u8>,
+    /// Absent when only declared.
+    data: Option<Vec<u8>>,
 }
 
 macro_rules! from_scalar {
@@ -139,48 +151,66 @@ impl GgufWriter {
 
     /// Adds a tensor. `shape` is outermost first; `data` are its rows as they will lie in the file.
     pub fn tensor(
-        mut self,
+        self,
         name: impl Into<String>,
         weight_type: WeightType,
         shape: &[usize],
         data: impl Into<Vec<u8>>,
     ) -> Self {
-        self.tensors.push(WriterTensor {
-            name: name.into(),
-            weight_type,
-            shape: shape.to_vec(),
-            data: data.into(),
-        });
+        self.add(name.into(), weight_type, shape, Some(data.into()))
+    }
+
+    /// Adds a tensor without its data, which the caller puts where [`Self::layout`] says.
+    pub fn declare(self, name: impl Into<String>, weight_type: WeightType, shape: &[usize]) -> Self {
+        self.add(name.into(), weight_type, shape, None)
+    }
+
+    fn add(mut self, name: String, weight_type: WeightType, shape: &[usize], data: Option<Vec<u8>>) -> Self {
+        self.tensors.push(WriterTensor { name, weight_type, shape: shape.to_vec(), data });
         self
+    }
+
+    /// Where everything lies in the file.
+    ///
+    /// # Errors
+    /// A bad name or shape, data of another length than the shape needs, an array with mixed types.
+    pub fn layout(&self) -> Result<FileLayout, CheckpointError> {
+        let mut header = Vec::new();
+        header.extend(MAGIC);
+        header.extend(VERSION.to_le_bytes());
+        header.extend((self.tensors.len() as u64).to_le_bytes());
+        header.extend((self.metadata.len() as u64).to_le_bytes());
+        for (key, value) in &self.metadata {
+            check_name("key", key)?;
+            write_string(key, &mut header);
+            header.extend(value.value_type().code().to_le_bytes());
+            value.write(key, &mut header)?;
+        }
+        let (mut starts, mut end) = (Vec::with_capacity(self.tensors.len()), 0);
+        for tensor in &self.tensors {
+            let n_bytes = tensor.checked_bytes()?;
+            tensor.write_directory_entry(end, &mut header);
+            starts.push(end);
+            end = padded(end + n_bytes);
+        }
+        let data_start = padded(header.len() as u64);
+        starts.iter_mut().for_each(|start| *start += data_start);
+        Ok(FileLayout { header, starts, n_bytes: data_start + end })
     }
 
     /// The file's bytes.
     ///
     /// # Errors
-    /// A bad name or shape, data of another length than the shape needs, an array with mixed types.
+    /// As [`Self::layout`]; a tensor that was only declared.
     pub fn to_bytes(&self) -> Result<Vec<u8>, CheckpointError> {
-        let mut out = Vec::new();
-        out.extend(MAGIC);
-        out.extend(VERSION.to_le_bytes());
-        out.extend((self.tensors.len() as u64).to_le_bytes());
-        out.extend((self.metadata.len() as u64).to_le_bytes());
-        for (key, value) in &self.metadata {
-            check_name("key", key)?;
-            write_string(key, &mut out);
-            out.extend(value.value_type().code().to_le_bytes());
-            value.write(key, &mut out)?;
+        let FileLayout { header: mut out, starts, n_bytes } = self.layout()?;
+        for (tensor, start) in self.tensors.iter().zip(starts) {
+            let data =
+                tensor.data.as_ref().ok_or_else(|| tensor.unwritable("its data is not here".into()))?;
+            out.resize(start as usize, 0);
+            out.extend(data);
         }
-        let mut start = 0;
-        for tensor in &self.tensors {
-            tensor.check()?;
-            tensor.write_directory_entry(start, &mut out);
-            start += padded(tensor.data.len()) as u64;
-        }
-        for tensor in &self.tensors {
-            out.resize(padded(out.len()), 0);
-            out.extend(&tensor.data);
-        }
-        out.resize(padded(out.len()), 0);
+        out.resize(n_bytes as usize, 0);
         Ok(out)
     }
 
@@ -189,34 +219,31 @@ impl GgufWriter {
     /// # Errors
     /// Those of [`GgufWriter::to_bytes`] and of the file system.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), CheckpointError> {
-        let path = path.as_ref();
         let bytes = self.to_bytes()?;
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(format!(".{}.tmp", std::process::id()));
-        let temporary = Path::new(&temporary);
-        let written = std::fs::File::create(temporary)
-            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
-            .and_then(|()| std::fs::rename(temporary, path));
-        written.map_err(|error| {
-            // Best effort: the first error is the one to report.
-            let _ = std::fs::remove_file(temporary);
-            CheckpointError::io("write", path, error)
-        })
+        let file = NewFile::create(path)?;
+        file.write_at(&bytes, 0)?;
+        file.sync()?;
+        file.commit()
     }
 }
 
 impl WriterTensor {
-    fn check(&self) -> Result<(), CheckpointError> {
+    fn unwritable(&self, why: String) -> CheckpointError {
+        CheckpointError::Unwritable { what: format!("tensor {}", quoted(&self.name)), why }
+    }
+
+    /// Bytes of its data, when all about it is right.
+    fn checked_bytes(&self) -> Result<u64, CheckpointError> {
         check_name("tensor name", &self.name)?;
-        let bad = |why| CheckpointError::Unwritable { what: format!("tensor {}", quoted(&self.name)), why };
         if self.shape.is_empty() {
-            return Err(bad("it has no dimension".to_owned()));
+            return Err(self.unwritable("it has no dimension".to_owned()));
         }
-        let needed = data_bytes(self.weight_type, &self.shape).map_err(bad)?;
-        if needed != self.data.len() as u64 {
-            return Err(bad(format!("shape {:?} needs {needed} bytes, not {}", self.shape, self.data.len())));
+        let needed = data_bytes(self.weight_type, &self.shape).map_err(|why| self.unwritable(why))?;
+        let given = self.data.as_ref().map_or(needed, |data| data.len() as u64);
+        if needed != given {
+            return Err(self.unwritable(format!("shape {:?} needs {needed} bytes, not {given}", self.shape)));
         }
-        Ok(())
+        Ok(needed)
     }
 
     fn write_directory_entry(&self, start: u64, out: &mut Vec<u8>) {
@@ -239,6 +266,6 @@ fn check_name(what: &str, name: &str) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-fn padded(len: usize) -> usize {
-    len.next_multiple_of(DEFAULT_ALIGNMENT as usize)
+fn padded(len: u64) -> u64 {
+    len.next_multiple_of(DEFAULT_ALIGNMENT.into())
 }

@@ -34,7 +34,6 @@ pub mod rope;
 mod scratch;
 pub mod split;
 pub mod synthetic;
-mod synthetic_rows;
 pub mod weights;
 
 pub use batch::{Batch, Logits};

@@ -1,18 +1,30 @@
 //! Random models of any supported shape, for tests and measurements: the same weights as a GGUF file or as a
 //! Hugging Face directory. Their text is noise; only their arithmetic is meant.
+//!
+//! # Layout
+//! * `shapes` – shapes of published models
+//! * `tensors` – which tensors there are, and how a part of one is made
+//! * `rows` – random numbers, and rows of every storage type
+//! * `tokenizer` – one token a byte
+//! * `file` – streams a model to disk
 
-use std::fs;
+mod file;
+mod rows;
+mod shapes;
+mod tensors;
+mod tokenizer;
+
 use std::path::Path;
 
 use paceline_checkpoint::{Format, GgufWriter, MetadataValue};
 use paceline_domain::WeightType;
 
 use crate::config::{Architecture, PairLayout, RopeConfig, RopeScaling};
-use crate::names::{Expected, Part, expected_tensors};
-use crate::rope::llama3_factors;
-use crate::synthetic_rows::{Random, floats, row};
-use crate::weights::file_row;
+use crate::names::Part;
 use crate::{ModelConfig, ModelError};
+
+pub use file::{Writing, Written};
+pub use shapes::{built_in_shape, built_in_shapes};
 
 /// A small llama whose every dimension is awkward: three heads, one leaf of 32 columns a head, an odd vocabulary.
 pub fn tiny_config() -> ModelConfig {
@@ -45,10 +57,12 @@ pub struct Synthetic {
     pub weight_type: fn(Part, usize) -> WeightType,
 }
 
-struct Tensor {
-    expected: Expected,
-    weight_type: WeightType,
-    bytes: Vec<u8>,
+/// The same type for every matrix.
+pub fn uniform(weight_type: WeightType) -> fn(Part, usize) -> WeightType {
+    macro_rules! constant {
+        ($($name:ident),*) => { match weight_type { $(WeightType::$name => |_, _| WeightType::$name),* } };
+    }
+    constant!(F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 }
 
 impl Synthetic {
@@ -62,60 +76,26 @@ impl Synthetic {
 
     /// [`Self::to_gguf`] before it is bytes, so that something can be added.
     pub fn gguf_writer(&self) -> GgufWriter {
-        let mut writer = GgufWriter::new();
-        for (key, value) in self.metadata().into_iter().chain(tokenizer_metadata(self.config.n_vocab)) {
-            writer = writer.metadata(key, value);
-        }
-        for tensor in self.tensors(Format::Gguf) {
-            let Tensor { expected, weight_type, bytes } = tensor;
-            writer = writer.tensor(expected.name, weight_type, &expected.shape, bytes);
-        }
-        if let Some(factors) = self.freq_factors() {
-            let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
-            writer = writer.tensor(crate::names::ROPE_FACTORS, WeightType::F32, &[factors.len()], bytes);
-        }
-        writer
+        tensors::tensors(self, Format::Gguf).iter().fold(self.gguf_header(), |writer, tensor| {
+            writer.tensor(&tensor.name, tensor.weight_type, &tensor.shape, tensor.bytes())
+        })
     }
 
-    /// Writes the model as config.json and model.safetensors into a directory.
+    /// Writes the model into a directory, on this thread: [`Self::write_directory`].
     ///
     /// # Errors
     /// A type that safetensors do not have, or the file system's error.
     pub fn write_hugging_face(&self, directory: &Path) -> Result<(), ModelError> {
-        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-        for tensor in self.tensors(Format::Safetensors) {
-            let dtype = match tensor.weight_type {
-                WeightType::F32 => "F32",
-                WeightType::F16 => "F16",
-                WeightType::BF16 => "BF16",
-                other => return Err(ModelError::Unfit(format!("safetensors have no {}", other.name()))),
-            };
-            let end = data.len() + tensor.bytes.len();
-            let entry = serde_json::json!({
-                "dtype": dtype, "shape": tensor.expected.shape, "data_offsets": [data.len(), end],
-            });
-            header.insert(tensor.expected.name, entry);
-            data.extend(tensor.bytes);
-        }
-        let header = serde_json::Value::Object(header).to_string();
-        let mut file = (header.len() as u64).to_le_bytes().to_vec();
-        file.extend(header.bytes());
-        file.extend(data);
-        let write = |name: &str, bytes: &[u8]| {
-            fs::write(directory.join(name), bytes)
-                .map_err(|error| ModelError::Load(format!("{name}: {error}")))
-        };
-        write("model.safetensors", &file)?;
-        write("config.json", self.config_json().to_string().as_bytes())
+        self.write_directory(directory, &Writing::plain()).map(|_| ())
     }
 
     /// The Hugging Face configuration.
     pub fn config_json(&self) -> serde_json::Value {
         let config = &self.config;
-        let class = match (config.architecture, config.sliding_window) {
-            (Architecture::Qwen2, _) => "Qwen2ForCausalLM",
-            (Architecture::Llama, Some(_)) => "MistralForCausalLM",
-            (Architecture::Llama, None) => "LlamaForCausalLM",
+        let (class, model_type) = match (config.architecture, config.sliding_window) {
+            (Architecture::Qwen2, _) => ("Qwen2ForCausalLM", "qwen2"),
+            (Architecture::Llama, Some(_)) => ("MistralForCausalLM", "mistral"),
+            (Architecture::Llama, None) => ("LlamaForCausalLM", "llama"),
         };
         let scaling = match &config.rope.scaling {
             RopeScaling::None | RopeScaling::Factors(_) => serde_json::Value::Null,
@@ -126,8 +106,9 @@ impl Synthetic {
                 "original_max_position_embeddings": scaling.original_context,
             }),
         };
-        serde_json::json!({
-            "architectures": [class], "hidden_act": "silu", "hidden_size": config.n_embd,
+        let end_token = tokenizer::end(config.n_vocab);
+        let mut json = serde_json::json!({
+            "architectures": [class], "model_type": model_type, "hidden_act": "silu", "hidden_size": config.n_embd,
             "intermediate_size": config.n_ff, "num_hidden_layers": config.n_layers,
             "num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads,
             "head_dim": config.head_dim, "vocab_size": config.n_vocab,
@@ -137,7 +118,16 @@ impl Synthetic {
             "use_sliding_window": config.sliding_window.is_some(),
             "max_window_layers": config.sliding_window.map(|window| window.first_layer),
             "tie_word_embeddings": config.tied_embeddings,
-        })
+            "bos_token_id": end_token, "eos_token_id": end_token,
+        });
+        json.as_object_mut().expect("invariant: an object").retain(|_, value| !value.is_null());
+        json
+    }
+
+    /// The GGUF file without tensors.
+    fn gguf_header(&self) -> GgufWriter {
+        let metadata = self.metadata().into_iter().chain(tokenizer::gguf_metadata(self.config.n_vocab));
+        metadata.fold(GgufWriter::new(), |writer, (key, value)| writer.metadata(key, value))
     }
 
     fn metadata(&self) -> Vec<(String, MetadataValue)> {
@@ -170,112 +160,4 @@ impl Synthetic {
         let named = values.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
         [("general.architecture".to_string(), architecture.into())].into_iter().chain(named).collect()
     }
-
-    fn freq_factors(&self) -> Option<Vec<f32>> {
-        match &self.config.rope.scaling {
-            RopeScaling::Llama3(scaling) => {
-                Some(llama3_factors(scaling, self.config.rope.theta, self.config.head_dim))
-            }
-            RopeScaling::Factors(factors) => Some(factors.clone()),
-            RopeScaling::None | RopeScaling::Linear(_) => None,
-        }
-    }
-
-    fn tensors(&self, format: Format) -> impl Iterator<Item = Tensor> + '_ {
-        let interleaved = format == Format::Gguf && self.config.architecture == Architecture::Llama;
-        let pair_layout = if interleaved { PairLayout::Interleaved } else { PairLayout::Half };
-        expected_tensors(&self.config, format)
-            .into_iter()
-            .map(move |expected| self.tensor(expected, pair_layout))
-    }
-
-    fn tensor(&self, expected: Expected, pair_layout: PairLayout) -> Tensor {
-        let layer = expected.layer.unwrap_or(0);
-        let random = |row: usize| Random::new(&[self.seed, expected.part as u64, layer as u64, row as u64]);
-        let n_rows = expected.shape[0];
-        let Some(n_cols) = expected.shape.get(1).copied() else {
-            let is_norm = matches!(expected.part, Part::AttentionNorm | Part::FfnNorm | Part::OutputNorm);
-            let (mean, deviation) = if is_norm { (1.0, 0.1) } else { (0.0, 0.2) };
-            let values = floats(&mut random(0), n_rows, mean, deviation);
-            let ordered =
-                self.in_file_order(&expected, pair_layout, n_rows, |logical| values[logical].to_le_bytes());
-            return Tensor { expected, weight_type: WeightType::F32, bytes: ordered.concat() };
-        };
-        let weight_type = fitting((self.weight_type)(expected.part, layer), n_cols);
-        let deviation = 1.0 / (n_cols as f32).sqrt();
-        let rows = self.in_file_order(&expected, pair_layout, n_rows, |logical| {
-            row(&mut random(logical), weight_type, n_cols, deviation)
-        });
-        Tensor { expected, weight_type, bytes: rows.concat() }
-    }
-
-    /// Rows in the order of the file; `make` gets the row in [`PairLayout::Half`] order.
-    fn in_file_order<T: Clone>(
-        &self,
-        expected: &Expected,
-        pair_layout: PairLayout,
-        n_rows: usize,
-        make: impl Fn(usize) -> T,
-    ) -> Vec<T> {
-        let mut rows: Vec<Option<T>> = vec![None; n_rows];
-        for logical in 0..n_rows {
-            let at = file_row(expected.part, pair_layout, self.config.head_dim, logical);
-            rows[at] = Some(make(logical));
-        }
-        rows.into_iter().map(|row| row.expect("invariant: rows are permuted")).collect()
-    }
-}
-
-/// The type itself when rows of `n_cols` are whole blocks of it, else the nearest that fits.
-fn fitting(weight_type: WeightType, n_cols: usize) -> WeightType {
-    [weight_type, WeightType::Q8_0, WeightType::F16]
-        .into_iter()
-        .find(|candidate| candidate.row_bytes(n_cols).is_some())
-        .expect("invariant: F16 fits any row")
-}
-
-/// A byte-level tokenizer without merges: one token for each byte, an end token, and fillers.
-fn tokenizer_metadata(n_vocab: usize) -> Vec<(String, MetadataValue)> {
-    const NORMAL: i32 = 1;
-    const CONTROL: i32 = 3;
-    const UNUSED: i32 = 5;
-    let end = 256.min(n_vocab - 1);
-    let token = |id: usize| match id {
-        id if id == end => "<|endoftext|>".to_string(),
-        id if id < 256 => byte_symbol(id as u8).to_string(),
-        id => format!("<|filler_{id}|>"),
-    };
-    let kind = |id: usize| {
-        if id == end {
-            CONTROL
-        } else if id < 256 {
-            NORMAL
-        } else {
-            UNUSED
-        }
-    };
-    [
-        ("model", "gpt2".into()),
-        ("pre", "smollm".into()),
-        ("tokens", (0..n_vocab).map(token).collect::<Vec<String>>().into()),
-        ("token_type", (0..n_vocab).map(kind).collect::<Vec<i32>>().into()),
-        ("merges", Vec::<String>::new().into()),
-        ("bos_token_id", (end as u32).into()),
-        ("eos_token_id", (end as u32).into()),
-        ("add_bos_token", false.into()),
-    ]
-    .into_iter()
-    .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value))
-    .collect()
-}
-
-/// The printable stand-in of a byte in byte-level vocabularies: itself when printable in Latin-1, else the next
-/// free character from U+0100 on (GPT-2's table).
-fn byte_symbol(byte: u8) -> char {
-    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    if printable(byte) {
-        return char::from(byte);
-    }
-    let before = (0..byte).filter(|earlier| !printable(*earlier)).count() as u32;
-    char::from_u32(0x100 + before).expect("invariant: U+0100.. are characters")
 }

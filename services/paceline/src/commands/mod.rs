@@ -8,4 +8,5 @@ pub mod models;
 pub mod plan;
 pub mod run;
 pub mod service;
+pub mod synth;
 pub mod up;

@@ -5,11 +5,11 @@ use half::{bf16, f16};
 use paceline_domain::WeightType;
 
 /// Deterministic random numbers: SplitMix64 (Steele, Lea, Flood 2014).
-pub(crate) struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
     /// A stream for a key; different keys give unrelated streams.
-    pub(crate) fn new(key: &[u64]) -> Self {
+    pub(super) fn new(key: &[u64]) -> Self {
         let mut random = Self(0x5851_f42d_4c95_7f2d);
         for word in key {
             random.0 ^= *word;
@@ -37,41 +37,37 @@ impl Random {
     }
 }
 
-/// `n` numbers around `mean`.
-pub(crate) fn floats(random: &mut Random, n: usize, mean: f32, deviation: f32) -> Vec<f32> {
-    (0..n).map(|_| mean + deviation * random.normal()).collect()
+/// Numbers around `mean` as little-endian f32, as many as there is room for.
+pub(super) fn fill_floats(random: &mut Random, mean: f32, deviation: f32, out: &mut [u8]) {
+    fill_elements(out, || (mean + deviation * random.normal()).to_le_bytes());
 }
 
-/// A row of `n_cols` weights with about this standard deviation, in file form.
+/// A row of weights with about this standard deviation, in file form.
 ///
 /// # Panics
-/// When a row of this length is not whole blocks.
-pub(crate) fn row(random: &mut Random, weight_type: WeightType, n_cols: usize, deviation: f32) -> Vec<u8> {
-    let n_bytes = weight_type.row_bytes(n_cols).expect("invariant: rows are whole blocks");
-    let mut bytes = Vec::with_capacity(n_bytes);
+/// When `out` is not whole blocks.
+pub(super) fn fill_row(random: &mut Random, weight_type: WeightType, deviation: f32, out: &mut [u8]) {
     match weight_type {
-        WeightType::F32 => {
-            floats(random, n_cols, 0.0, deviation).iter().for_each(|x| bytes.extend(x.to_le_bytes()));
-        }
-        WeightType::F16 => floats(random, n_cols, 0.0, deviation)
-            .iter()
-            .for_each(|x| bytes.extend(f16::from_f32(*x).to_le_bytes())),
-        WeightType::BF16 => floats(random, n_cols, 0.0, deviation)
-            .iter()
-            .for_each(|x| bytes.extend(bf16::from_f32(*x).to_le_bytes())),
+        WeightType::F32 => fill_elements(out, || (deviation * random.normal()).to_le_bytes()),
+        WeightType::F16 => fill_elements(out, || f16::from_f32(deviation * random.normal()).to_le_bytes()),
+        WeightType::BF16 => fill_elements(out, || bf16::from_f32(deviation * random.normal()).to_le_bytes()),
         quantized => {
-            for _ in 0..n_cols / quantized.block_len() {
-                bytes.extend(block(random, quantized, deviation));
-            }
+            let blocks = out.chunks_exact_mut(quantized.block_bytes());
+            blocks.for_each(|block| fill_block(random, quantized, deviation, block));
         }
     }
-    bytes
+}
+
+fn fill_elements<const N: usize>(out: &mut [u8], mut element: impl FnMut() -> [u8; N]) {
+    let (elements, rest) = out.as_chunks_mut();
+    assert!(rest.is_empty(), "room for whole elements of {N} bytes");
+    elements.iter_mut().for_each(|place| *place = element());
 }
 
 /// Random codes, then the scales over them. Offsets and meanings are those of the GGUF block layouts; the scale
 /// is chosen so that uniform codes have about the wanted deviation, the minimum so that their mean is about 0.
-fn block(random: &mut Random, weight_type: WeightType, deviation: f32) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..weight_type.block_bytes()).map(|_| random.next() as u8).collect();
+fn fill_block(random: &mut Random, weight_type: WeightType, deviation: f32, bytes: &mut [u8]) {
+    bytes.iter_mut().for_each(|byte| *byte = random.next() as u8);
     // Deviation of uniform codes 0..n is about 0.29 n; integer sub-scales of K-quants average half their range.
     let (scale_at, scale, min_at, min) = match weight_type {
         WeightType::Q4_0 => (0, 0.217, None, 0.0),
@@ -91,13 +87,18 @@ fn block(random: &mut Random, weight_type: WeightType, deviation: f32) -> Vec<u8
     if let Some(at) = min_at {
         bytes[at..at + 2].copy_from_slice(&f16::from_f32(min * wobble).to_le_bytes());
     }
-    bytes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use paceline_kernels::formats::dequantize_row;
+
+    fn row(random: &mut Random, weight_type: WeightType, n_cols: usize, deviation: f32) -> Vec<u8> {
+        let mut bytes = vec![0; weight_type.row_bytes(n_cols).expect("whole blocks")];
+        fill_row(random, weight_type, deviation, &mut bytes);
+        bytes
+    }
 
     #[test]
     fn rows_of_every_type_are_centred_and_about_as_wide_as_asked() {
