@@ -40,7 +40,7 @@ pub use batch::{Batch, Logits};
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{Decoder, LoadSpec};
 pub use error::ModelError;
-pub use estimate::{Capacity, ConfigEstimate, Dtype, MemoryEstimate};
+pub use estimate::{Capacity, ConfigEstimate, DeviceFit, Dtype, MemoryEstimate};
 pub use fingerprint::fingerprint;
 pub use split::{Share, SplitPlan};
 pub use weights::LoadProgress;
