@@ -4,7 +4,7 @@
 //! # Layout
 //! * [`cli`] – the command line and its dispatch
 //! * [`commands`] – one file a command
-//! * [`options`] – options that several commands share
+//! * [`options`], [`device_memory`] – options that several commands share
 //! * [`cluster`], [`process`], [`event`] – services as child processes
 //! * [`answer`] – one generation as a client sees it
 //! * [`catalogue`], [`cache`], [`pull`] – models by name, their files, fetching
@@ -19,6 +19,7 @@ pub mod catalogue;
 pub mod cli;
 pub mod cluster;
 pub mod commands;
+pub mod device_memory;
 pub mod error;
 pub mod event;
 pub mod hub;

@@ -98,6 +98,37 @@ fn plan_accounts_for_every_head_and_byte() {
 
     let text = stdout(&paceline(&["plan", "--model", &model, "--ranks", "3"]));
     assert!(text.contains("tiny on 3 ranks") && text.contains("all ranks: weights"), "{text}");
+    assert!(!text.contains("GPU"), "{text}");
+}
+
+#[test]
+fn plan_and_estimate_say_what_fits_on_a_gpu() {
+    let dir = TempDir::new().expect("directory");
+    let (model, config) = (tiny_model(&dir).to_string_lossy().into_owned(), mistral(&dir));
+    let plan = |size: &str| {
+        let gpu = ["--ranks", "2", "--device-bytes", size, "--gpu-memory", "0.5"];
+        let text = stdout(&paceline(&[&["plan", "--json", "--model", &model][..], &gpu].concat()));
+        let plan: Value = serde_json::from_str(&text).expect("JSON");
+        (plan["ranks"][0].clone(), stdout(&paceline(&[&["plan", "--model", &model][..], &gpu].concat())))
+    };
+    let (rank, text) = plan("64MiB");
+    let number = |name: &str| rank[name].as_u64().expect("a number");
+    let left = (32 << 20) - number("weight_bytes") - number("embedding_bytes") - number("activation_bytes");
+    let blocks = left / (16 * number("kv_bytes_per_token"));
+    assert_eq!(rank["gpu"]["usable_bytes"], 32 << 20);
+    assert_eq!((&rank["gpu"]["kv_blocks"], &rank["gpu"]["kv_tokens"]), (&json!(blocks), &json!(16 * blocks)));
+    assert!(text.contains(&format!("leaves {blocks} KV blocks")) && text.contains("GPU of rank 1"), "{text}");
+    let (rank, text) = plan("1MB");
+    assert!(rank["gpu"]["missing_bytes"].as_u64() > Some(0) && text.contains("does not fit"), "{text}");
+
+    let estimate = ["estimate", "--config", &config, "--device-bytes"];
+    let text = stdout(&paceline(&[&estimate[..], &["24GiB"]].concat()));
+    assert!(
+        text.contains("on one GPU          14.48 GB of 23.19 GB usable, leaves 4152 KV blocks"),
+        "{text}"
+    );
+    assert!(stdout(&paceline(&[&estimate[..], &["12GiB"]].concat())).contains("does not fit"));
+    assert_eq!(paceline(&[&estimate[..], &["many"]].concat()).status.code(), Some(2));
 }
 
 #[test]

@@ -109,6 +109,8 @@ pub struct Capacity {
 pub struct MemoryEstimate {
     /// Bytes of weights in the file's types, norms and biases in f32.
     pub weight_bytes: u64,
+    /// Bytes of the embedding, which a device holds too; on CPUs its rows are looked up in the file.
+    pub embedding_bytes: u64,
     /// Bytes of KV cache for one position.
     pub kv_bytes_per_position: u64,
     /// Bytes of the whole KV pool.
@@ -138,6 +140,7 @@ impl MemoryEstimate {
         let alone = plan.n_ranks() == 1;
         Self {
             weight_bytes: weight_bytes(config, plan, rank, weight_type),
+            embedding_bytes: embedding_bytes(config, weight_type),
             kv_bytes_per_position: kv_block_bytes / BLOCK_POSITIONS as u64,
             kv_bytes: capacity.n_kv_blocks as u64 * kv_block_bytes,
             activation_bytes: crate::cpu::scratch::ScratchShape::new(config, plan, rank).bytes(&capacity),
@@ -154,6 +157,47 @@ impl MemoryEstimate {
     pub fn total_bytes(&self) -> u64 {
         self.weight_bytes + self.kv_bytes + self.activation_bytes
     }
+
+    /// How the rank fits on a device of which it may use this many bytes. The KV pool is then as large as what is
+    /// left, whatever [`Capacity`] says.
+    pub fn on_device(&self, usable_bytes: u64) -> DeviceFit {
+        let fixed_bytes = self.weight_bytes + self.embedding_bytes + self.activation_bytes;
+        DeviceFit::new(usable_bytes, fixed_bytes, self.kv_bytes_per_position)
+    }
+}
+
+/// What a device has left for the KV cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeviceFit {
+    /// Bytes of everything but the KV cache.
+    pub fixed_bytes: u64,
+    /// Bytes that are lacking for one block of KV cache; 0 when it fits.
+    pub missing_bytes: u64,
+    /// Blocks of the KV cache that fit.
+    pub n_kv_blocks: u64,
+}
+
+impl DeviceFit {
+    /// Fits `fixed_bytes` and as many KV blocks as there is room for into `usable_bytes`.
+    pub fn new(usable_bytes: u64, fixed_bytes: u64, kv_bytes_per_position: u64) -> Self {
+        let block_bytes = kv_bytes_per_position * BLOCK_POSITIONS as u64;
+        let left = usable_bytes.saturating_sub(fixed_bytes);
+        // A rank without heads has no KV cache.
+        let n_kv_blocks = left.checked_div(block_bytes).unwrap_or(u64::MAX);
+        let missing_bytes = (fixed_bytes + block_bytes).saturating_sub(usable_bytes);
+        Self { fixed_bytes, missing_bytes, n_kv_blocks }
+    }
+
+    /// Tokens that the KV cache holds.
+    pub fn n_kv_tokens(&self) -> u64 {
+        self.n_kv_blocks.saturating_mul(BLOCK_POSITIONS as u64)
+    }
+}
+
+fn embedding_bytes(config: &ModelConfig, weight_type: &dyn Fn(&Expected) -> WeightType) -> u64 {
+    let expected = expected_tensors(config, Format::Gguf);
+    let embedding = expected.iter().filter(|tensor| tensor.part == Part::Embedding);
+    embedding.map(|tensor| Dtype::Weight(weight_type(tensor)).bytes(tensor.n_elements())).sum()
 }
 
 fn kv_bytes_per_position(config: &ModelConfig) -> u64 {
@@ -198,6 +242,16 @@ mod tests {
         .expect("reads")
     }
 
+    #[test]
+    fn what_a_device_has_left_is_kv_cache() {
+        let fit = |usable_bytes| DeviceFit::new(usable_bytes, 1000, 10);
+        assert_eq!(fit(1000 + 480), DeviceFit { fixed_bytes: 1000, missing_bytes: 0, n_kv_blocks: 3 });
+        assert_eq!(fit(1000 + 160).n_kv_tokens(), 16);
+        assert_eq!(fit(1000 + 159), DeviceFit { fixed_bytes: 1000, missing_bytes: 1, n_kv_blocks: 0 });
+        assert_eq!(fit(0).missing_bytes, 1160);
+        assert_eq!(DeviceFit::new(1, 1, 0).n_kv_tokens(), u64::MAX);
+    }
+
     fn two_digits_of_gib(bytes: u64) -> String {
         format!("{:.2}", bytes as f64 / GIB)
     }
@@ -236,6 +290,9 @@ mod tests {
         assert_eq!(four, one.weight_bytes + 3 * norms);
         assert_eq!(of(4, 1).kv_bytes_per_position * 4, one.kv_bytes_per_position);
         assert_eq!(one.kv_bytes, 64 * 16 * one.kv_bytes_per_position);
+        assert_eq!(one.embedding_bytes, 2 * 32_000 * 4096);
+        let fit = one.on_device(one.weight_bytes + one.embedding_bytes + one.activation_bytes + one.kv_bytes);
+        assert_eq!((fit.n_kv_blocks, fit.missing_bytes), (64, 0));
         assert_eq!((one.all_reduce_bytes_per_token, one.gather_bytes_per_token), (0, 0));
         assert_eq!(of(4, 3).all_reduce_bytes_per_token, 32 * 2 * 4096 * 4);
         assert_eq!(of(4, 3).gather_bytes_per_token, 32_000);

@@ -120,15 +120,22 @@ fn nothing_stays_when_writing_ends_early() {
 #[test]
 fn progress_ends_at_all_bytes() {
     let directory = tempfile::tempdir().expect("a directory");
-    let most = AtomicU64::new(0);
-    let progress = |done: u64, _: u64| {
+    let (most, all) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |done: u64, total: u64| {
         most.fetch_max(done, Ordering::Relaxed);
+        all.store(total, Ordering::Relaxed);
         ControlFlow::Continue(())
     };
     let model = Synthetic { weight_type: uniform(WeightType::BF16), ..models::qwen2() };
     let writing = Writing { n_threads: 2, progress: &progress };
     let written = model.write_directory(&directory.path().join("model"), &writing).expect("written");
-    assert_eq!(most.into_inner(), written.n_bytes);
+    assert_eq!(
+        (most.load(Ordering::Relaxed), all.load(Ordering::Relaxed)),
+        (written.n_bytes, written.n_bytes)
+    );
+    most.store(0, Ordering::Relaxed);
+    models::llama3_scaled().write_gguf(&directory.path().join("model.gguf"), &writing).expect("written");
+    assert_eq!(most.into_inner(), all.into_inner());
     let names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
     assert_eq!(names_in(&directory.path().join("model")), names);
 }

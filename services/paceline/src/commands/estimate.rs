@@ -5,17 +5,22 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 use paceline_model::{
-    ModelConfig,
+    DeviceFit, ModelConfig,
     estimate::{ConfigEstimate, Dtype, GIB},
 };
 
-use crate::{answer::write_stdout, options::read_json};
+use crate::{
+    answer::write_stdout,
+    device_memory::{DeviceMemory, fit_json, fit_text},
+    options::read_json,
+};
 
 /// Estimates the memory a model needs from its config.json alone.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   paceline estimate --config Mistral-7B-v0.1/config.json --dtype bfloat16
   paceline estimate --config config.json --dtype q4_k --json
+  paceline estimate --config config.json --dtype bfloat16 --device-bytes 24GiB
 
 GB is 10^9 bytes, GiB is 2^30 bytes. The Transformers guide and its memory calculator print GiB under the name GB,
 and count rotary tables but not the output head; the line `Transformers guide` follows them.")]
@@ -26,6 +31,8 @@ pub struct EstimateArgs {
     /// Storage type of the weights: float32, bfloat16, float16, int8, int4, or a GGUF type such as q4_k
     #[arg(long, value_name = "TYPE", default_value = "bfloat16")]
     dtype: String,
+    #[command(flatten)]
+    device: DeviceMemory,
     /// Write one JSON object, in bytes
     #[arg(long)]
     json: bool,
@@ -42,10 +49,16 @@ pub fn estimate(args: &EstimateArgs) -> anyhow::Result<()> {
     let json = read_json(&args.config)?;
     let config = ModelConfig::from_config_json(&json).with_context(|| args.config.display().to_string())?;
     let estimate = ConfigEstimate::new(&config, dtype);
-    write_stdout(&if args.json { as_json(&estimate, &args.dtype) } else { as_text(&estimate, &args.dtype) })
+    let fit = |usable_bytes| {
+        let kv_bytes = estimate.kv_bytes_per_1000_tokens / 1000;
+        (DeviceFit::new(usable_bytes, estimate.weight_bytes, kv_bytes), usable_bytes)
+    };
+    let fit = args.device.usable_bytes().map(fit);
+    let dtype = &args.dtype;
+    write_stdout(&if args.json { as_json(&estimate, dtype, fit) } else { as_text(&estimate, dtype, fit) })
 }
 
-fn as_text(estimate: &ConfigEstimate, dtype: &str) -> String {
+fn as_text(estimate: &ConfigEstimate, dtype: &str, fit: Option<(DeviceFit, u64)>) -> String {
     let size = |bytes: u64| {
         format!("{:>9.2} GB (10^9 bytes) {:>9.2} GiB (2^30 bytes)", bytes as f64 / 1e9, bytes as f64 / GIB)
     };
@@ -56,17 +69,21 @@ fn as_text(estimate: &ConfigEstimate, dtype: &str) -> String {
         format!("weights, {dtype:<10} {}\n", size(estimate.weight_bytes)),
         format!("KV cache, f16       {} per 1000 tokens\n", size(kv)),
         format!("Transformers guide  {guide:>9.2} GiB, printed there as {guide:.2} GB\n"),
+        fit.map_or(String::new(), |(fit, usable)| {
+            format!("on one GPU          {}\n", fit_text(&fit, usable))
+        }),
     ]
     .concat()
 }
 
-fn as_json(estimate: &ConfigEstimate, dtype: &str) -> String {
+fn as_json(estimate: &ConfigEstimate, dtype: &str, fit: Option<(DeviceFit, u64)>) -> String {
     let object = serde_json::json!({
         "dtype": dtype,
         "parameters": estimate.n_parameters,
         "weight_bytes": estimate.weight_bytes,
         "kv_bytes_per_1000_tokens": estimate.kv_bytes_per_1000_tokens,
         "transformers_guide_bytes": estimate.guide_bytes,
+        "gpu": fit.map(|(fit, usable)| fit_json(&fit, usable)),
     });
     format!("{object}\n")
 }

@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::{
     answer::write_stdout,
+    device_memory::{DeviceMemory, fit_json, fit_text},
     interrupt::Interrupts,
     options::ModelPlaces,
     progress::{Progress, megabytes},
@@ -29,8 +30,10 @@ const DEFAULT_POOL_TOKENS: usize = 16_384;
 #[command(after_help = "Examples:
   paceline plan --model smollm2-135m-instruct --ranks 3
   paceline plan --model qwen2.5-coder-1.5b-instruct --ranks 4 --kv-tokens 65536 --json
+  paceline plan --model model.gguf --ranks 1 --device-bytes 80GiB --gpu-memory 0.9
 
-MB is 10^6 bytes, GB is 10^9 bytes.")]
+MB is 10^6 bytes, GB is 10^9 bytes. A GPU holds the weights, the embedding and the activations of --max-rows rows; what is
+left is its KV cache. The pool of a group is as large as that of its smallest rank.")]
 pub struct PlanArgs {
     /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
     #[arg(long, short, value_name = "NAME|PATH")]
@@ -50,6 +53,8 @@ pub struct PlanArgs {
     /// Most requests that run at once
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_sequences: usize,
+    #[command(flatten)]
+    device: DeviceMemory,
     /// Write one JSON object, in bytes
     #[arg(long)]
     json: bool,
@@ -81,7 +86,7 @@ pub async fn plan(args: &PlanArgs, places: &ModelPlaces) -> anyhow::Result<()> {
         max_output_rows: args.max_sequences,
     };
     let ranks = ranks(&checkpoint, args.ranks.get(), capacity)?;
-    write_stdout(&if args.json { as_json(&name, &ranks) } else { as_text(&name, args, &ranks) })
+    write_stdout(&if args.json { as_json(&name, args, &ranks) } else { as_text(&name, args, &ranks) })
 }
 
 fn ranks(checkpoint: &Checkpoint, n_ranks: usize, capacity: Capacity) -> anyhow::Result<Vec<RankPlan>> {
@@ -133,14 +138,22 @@ fn as_text(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
         total(MemoryEstimate::total_bytes),
     );
     text += "sent per token: partial sums shown to the other ranks for each token of a pass, all layers\n";
-    text + &format!(
+    text += &format!(
         "top-k, top-p, min-p and log probabilities send {gather} B more to rank 0 for each sampled token\n"
-    )
+    );
+    if let Some(usable_bytes) = args.device.usable_bytes() {
+        for (rank, plan) in ranks.iter().enumerate() {
+            let fit = plan.memory.on_device(usable_bytes);
+            text += &format!("GPU of rank {rank}: {}\n", fit_text(&fit, usable_bytes));
+        }
+    }
+    text
 }
 
-fn as_json(name: &str, ranks: &[RankPlan]) -> String {
+fn as_json(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
     let rank_json = |(rank, plan): (usize, &RankPlan)| {
         let range = |range: &Range<usize>| [range.start, range.end];
+        let fit = args.device.usable_bytes().map(|usable| fit_json(&plan.memory.on_device(usable), usable));
         json!({
             "rank": rank,
             "heads": range(&plan.heads),
@@ -148,12 +161,14 @@ fn as_json(name: &str, ranks: &[RankPlan]) -> String {
             "ffn": range(&plan.ffn),
             "vocab": range(&plan.vocab),
             "weight_bytes": plan.memory.weight_bytes,
+            "embedding_bytes": plan.memory.embedding_bytes,
             "kv_bytes_per_token": plan.memory.kv_bytes_per_position,
             "kv_bytes": plan.memory.kv_bytes,
             "activation_bytes": plan.memory.activation_bytes,
             "total_bytes": plan.memory.total_bytes(),
             "all_reduce_bytes_per_token": plan.memory.all_reduce_bytes_per_token,
             "gather_bytes_per_token": plan.memory.gather_bytes_per_token,
+            "gpu": fit,
         })
     };
     let ranks: Vec<_> = ranks.iter().enumerate().map(rank_json).collect();

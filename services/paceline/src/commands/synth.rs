@@ -194,10 +194,10 @@ impl Report<'_> {
         let Written { n_bytes, n_parameters, replaced } = self.written;
         let wanted = self.args.weight_type.name();
         let mut text = format!(
-            "{}: {}, {:.3} billion parameters, {wanted}, seed {}, {} in {:.1} s ({:.2} GB/s)\n",
+            "{}: {}, {:.1} million parameters, {wanted}, seed {}, {} in {:.1} s ({:.2} GB/s)\n",
             self.args.out.display(),
             self.shape,
-            n_parameters as f64 / 1e9,
+            n_parameters as f64 / 1e6,
             self.args.seed,
             megabytes(n_bytes),
             self.seconds,

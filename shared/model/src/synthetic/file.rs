@@ -128,10 +128,12 @@ fn write_file(
     file.write_at(&layout.header, 0)?;
     let chunks: Vec<Chunk<'_>> =
         tensors.iter().zip(&layout.starts).flat_map(|(tensor, start)| Chunk::of(tensor, *start)).collect();
-    let n_done = AtomicU64::new(layout.header.len() as u64);
+    let header_bytes = layout.header.len() as u64;
+    let n_done = AtomicU64::new(header_bytes);
+    // Without the padding between tensors, which nobody writes.
+    let n_bytes = header_bytes + tensors.iter().map(|tensor| tensor.n_bytes() as u64).sum::<u64>();
     let next = AtomicUsize::new(0);
-    let filling =
-        Filling { path, file: &file, chunks: &chunks, next, n_done, n_bytes: layout.n_bytes, writing };
+    let filling = Filling { path, file: &file, chunks: &chunks, next, n_done, n_bytes, writing };
     let results: Vec<Result<(), CheckpointError>> = thread::scope(|scope| {
         let threads: Vec<_> = (0..writing.n_threads.max(1)).map(|_| scope.spawn(|| filling.work())).collect();
         let join =
@@ -181,7 +183,7 @@ impl Filling<'_> {
 
 fn write_json(directory: &Path, name: &str, json: &serde_json::Value) -> Result<(), ModelError> {
     let file = NewFile::create(directory.join(name))?;
-    file.write_at(format!("{json:#}\n").as_bytes(), 0)?;
+    file.write_at(json.to_string().as_bytes(), 0)?;
     Ok(file.commit()?)
 }
 

@@ -141,11 +141,11 @@ impl Rows {
         }
     }
 
+    /// The row, in [`PairLayout::Half`] order, that lies at this row of the file: the inverse of [`RowOrder::file_row`], which
     fn order(&self) -> RowOrder {
         RowOrder { pair_layout: self.pair_layout, head_dim: self.head_dim }
     }
 
-    /// The row, in [`PairLayout::Half`] order, that lies at this row of the file: the inverse of [`RowOrder::file_row`], which
     /// moves rows within a head only.
     fn logical_row(&self, row: usize) -> usize {
         let head = row - row % self.head_dim;
