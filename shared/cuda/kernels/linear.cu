@@ -232,34 +232,48 @@ template <int MT, int NT> DEVICE void end_chunk(float (&total)[MT][NT][4], float
 template <class F, int MT, int NT, int WARPS_M, int WARPS_N, int STAGES>
 DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
     constexpr int BLOCK_M = MT * WARPS_M, BLOCK_N = NT * WARPS_N, THREADS = 32 * WARPS_M * WARPS_N;
-    constexpr int TILE_CHUNKS = F::STAGED_BYTES / 16, X_CHUNKS = X_BYTES / 16;
     constexpr int WEIGHT_BYTES = BLOCK_M * F::STAGED_BYTES, STAGE_BYTES = WEIGHT_BYTES + BLOCK_N * X_BYTES;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
     const int first_n = blockIdx.x * BLOCK_N, first_m = blockIdx.y * BLOCK_M, n_units = args.matrix.n_units;
+    // Each thread copies the same places of every unit, 16 bytes each.
+    constexpr int TILE_PIECES = F::STAGED_BYTES / 16, PIECES = BLOCK_M * TILE_PIECES;
+    constexpr int COPIES = (PIECES + THREADS - 1) / THREADS;
+    constexpr int X_PIECES = BLOCK_N * X_BYTES / 16, X_COPIES = (X_PIECES + THREADS - 1) / THREADS;
+    // Tiles beyond the last are not stored: any will do.
+    auto source = [&](int piece, int unit) {
+        int tile = min(first_m + piece / TILE_PIECES, args.matrix.n_tiles - 1);
+        return F::source(F::unit_of(args.matrix, tile, unit), piece % TILE_PIECES * 16);
+    };
+    // Plain numbers follow each other in steps; the planes of quantized ones would take too many registers.
+    const uint8_t *from[COPIES], *x_from[X_COPIES];
+#pragma unroll
+    for (int i = 0; i < COPIES; i++) from[i] = F::QUANTIZED ? nullptr : source(i * THREADS + threadIdx.x, 0);
+#pragma unroll
+    for (int i = 0; i < X_COPIES; i++) {
+        int piece = i * THREADS + threadIdx.x, tile = first_n + piece / (X_BYTES / 16);
+        x_from[i] = reinterpret_cast<const uint8_t *>(args.x) + tile * args.x_tile_bytes + piece % (X_BYTES / 16) * 16;
+    }
     auto load_weights = [&](int unit) {
         if (unit >= n_units) return;
-        uint8_t *to = shared + unit % STAGES * STAGE_BYTES;
+        uint8_t *stage = shared + unit % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (int first = 0; first < BLOCK_M * TILE_CHUNKS; first += THREADS) {
-            int chunk = first + threadIdx.x;
-            if (BLOCK_M * TILE_CHUNKS % THREADS != 0 && chunk >= BLOCK_M * TILE_CHUNKS) break;
-            int tile = first_m + chunk / TILE_CHUNKS, offset = chunk % TILE_CHUNKS * 16;
-            // Tiles beyond the last are not stored: any will do.
-            tile = tile < args.matrix.n_tiles ? tile : args.matrix.n_tiles - 1;
-            copy_async(to + chunk * 16, F::source(F::unit_of(args.matrix, tile, unit), offset), true);
+        for (int i = 0; i < COPIES; i++) {
+            int piece = i * THREADS + threadIdx.x;
+            if (PIECES % THREADS != 0 && piece >= PIECES) break;
+            const uint8_t *at = F::QUANTIZED ? source(piece, unit) : from[i] + (size_t)unit * F::CODE_BYTES;
+            copy_async(stage + piece * 16, at, true);
         }
     };
     auto load_x = [&](int unit) {
         if (unit >= n_units) return;
-        uint8_t *to = shared + unit % STAGES * STAGE_BYTES + WEIGHT_BYTES;
+        uint8_t *stage = shared + unit % STAGES * STAGE_BYTES + WEIGHT_BYTES;
 #pragma unroll
-        for (int first = 0; first < BLOCK_N * X_CHUNKS; first += THREADS) {
-            int chunk = first + threadIdx.x;
-            if (BLOCK_N * X_CHUNKS % THREADS != 0 && chunk >= BLOCK_N * X_CHUNKS) break;
-            int tile = first_n + chunk / X_CHUNKS;
-            const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + tile * args.x_tile_bytes + unit * X_BYTES;
-            copy_async(to + chunk * 16, x + chunk % X_CHUNKS * 16, tile * 8 < args.n_rows);
+        for (int i = 0; i < X_COPIES; i++) {
+            int piece = i * THREADS + threadIdx.x;
+            if (X_PIECES % THREADS != 0 && piece >= X_PIECES) break;
+            bool is_there = (first_n + piece / (X_BYTES / 16)) * 8 < args.n_rows;
+            copy_async(stage + piece * 16, x_from[i] + (size_t)unit * X_BYTES, is_there);
         }
     };
     float total[MT][NT][4] = {}, sum[MT][NT][4] = {};
