@@ -1,11 +1,13 @@
 // Products of packed weights with rows of activations, for three sizes of batch. All of them give an output element by
-// the same sequence of operations: chunks of 256 columns each have a sum of their own, in the order of K and 16 columns at a
-// time, and the sums of chunks are added in order. So a row's result does not depend on who else is in the batch, and each
-// kernel is free in its tiling and in who takes which chunk.
+// the same sequence of operations, in the order of K and 16 columns at a time. So a row's result does not depend on who else
+// is in the batch, and each kernel is free in its tiling.
 //
-//   bf16       sum = mma(a, b, sum)
-//   quantized  part = mma(codes, b, 0) over a group; sum = fma(scale, part, sum); sum = fma(min, sum of b, sum)
-//   total = total + sum
+//   bf16       total = mma(a, b, total)
+//   quantized  part = mma(codes, b, 0) over a group; sum = fma(scale, part, sum); sum = fma(min, sum of b, sum);
+//              total = total + sum after each chunk of 256 columns, which begins with a sum of zero
+//
+// Unpacking codes takes more than one warp a tile: chunks can be dealt out. One accumulator less lets a warp of the large
+// kernel for bf16 have 64 x 64 outputs, which saves a quarter of the traffic from the L2 cache.
 #include "matrix.cuh"
 
 struct LinearArgs {
@@ -128,9 +130,10 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
 }
 
 // Up to 8 rows: a block for each tile of 16 outputs. Its warps take chunks in turn, each with STAGES - 1 stages of UNITS
-// units of weights under way; at the end the sums of all chunks are added in order.
+// units of weights under way; at the end the sums of all chunks are added in order. For plain numbers one warp does all.
 // Shared: the stages of each warp; then the chunks' sums, [n_chunks][32 lanes][4].
 template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs &args, uint8_t *shared) {
+    static_assert(F::QUANTIZED || WARPS == 1, "sums of plain numbers have no chunks");
     constexpr int STAGE_BYTES = UNITS * F::STAGED_BYTES, STAGES_OF_CHUNK = CHUNK / UNITS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_units = args.matrix.n_units;
     const int n_chunks = (n_units + CHUNK - 1) / CHUNK;
@@ -157,10 +160,18 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
     };
     // Rows that are not there are zeros, and cost no traffic.
     const uint8_t *const x = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
-    auto x_of = [&](int unit, int group) {
-        uint4 zeros = {0, 0, 0, 0};
-        bool is_there = lane / 4 < args.n_rows && unit < n_units;
-        return is_there ? *reinterpret_cast<const uint4 *>(x + (size_t)unit * X_BYTES + group * 512) : zeros;
+    auto load_x = [&](uint4 (&b)[UNITS][2], int stage) {
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            int unit = first_unit(stage) + i;
+            bool is_there = lane / 4 < args.n_rows && unit < n_units;
+#pragma unroll
+            for (int group = 0; group < 2; group++) {
+                b[i][group] = make_uint4(0, 0, 0, 0);
+                const uint8_t *at = x + (size_t)unit * X_BYTES + group * 512;
+                if (is_there) b[i][group] = *reinterpret_cast<const uint4 *>(at);
+            }
+        }
     };
     // Weights do not depend on the kernels before: they are under way while those end.
 #pragma unroll
@@ -170,15 +181,11 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
     }
     grid_wait();
     float sum[1][1][4] = {};
-    uint4 b[UNITS][2];
-#pragma unroll
-    for (int i = 0; i < UNITS; i++) b[i][0] = x_of(first_unit(0) + i, 0), b[i][1] = x_of(first_unit(0) + i, 1);
+    float(&done)[4] = sum[0][0];
+    uint4 b[UNITS][2], next[UNITS][2];
+    load_x(b, 0);
     for (int stage = 0; stage < n_stages; stage++) {
-        uint4 next[UNITS][2];
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) {
-            next[i][0] = x_of(first_unit(stage + 1) + i, 0), next[i][1] = x_of(first_unit(stage + 1) + i, 1);
-        }
+        load_x(next, stage + 1);
         copy_wait<STAGES - 2>();
         sync_warp();
         load(stage + STAGES - 1);
@@ -187,29 +194,35 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
 #pragma unroll
         for (int i = 0; i < UNITS; i++, staged += F::STAGED_BYTES) {
             if (first_unit(stage) + i >= n_units) break;
-            const uint4(&low)[1] = {b[i][0]}, (&high)[1] = {b[i][1]};
-            multiply_group<F, 1, 1>(sum, staged, 0, low, 0, lane);
-            multiply_group<F, 1, 1>(sum, staged, 0, high, 1, lane);
+#pragma unroll
+            for (int group = 0; group < 2; group++) {
+                const uint4(&one)[1] = {b[i][group]};
+                multiply_group<F, 1, 1>(sum, staged, 0, one, group, lane);
+            }
         }
 #pragma unroll
         for (int i = 0; i < UNITS; i++) b[i][0] = next[i][0], b[i][1] = next[i][1];
-        if (stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
-            float(&done)[4] = sum[0][0];
-            sums[(stage / STAGES_OF_CHUNK * WARPS + warp) * 32 + lane] = make_float4(done[0], done[1], done[2], done[3]);
+        if (F::QUANTIZED && stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
+            int chunk = stage / STAGES_OF_CHUNK * WARPS + warp;
+            sums[chunk * 32 + lane] = make_float4(done[0], done[1], done[2], done[3]);
 #pragma unroll
             for (int i = 0; i < 4; i++) done[i] = 0.0f;
         }
     }
-    sync_block();
-    if (warp > 0) return;
-    float total[4] = {};
+    if constexpr (!F::QUANTIZED) {
+        store_tile(args, done, blockIdx.x, 0, lane);
+    } else {
+        sync_block();
+        if (warp > 0) return;
+        float total[4] = {};
 #pragma unroll 8
-    for (int chunk = 0; chunk < n_chunks; chunk++) {
-        float4 next = sums[chunk * 32 + lane];
-        total[0] = __fadd_rn(total[0], next.x), total[1] = __fadd_rn(total[1], next.y);
-        total[2] = __fadd_rn(total[2], next.z), total[3] = __fadd_rn(total[3], next.w);
+        for (int chunk = 0; chunk < n_chunks; chunk++) {
+            float4 of_chunk = sums[chunk * 32 + lane];
+            total[0] = __fadd_rn(total[0], of_chunk.x), total[1] = __fadd_rn(total[1], of_chunk.y);
+            total[2] = __fadd_rn(total[2], of_chunk.z), total[3] = __fadd_rn(total[3], of_chunk.w);
+        }
+        store_tile(args, total, blockIdx.x, 0, lane);
     }
-    store_tile(args, total, blockIdx.x, 0, lane);
 }
 
 // Adds a chunk's sums and begins the next.
@@ -302,7 +315,7 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
             for (int n = 0; n < NT; n++) b[n] = *reinterpret_cast<const uint4 *>(x + n * X_BYTES + group * 512);
             multiply_group<F, MT, NT>(sum, weights, F::STAGED_BYTES, b, group, lane);
         }
-        if (unit % CHUNK == CHUNK - 1 || unit + 1 == n_units) end_chunk(total, sum);
+        if (F::QUANTIZED && (unit % CHUNK == CHUNK - 1 || unit + 1 == n_units)) end_chunk(total, sum);
     }
 #pragma unroll
     for (int m = 0; m < MT; m++) {
@@ -310,7 +323,8 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
         if (tile >= args.matrix.n_tiles) break;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            store_tile(args, total[m][n], tile, (first_n + warp_n * NT + n) * 8, lane);
+            const float(&result)[4] = F::QUANTIZED ? total[m][n] : sum[m][n];
+            store_tile(args, result, tile, (first_n + warp_n * NT + n) * 8, lane);
         }
     }
 }
@@ -338,31 +352,31 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 }
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
-#define LINEAR_KERNELS(name, F, UNITS, MT, NT, WARPS_M, WARPS_N)                 \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 2) {                        \
+#define LINEAR_KERNELS(name, F, WARPS, BLOCKS, UNITS, NT)                        \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 32 * WARPS, BLOCKS) {            \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
-        linear::few_rows<F, 8, 4, UNITS>(args, shared);                          \
+        linear::few_rows<F, WARPS, 4, UNITS>(args, shared);                      \
     }                                                                            \
     KERNEL_AHEAD(linear_some_##name, LinearArgs, 128, 2) {                       \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
         linear::many_rows<F, 1, 4, 4, 1, 8>(args, shared);                       \
     }                                                                            \
-    KERNEL_AHEAD(linear_many_##name, LinearArgs, 32 * WARPS_M * WARPS_N, 1) {    \
+    KERNEL_AHEAD(linear_many_##name, LinearArgs, 256, 1) {                       \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
-        linear::many_rows<F, MT, NT, WARPS_M, WARPS_N, 4>(args, shared);         \
+        linear::many_rows<F, 4, NT, 2, 4, 4>(args, shared);                      \
     }
 
-LINEAR_KERNELS(bf16, Bf16, 1, 4, 4, 2, 4)
-LINEAR_KERNELS(q4_0, Q4_0, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q4_1, Q4_1, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q5_0, Q5_0, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q5_1, Q5_1, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q8_0, Q8_0, 1, 4, 4, 2, 4)
-LINEAR_KERNELS(q2_k, Q2_K, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q3_k, Q3_K, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q4_k, Q4_K, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q5_k, Q5_K, 2, 4, 4, 2, 4)
-LINEAR_KERNELS(q6_k, Q6_K, 2, 4, 4, 2, 4)
+LINEAR_KERNELS(bf16, Bf16, 1, 6, 4, 8)
+LINEAR_KERNELS(q4_0, Q4_0, 8, 3, 2, 4)
+LINEAR_KERNELS(q4_1, Q4_1, 8, 3, 2, 4)
+LINEAR_KERNELS(q5_0, Q5_0, 8, 3, 2, 4)
+LINEAR_KERNELS(q5_1, Q5_1, 8, 3, 2, 4)
+LINEAR_KERNELS(q8_0, Q8_0, 8, 3, 1, 4)
+LINEAR_KERNELS(q2_k, Q2_K, 8, 3, 2, 4)
+LINEAR_KERNELS(q3_k, Q3_K, 8, 3, 2, 4)
+LINEAR_KERNELS(q4_k, Q4_K, 8, 3, 2, 4)
+LINEAR_KERNELS(q5_k, Q5_K, 8, 3, 2, 4)
+LINEAR_KERNELS(q6_k, Q6_K, 8, 3, 2, 4)
