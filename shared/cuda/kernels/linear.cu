@@ -129,11 +129,68 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
     }
 }
 
-// Up to 8 rows: a block for each tile of 16 outputs. Its warps take chunks in turn, each with STAGES - 1 stages of UNITS
-// units of weights under way; at the end the sums of all chunks are added in order. For plain numbers one warp does all.
+// Up to 8 rows as operand B of group `group` of unit `unit`. Rows that are not there are zeros, and cost no traffic.
+DEVICE uint4 x_of(const LinearArgs &args, int unit, int group, int lane) {
+    if (lane / 4 >= args.n_rows || unit >= args.matrix.n_units) return make_uint4(0, 0, 0, 0);
+    const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x);
+    return *reinterpret_cast<const uint4 *>(x + (size_t)unit * X_BYTES + group * 512 + lane * 16);
+}
+
+// Up to 8 rows, plain numbers: a warp for each tile of 16 outputs. It is one chain of products, whose latency hides the
+// copies that are issued between them: RING units of weights are under way.
+template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *shared) {
+    constexpr int UNIT_BYTES = Bf16::CODE_BYTES;
+    const int lane = threadIdx.x, n_units = args.matrix.n_units;
+    const uint8_t *const from = args.matrix.tiles + blockIdx.x * args.matrix.tile_bytes + lane * 16;
+    uint8_t *const ring = shared + lane * 16;
+    auto copy = [&](int unit, int s) {
+        int at = unit % RING * UNIT_BYTES + s * 512;
+        if (unit < n_units) copy_async(ring + at, from + (size_t)unit * UNIT_BYTES + s * 512, true);
+    };
+    // Weights do not depend on the kernels before: they are under way while those end.
+#pragma unroll
+    for (int unit = 0; unit < RING - 1; unit++) {
+#pragma unroll
+        for (int s = 0; s < 4; s++) copy(unit, s);
+        copy_commit();
+    }
+    grid_wait();
+    float total[4] = {};
+    // Activations of the four units that come next.
+    uint4 b[4][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) b[i][0] = x_of(args, i, 0, lane), b[i][1] = x_of(args, i, 1, lane);
+    for (int first = 0; first < n_units; first += 4) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int unit = first + i;
+            if (unit >= n_units) break;
+            copy_wait<RING - 2>();
+            sync_warp();
+            const uint4 low = b[i][0], high = b[i][1];
+            b[i][0] = x_of(args, unit + 4, 0, lane), b[i][1] = x_of(args, unit + 4, 1, lane);
+            Unit staged = Bf16::staged(shared + unit % RING * UNIT_BYTES);
+            uint32_t a[4][4];
+#pragma unroll
+            for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], staged, lane, s);
+            mma_bf16(total, a[0], low.x, low.y);
+            copy(unit + RING - 1, 0);
+            mma_bf16(total, a[1], low.z, low.w);
+            copy(unit + RING - 1, 1);
+            mma_bf16(total, a[2], high.x, high.y);
+            copy(unit + RING - 1, 2);
+            mma_bf16(total, a[3], high.z, high.w);
+            copy(unit + RING - 1, 3);
+            copy_commit();
+        }
+    }
+    store_tile(args, total, blockIdx.x, 0, lane);
+}
+
+// Up to 8 rows, quantized: a block for each tile of 16 outputs. Its warps take chunks in turn, each with STAGES - 1 stages of
+// UNITS units of weights under way; at the end the sums of all chunks are added in order.
 // Shared: the stages of each warp; then the chunks' sums, [n_chunks][32 lanes][4].
 template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs &args, uint8_t *shared) {
-    static_assert(F::QUANTIZED || WARPS == 1, "sums of plain numbers have no chunks");
     constexpr int STAGE_BYTES = UNITS * F::STAGED_BYTES, STAGES_OF_CHUNK = CHUNK / UNITS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_units = args.matrix.n_units;
     const int n_chunks = (n_units + CHUNK - 1) / CHUNK;
@@ -158,19 +215,11 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
             }
         }
     };
-    // Rows that are not there are zeros, and cost no traffic.
-    const uint8_t *const x = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
     auto load_x = [&](uint4 (&b)[UNITS][2], int stage) {
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-            int unit = first_unit(stage) + i;
-            bool is_there = lane / 4 < args.n_rows && unit < n_units;
 #pragma unroll
-            for (int group = 0; group < 2; group++) {
-                b[i][group] = make_uint4(0, 0, 0, 0);
-                const uint8_t *at = x + (size_t)unit * X_BYTES + group * 512;
-                if (is_there) b[i][group] = *reinterpret_cast<const uint4 *>(at);
-            }
+            for (int group = 0; group < 2; group++) b[i][group] = x_of(args, first_unit(stage) + i, group, lane);
         }
     };
     // Weights do not depend on the kernels before: they are under way while those end.
@@ -181,7 +230,7 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
     }
     grid_wait();
     float sum[1][1][4] = {};
-    float(&done)[4] = sum[0][0];
+    float(&of_chunk)[4] = sum[0][0];
     uint4 b[UNITS][2], next[UNITS][2];
     load_x(b, 0);
     for (int stage = 0; stage < n_stages; stage++) {
@@ -202,27 +251,23 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
         }
 #pragma unroll
         for (int i = 0; i < UNITS; i++) b[i][0] = next[i][0], b[i][1] = next[i][1];
-        if (F::QUANTIZED && stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
+        if (stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
             int chunk = stage / STAGES_OF_CHUNK * WARPS + warp;
-            sums[chunk * 32 + lane] = make_float4(done[0], done[1], done[2], done[3]);
+            sums[chunk * 32 + lane] = make_float4(of_chunk[0], of_chunk[1], of_chunk[2], of_chunk[3]);
 #pragma unroll
-            for (int i = 0; i < 4; i++) done[i] = 0.0f;
+            for (int i = 0; i < 4; i++) of_chunk[i] = 0.0f;
         }
     }
-    if constexpr (!F::QUANTIZED) {
-        store_tile(args, done, blockIdx.x, 0, lane);
-    } else {
-        sync_block();
-        if (warp > 0) return;
-        float total[4] = {};
+    sync_block();
+    if (warp > 0) return;
+    float total[4] = {};
 #pragma unroll 8
-        for (int chunk = 0; chunk < n_chunks; chunk++) {
-            float4 of_chunk = sums[chunk * 32 + lane];
-            total[0] = __fadd_rn(total[0], of_chunk.x), total[1] = __fadd_rn(total[1], of_chunk.y);
-            total[2] = __fadd_rn(total[2], of_chunk.z), total[3] = __fadd_rn(total[3], of_chunk.w);
-        }
-        store_tile(args, total, blockIdx.x, 0, lane);
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
+        float4 next_sum = sums[chunk * 32 + lane];
+        total[0] = __fadd_rn(total[0], next_sum.x), total[1] = __fadd_rn(total[1], next_sum.y);
+        total[2] = __fadd_rn(total[2], next_sum.z), total[3] = __fadd_rn(total[3], next_sum.w);
     }
+    store_tile(args, total, blockIdx.x, 0, lane);
 }
 
 // Adds a chunk's sums and begins the next.
@@ -339,12 +384,6 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
         const int next = stage + STAGES - 1;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-            load_weights(next * UNITS + i, place(next, i));
-            load_x(next * UNITS + i, place(next, i));
-        }
-        copy_commit();
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) {
             int unit = stage * UNITS + i;
             if (UNITS > 1 && unit >= n_units) break;
             const uint8_t *weights = place(stage, i) + warp_m * MT * F::STAGED_BYTES;
@@ -355,9 +394,17 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
 #pragma unroll
                 for (int n = 0; n < NT; n++) b[n] = *reinterpret_cast<const uint4 *>(x + n * X_BYTES + group * 512);
                 multiply_group<F, MT, NT>(sum, weights, F::STAGED_BYTES, b, group, lane);
+                // Copies for the next stage go out between products, not in a burst that operands would wait behind.
+                if (i > 0) continue;
+#pragma unroll
+                for (int j = 0; j < UNITS; j++) {
+                    if (group == 0) load_weights(next * UNITS + j, place(next, j));
+                    if (group == 1) load_x(next * UNITS + j, place(next, j));
+                }
             }
             if (F::QUANTIZED && (unit % CHUNK == CHUNK - 1 || unit + 1 == n_units)) end_chunk(total, sum);
         }
+        copy_commit();
     }
     auto result = [&](int m, int n) -> const float(&)[4] { return F::QUANTIZED ? total[m][n] : sum[m][n]; };
     if (args.gated) {
@@ -398,12 +445,7 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 }
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
-#define LINEAR_KERNELS(name, F, WARPS, BLOCKS, UNITS, NT, STAGES, STAGE_UNITS)   \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 32 * WARPS, BLOCKS) {            \
-        SHARED(uint8_t, shared);                                                 \
-        grid_release();                                                          \
-        linear::few_rows<F, WARPS, 4, UNITS>(args, shared);                      \
-    }                                                                            \
+#define MORE_ROWS(name, F, NT, STAGES, UNITS)                                    \
     KERNEL_AHEAD(linear_some_##name, LinearArgs, 128, 2) {                       \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
@@ -412,17 +454,29 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
     KERNEL_AHEAD(linear_many_##name, LinearArgs, 256, 1) {                       \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
-        linear::many_rows<F, 4, NT, 2, 4, STAGES, STAGE_UNITS>(args, shared);    \
+        linear::many_rows<F, 4, NT, 2, 4, STAGES, UNITS>(args, shared);          \
     }
+#define QUANTIZED_KERNELS(name, F, UNITS)                                        \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 3) {                        \
+        SHARED(uint8_t, shared);                                                 \
+        grid_release();                                                          \
+        linear::few_rows<F, 8, 4, UNITS>(args, shared);                          \
+    }                                                                            \
+    MORE_ROWS(name, F, 4, 4, 1)
 
-LINEAR_KERNELS(bf16, Bf16, 1, 6, 4, 8, 2, 2)
-LINEAR_KERNELS(q4_0, Q4_0, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q4_1, Q4_1, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q5_0, Q5_0, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q5_1, Q5_1, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q8_0, Q8_0, 8, 3, 1, 4, 4, 1)
-LINEAR_KERNELS(q2_k, Q2_K, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q3_k, Q3_K, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q4_k, Q4_K, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q5_k, Q5_K, 8, 3, 2, 4, 4, 1)
-LINEAR_KERNELS(q6_k, Q6_K, 8, 3, 2, 4, 4, 1)
+KERNEL_AHEAD(linear_few_bf16, LinearArgs, 32, 6) {
+    SHARED(uint8_t, shared);
+    grid_release();
+    linear::few_rows_plain<16>(args, shared);
+}
+MORE_ROWS(bf16, Bf16, 8, 2, 2)
+QUANTIZED_KERNELS(q4_0, Q4_0, 2)
+QUANTIZED_KERNELS(q4_1, Q4_1, 2)
+QUANTIZED_KERNELS(q5_0, Q5_0, 2)
+QUANTIZED_KERNELS(q5_1, Q5_1, 2)
+QUANTIZED_KERNELS(q8_0, Q8_0, 1)
+QUANTIZED_KERNELS(q2_k, Q2_K, 2)
+QUANTIZED_KERNELS(q3_k, Q3_K, 2)
+QUANTIZED_KERNELS(q4_k, Q4_K, 2)
+QUANTIZED_KERNELS(q5_k, Q5_K, 2)
+QUANTIZED_KERNELS(q6_k, Q6_K, 2)
