@@ -137,52 +137,56 @@ DEVICE uint4 x_of(const LinearArgs &args, int unit, int group, int lane) {
 }
 
 // Up to 8 rows, plain numbers: a warp for each tile of 16 outputs. It is one chain of products, whose latency hides the
-// copies that are issued between them: RING units of weights are under way.
+// copies that are issued between them: RING units of weights and activations are under way. Nothing is loaded to registers
+// but from shared memory: a product must not wait for a load that went out with its operands.
 template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *shared) {
-    constexpr int UNIT_BYTES = Bf16::CODE_BYTES;
+    constexpr int UNIT_BYTES = Bf16::CODE_BYTES + X_BYTES;
     const int lane = threadIdx.x, n_units = args.matrix.n_units;
-    const uint8_t *const from = args.matrix.tiles + blockIdx.x * args.matrix.tile_bytes + lane * 16;
-    uint8_t *const ring = shared + lane * 16;
-    auto copy = [&](int unit, int s) {
-        int at = unit % RING * UNIT_BYTES + s * 512;
-        if (unit < n_units) copy_async(ring + at, from + (size_t)unit * UNIT_BYTES + s * 512, true);
+    const uint8_t *const weights = args.matrix.tiles + blockIdx.x * args.matrix.tile_bytes + lane * 16;
+    const uint8_t *const x = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
+    const bool is_row = lane / 4 < args.n_rows;
+    auto place = [&](int unit) { return shared + unit % RING * UNIT_BYTES + lane * 16; };
+    auto copy_weights = [&](int unit, int s) {
+        const uint8_t *from = weights + (size_t)unit * Bf16::CODE_BYTES + s * 512;
+        if (unit < n_units) copy_async(place(unit) + s * 512, from, true);
+    };
+    // Rows that are not there are zeros, and cost no traffic.
+    auto copy_x = [&](int unit, int group) {
+        const uint8_t *from = x + (size_t)unit * X_BYTES + group * 512;
+        if (unit < n_units) copy_async(place(unit) + Bf16::CODE_BYTES + group * 512, from, is_row);
     };
     // Weights do not depend on the kernels before: they are under way while those end.
 #pragma unroll
     for (int unit = 0; unit < RING - 1; unit++) {
 #pragma unroll
-        for (int s = 0; s < 4; s++) copy(unit, s);
-        copy_commit();
+        for (int s = 0; s < 4; s++) copy_weights(unit, s);
     }
     grid_wait();
+#pragma unroll
+    for (int unit = 0; unit < RING - 1; unit++) {
+        copy_x(unit, 0), copy_x(unit, 1);
+        copy_commit();
+    }
     float total[4] = {};
-    // Activations of the four units that come next.
-    uint4 b[4][2];
+#pragma unroll 4
+    for (int unit = 0; unit < n_units; unit++) {
+        copy_wait<RING - 2>();
+        sync_warp();
+        const uint8_t *staged = shared + unit % RING * UNIT_BYTES;
+        const uint4 *b = reinterpret_cast<const uint4 *>(staged + Bf16::CODE_BYTES) + lane;
+        const uint4 low = b[0], high = b[32];
+        uint32_t a[4][4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) b[i][0] = x_of(args, i, 0, lane), b[i][1] = x_of(args, i, 1, lane);
-    for (int first = 0; first < n_units; first += 4) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int unit = first + i;
-            if (unit >= n_units) break;
-            copy_wait<RING - 2>();
-            sync_warp();
-            const uint4 low = b[i][0], high = b[i][1];
-            b[i][0] = x_of(args, unit + 4, 0, lane), b[i][1] = x_of(args, unit + 4, 1, lane);
-            Unit staged = Bf16::staged(shared + unit % RING * UNIT_BYTES);
-            uint32_t a[4][4];
-#pragma unroll
-            for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], staged, lane, s);
-            mma_bf16(total, a[0], low.x, low.y);
-            copy(unit + RING - 1, 0);
-            mma_bf16(total, a[1], low.z, low.w);
-            copy(unit + RING - 1, 1);
-            mma_bf16(total, a[2], high.x, high.y);
-            copy(unit + RING - 1, 2);
-            mma_bf16(total, a[3], high.z, high.w);
-            copy(unit + RING - 1, 3);
-            copy_commit();
-        }
+        for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], Bf16::staged(staged), lane, s);
+        const int next = unit + RING - 1;
+        mma_bf16(total, a[0], low.x, low.y);
+        copy_weights(next, 0), copy_weights(next, 1);
+        mma_bf16(total, a[1], low.z, low.w);
+        copy_weights(next, 2), copy_weights(next, 3);
+        mma_bf16(total, a[2], high.x, high.y);
+        copy_x(next, 0), copy_x(next, 1);
+        mma_bf16(total, a[3], high.z, high.w);
+        copy_commit();
     }
     store_tile(args, total, blockIdx.x, 0, lane);
 }
@@ -467,7 +471,7 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 KERNEL_AHEAD(linear_few_bf16, LinearArgs, 32, 6) {
     SHARED(uint8_t, shared);
     grid_release();
-    linear::few_rows_plain<16>(args, shared);
+    linear::few_rows_plain<12>(args, shared);
 }
 MORE_ROWS(bf16, Bf16, 8, 2, 2)
 QUANTIZED_KERNELS(q4_0, Q4_0, 2)

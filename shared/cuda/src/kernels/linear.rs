@@ -118,7 +118,8 @@ impl Size {
     }
 }
 
-/// Stages of each warp of a block for few rows.
+/// Warps of a block for few rows of quantized weights, and stages of each.
+const FEW_WARPS: usize = 8;
 const FEW_STAGES: usize = 4;
 /// Units of a chunk, and bytes of its sums over a tile and 8 rows.
 const CHUNK_UNITS: usize = 4;
@@ -154,24 +155,20 @@ impl Blocking {
     }
 }
 
-/// Warps and units of a stage of the kernel for few rows.
-fn few_shape(kind: Kind) -> (usize, usize) {
-    match kind {
-        Kind::BF16 => (1, 4),
-        Kind::Q8_0 => (8, 1),
-        _ => (8, 2),
-    }
-}
+/// Units under way in the kernel for few rows of plain numbers.
+const PLAIN_RING: usize = 12;
 
 fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
-    let (warps, units) = few_shape(kind);
-    let stages = warps * FEW_STAGES * units * kind.planes().staged_bytes();
-    let n_chunks = if kind == Kind::BF16 { 0 } else { (matrix.n_units as usize).div_ceil(CHUNK_UNITS) };
-    Launch {
-        grid: [matrix.n_tiles as u32, 1, 1],
-        threads: 32 * warps as u32,
-        shared_bytes: (stages + n_chunks * CHUNK_SUM_BYTES) as u32,
-    }
+    let staged = kind.planes().staged_bytes();
+    let n_chunks = (matrix.n_units as usize).div_ceil(CHUNK_UNITS);
+    let (warps, shared_bytes) = match kind {
+        Kind::BF16 => (1, PLAIN_RING * (staged + X_BYTES)),
+        // Units of a stage: about as many bytes for every kind.
+        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * staged + n_chunks * CHUNK_SUM_BYTES),
+        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * staged + n_chunks * CHUNK_SUM_BYTES),
+    };
+    let grid = [matrix.n_tiles as u32, 1, 1];
+    Launch { grid, threads: 32 * warps as u32, shared_bytes: shared_bytes as u32 }
 }
 
 macro_rules! kernel_names {
