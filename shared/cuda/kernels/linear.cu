@@ -471,7 +471,7 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 KERNEL_AHEAD(linear_few_bf16, LinearArgs, 32, 6) {
     SHARED(uint8_t, shared);
     grid_release();
-    linear::few_rows_plain<12>(args, shared);
+    linear::few_rows_plain<16>(args, shared);
 }
 MORE_ROWS(bf16, Bf16, 8, 2, 2)
 QUANTIZED_KERNELS(q4_0, Q4_0, 2)

@@ -156,7 +156,7 @@ impl Blocking {
 }
 
 /// Units under way in the kernel for few rows of plain numbers.
-const PLAIN_RING: usize = 12;
+const PLAIN_RING: usize = 16;
 
 fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
     let staged = kind.planes().staged_bytes();
