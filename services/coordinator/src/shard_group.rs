@@ -139,6 +139,11 @@ impl ShardGroup {
         self.outboxes.len()
     }
 
+    /// What the bits depend on beside the model, by rank: with other numbers the same tokens are not promised.
+    pub fn device_numerics(&self) -> Vec<u32> {
+        self.ranks.iter().map(|ready| ready.device_numerics).collect()
+    }
+
     /// Sends a plan to every rank. A rank that cannot take it is reported by its reader.
     pub fn send(&self, plan: &StepPlan, trace: (String, String)) {
         let plan = Plan { traceparent: trace.0, tracestate: trace.1, ..Plan::from(plan) };

@@ -185,6 +185,7 @@ impl Executor {
         let ready = proto::Ready {
             epoch: form.epoch,
             numerics: decoder.fingerprint().numerics,
+            device_numerics: decoder.fingerprint().device_numerics,
             isa: decoder.device_name(),
             threads: machine.n_threads as u32,
             weight_bytes: weight_bytes as u64,

@@ -63,8 +63,10 @@ pub struct Fingerprint {
     pub model: Digest,
     /// Storage type of the KV cache.
     pub kv_type: KvType,
-    /// Version of the kernels' canonical summation orders.
+    /// Version of the canonical summation orders.
     pub numerics: u32,
+    /// What the bits depend on beside them; 0 on CPUs, where they depend on nothing else.
+    pub device_numerics: u32,
     /// [`PROTOCOL_VERSION`] of the process.
     pub protocol: u32,
 }

@@ -40,8 +40,9 @@ pub trait Backend: LogitRows {
     /// What computes, for logs and the handshake: `avx512vnni`, or a GPU's name.
     fn name(&self) -> String;
 
-    /// What determines the bits beside the model: equal on two backends if and only if their results are.
-    fn numerics(&self) -> u32;
+    /// What the bits depend on beside the model and the canonical orders: 0 where nothing else does, as on CPUs; otherwise
+    /// a number that differs where another device or other kernels may round otherwise.
+    fn device_numerics(&self) -> u32;
 
     /// Bytes of packed weights and of the KV memory.
     fn memory_bytes(&self) -> (usize, usize);
