@@ -4,6 +4,7 @@
 use paceline_collectives::Collective;
 
 use crate::batch::Batch;
+use crate::estimate::DeviceRoom;
 use crate::logits::LogitRows;
 use crate::{LoadSpec, ModelError};
 
@@ -86,6 +87,15 @@ pub trait Backend: LogitRows {
 pub trait Device: Send + Sync {
     /// What computes, for logs.
     fn name(&self) -> String;
+
+    /// What there is of the device's own memory, and what a rank would take of it; the capacity's number of KV blocks does
+    /// not matter. `None` where memory is the host's.
+    ///
+    /// # Errors
+    /// As [`Device::load`], but for memory.
+    fn room(&self, _spec: &LoadSpec<'_>) -> Result<Option<DeviceRoom>, ModelError> {
+        Ok(None)
+    }
 
     /// Loads a rank's slices and allocates everything a pass needs.
     ///
