@@ -16,6 +16,7 @@ use tracing::{Span, info_span};
 use crate::{
     admission::Place,
     output::Output,
+    pool::PoolWish,
     scheduler::{Commit, Limits, NewSequence, Scheduler},
     shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
 };
@@ -69,6 +70,8 @@ pub enum GroupStatus {
     Ready {
         /// Number of ranks.
         n_ranks: usize,
+        /// Blocks of the KV pool.
+        n_kv_blocks: u32,
     },
 }
 
@@ -181,8 +184,11 @@ impl Engine {
                 }
                 self.note_devices(group.device_numerics());
                 self.form_delay = Duration::ZERO;
-                self.scheduler.begin_epoch(group.epoch());
-                self.status.send_replace(GroupStatus::Ready { n_ranks: group.n_ranks() });
+                let n_kv_blocks = group.n_kv_blocks;
+                // Sequences are admitted by the size of the first pool, so a later group has no other.
+                self.spec.pool = PoolWish::Exactly(n_kv_blocks);
+                self.scheduler.begin_epoch(group.epoch(), n_kv_blocks);
+                self.status.send_replace(GroupStatus::Ready { n_ranks: group.n_ranks(), n_kv_blocks });
                 self.group = Some(group);
             }
             Err(error) => {

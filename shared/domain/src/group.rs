@@ -5,7 +5,7 @@ use std::fmt;
 /// Positions in one KV block.
 pub const BLOCK_POSITIONS: usize = 16;
 /// Version of the messages between coordinator, shards and draft, and of what they mean.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Storage type of the KV cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]

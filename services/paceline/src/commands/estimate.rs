@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
+use paceline_domain::group::BLOCK_POSITIONS;
 use paceline_model::{
     DeviceFit, ModelConfig,
     estimate::{ConfigEstimate, Dtype, GIB},
