@@ -322,3 +322,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[path = "shard_group_tests.rs"]
+mod tests;
