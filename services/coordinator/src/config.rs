@@ -7,6 +7,8 @@ use paceline_domain::{KvType, group::BLOCK_POSITIONS};
 use paceline_telemetry::shutdown::ParentWatch;
 use tonic::transport::Uri;
 
+use crate::pool::{MAX_BLOCKS, PoolBounds, PoolWish};
+
 /// Longest context served unless `--context` says otherwise, in tokens.
 const DEFAULT_CONTEXT: usize = 32_768;
 /// Smallest KV pool unless `--kv-blocks` says otherwise, in tokens.
@@ -27,7 +29,7 @@ pub struct Config {
     /// Addresses of the shards in rank order, as http://host:port, separated by commas
     #[arg(long, env = "PACELINE_SHARDS", value_delimiter = ',', required = true)]
     pub shards: Vec<Uri>,
-    /// Blocks of 16 positions in each rank's KV pool [default: the context, at least 1024]
+    /// Blocks of 16 positions in each rank's KV pool [default: what GPUs have free; on CPUs the context, at least 1024]
     #[arg(long, env = "PACELINE_KV_BLOCKS")]
     pub kv_blocks: Option<u32>,
     /// Storage type of the KV cache
@@ -78,8 +80,8 @@ impl From<KvChoice> for KvType {
 pub struct Sizes {
     /// Most tokens of one sequence.
     pub context: usize,
-    /// Blocks of the KV pool.
-    pub n_kv_blocks: u32,
+    /// What the KV pool should be.
+    pub pool: PoolWish,
     /// Most token rows in one step.
     pub max_rows: u32,
     /// Most running sequences.
@@ -110,14 +112,21 @@ impl Config {
     /// When a flag is out of its range.
     pub fn sizes(&self, model_context: usize) -> anyhow::Result<Sizes> {
         let context = self.context.unwrap_or(model_context.min(DEFAULT_CONTEXT));
-        let default_blocks = context.max(DEFAULT_POOL).div_ceil(BLOCK_POSITIONS);
-        let n_kv_blocks = self.kv_blocks.unwrap_or(u32::try_from(default_blocks).unwrap_or(u32::MAX));
+        let blocks = |n_tokens: usize| u32::try_from(n_tokens.div_ceil(BLOCK_POSITIONS)).unwrap_or(u32::MAX);
+        let bounds = PoolBounds {
+            context,
+            least: blocks(context),
+            most: blocks(context).saturating_mul(u32::try_from(self.max_sequences).unwrap_or(u32::MAX)),
+            in_host_memory: blocks(context.max(DEFAULT_POOL)),
+        };
+        let pool = self.kv_blocks.map_or(PoolWish::Fit(bounds), PoolWish::Exactly);
+        let n_kv_blocks = self.kv_blocks.unwrap_or(bounds.in_host_memory);
         let mut problems = Vec::new();
         if context < 2 || context > model_context {
             problems.push(format!("--context is {context}; this model takes from 2 to {model_context}"));
         }
-        if n_kv_blocks == 0 || n_kv_blocks > 1 << 24 {
-            problems.push(format!("--kv-blocks is {n_kv_blocks}; it must be from 1 to {}", 1 << 24));
+        if n_kv_blocks == 0 || n_kv_blocks > MAX_BLOCKS {
+            problems.push(format!("--kv-blocks is {n_kv_blocks}; it must be from 1 to {MAX_BLOCKS}"));
         }
         if !(1..=16_384).contains(&self.max_rows) {
             problems.push(format!("--max-rows is {}; it must be from 1 to 16384", self.max_rows));
@@ -136,7 +145,7 @@ impl Config {
             problems.push(format!("--collective-deadline-ms is {given}; it must be from 10 to 600000"));
         }
         anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
-        Ok(Sizes { context, n_kv_blocks, max_rows: self.max_rows, max_sequences: self.max_sequences })
+        Ok(Sizes { context, pool, max_rows: self.max_rows, max_sequences: self.max_sequences })
     }
 }
 
@@ -160,8 +169,12 @@ mod tests {
     #[test]
     fn defaults_follow_the_model() {
         let sizes = config(&[]).sizes(131_072).unwrap();
-        assert_eq!((sizes.context, sizes.n_kv_blocks), (32_768, 2_048));
-        assert_eq!(config(&[]).sizes(2_048).unwrap().n_kv_blocks, 1_024);
+        let bounds = |context, least, in_host_memory| {
+            PoolWish::Fit(PoolBounds { context, least, most: 64 * least, in_host_memory })
+        };
+        assert_eq!((sizes.context, sizes.pool), (32_768, bounds(32_768, 2_048, 2_048)));
+        assert_eq!(config(&[]).sizes(2_048).unwrap().pool, bounds(2_048, 128, 1_024));
+        assert_eq!(config(&["--kv-blocks", "9"]).sizes(2_048).unwrap().pool, PoolWish::Exactly(9));
         assert_eq!(config(&[]).model_name(), "tiny");
         assert_eq!(config(&[]).shards.len(), 2);
     }

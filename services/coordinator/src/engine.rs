@@ -16,6 +16,7 @@ use tracing::{Span, info_span};
 use crate::{
     admission::Place,
     output::Output,
+    pool::PoolWish,
     scheduler::{Commit, Limits, NewSequence, Scheduler},
     shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
 };
@@ -69,6 +70,8 @@ pub enum GroupStatus {
     Ready {
         /// Number of ranks.
         n_ranks: usize,
+        /// Blocks of the KV pool.
+        n_kv_blocks: u32,
     },
 }
 
@@ -94,6 +97,8 @@ pub struct Engine {
     group: Option<ShardGroup>,
     in_flight: Option<InFlight>,
     last_epoch: Epoch,
+    /// What the bits of the last group depended on beside the model, by rank.
+    device_numerics: Option<Vec<u32>>,
     form_delay: Duration,
     events: mpsc::Sender<Event>,
     status: watch::Sender<GroupStatus>,
@@ -114,6 +119,7 @@ impl Engine {
             group: None,
             in_flight: None,
             last_epoch: first_epoch(),
+            device_numerics: None,
             form_delay: Duration::ZERO,
             events,
             status,
@@ -169,16 +175,20 @@ impl Engine {
                 for (rank, ready) in group.ranks.iter().enumerate() {
                     tracing::info!(
                         rank,
-                        isa = ready.isa,
+                        device = ready.isa,
                         threads = ready.threads,
                         weight_bytes = ready.weight_bytes,
                         kv_bytes = ready.kv_bytes,
                         "rank ready"
                     );
                 }
+                self.note_devices(group.device_numerics());
                 self.form_delay = Duration::ZERO;
-                self.scheduler.begin_epoch(group.epoch());
-                self.status.send_replace(GroupStatus::Ready { n_ranks: group.n_ranks() });
+                let n_kv_blocks = group.n_kv_blocks;
+                // Sequences are admitted by the size of the first pool, so a later group has no other.
+                self.spec.pool = PoolWish::Exactly(n_kv_blocks);
+                self.scheduler.begin_epoch(group.epoch(), n_kv_blocks);
+                self.status.send_replace(GroupStatus::Ready { n_ranks: group.n_ranks(), n_kv_blocks });
                 self.group = Some(group);
             }
             Err(error) => {
@@ -188,6 +198,17 @@ impl Engine {
                 self.form_group();
             }
         }
+    }
+
+    /// Says when the same tokens are no longer promised.
+    fn note_devices(&mut self, device_numerics: Vec<u32>) {
+        if self.device_numerics.as_ref().is_some_and(|before| *before != device_numerics) {
+            tracing::warn!(
+                "the group computes with other devices than before: streams go on, later tokens may differ from an \
+                 undisturbed run"
+            );
+        }
+        self.device_numerics = Some(device_numerics);
     }
 
     fn submit(&mut self, submission: Submission) {

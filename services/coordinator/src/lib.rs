@@ -10,6 +10,7 @@
 //! * [`engine`] – the one event loop
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
 //! * [`ledger`] – pure: who holds which KV blocks
+//! * [`pool`] – pure: how many KV blocks a group has
 //! * [`shard_group`] – one stream to each rank
 //! * [`output`] – tokens of one request to text, stop rules, chunks
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ pub mod config;
 pub mod engine;
 pub mod ledger;
 pub mod output;
+pub mod pool;
 pub mod scheduler;
 pub mod server;
 pub mod service;

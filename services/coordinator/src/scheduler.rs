@@ -11,11 +11,9 @@ use paceline_domain::{
 
 use crate::ledger::BlockLedger;
 
-/// What bounds every plan.
+/// What bounds every plan, beside the KV pool.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
-    /// Blocks of the KV pool.
-    pub n_kv_blocks: u32,
     /// Most token rows in one step.
     pub max_rows: u32,
     /// Most running sequences.
@@ -96,11 +94,11 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// No sequences, no group yet: call [`Self::begin_epoch`] before planning.
+    /// No sequences, no group and no blocks yet: call [`Self::begin_epoch`] before planning.
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            ledger: BlockLedger::new(limits.n_kv_blocks),
+            ledger: BlockLedger::new(0),
             epoch: Epoch(0),
             next_step: StepNumber(1),
             next_sequence: 1,
@@ -112,13 +110,20 @@ impl Scheduler {
         }
     }
 
-    /// Whether a sequence of this many tokens fits the pool when it is alone.
-    pub fn could_fit(limits: &Limits, n_tokens: usize) -> bool {
-        blocks_for(n_tokens) <= limits.n_kv_blocks as usize
+    /// Whether a sequence of this many tokens fits a pool of `n_kv_blocks` when it is alone.
+    pub fn could_fit(n_kv_blocks: u32, n_tokens: usize) -> bool {
+        blocks_for(n_tokens) <= n_kv_blocks as usize
     }
 
     /// A new group: its KV memory is empty, so every sequence starts again from its tokens.
-    pub fn begin_epoch(&mut self, epoch: Epoch) {
+    ///
+    /// # Panics
+    /// When its pool is of another size than that of the first group: sequences were admitted by that one.
+    pub fn begin_epoch(&mut self, epoch: Epoch, n_kv_blocks: u32) {
+        if self.ledger.n_blocks() == 0 {
+            self.ledger = BlockLedger::new(n_kv_blocks);
+        }
+        assert_eq!(self.ledger.n_blocks(), n_kv_blocks as usize, "invariant: the pool keeps its size");
         self.epoch = epoch;
         self.next_step = StepNumber(1);
         self.in_flight = None;
@@ -137,7 +142,8 @@ impl Scheduler {
     /// When its prompt is empty or it could never fit: admission has checked that.
     pub fn submit(&mut self, new: NewSequence) -> SequenceId {
         let n_tokens = new.prompt.len() + new.max_tokens as usize;
-        assert!(!new.prompt.is_empty() && Self::could_fit(&self.limits, n_tokens), "invariant: admitted");
+        let fits = Self::could_fit(self.ledger.n_blocks() as u32, n_tokens);
+        assert!(!new.prompt.is_empty() && fits, "invariant: admitted");
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let sequence = Sequence {

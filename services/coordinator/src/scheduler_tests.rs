@@ -5,11 +5,12 @@ use proptest::prelude::*;
 use super::*;
 use paceline_domain::{SequenceSamples, StepTimings};
 
-const LIMITS: Limits = Limits { n_kv_blocks: 8, max_rows: 20, max_sequences: 3 };
+const N_KV_BLOCKS: u32 = 8;
+const LIMITS: Limits = Limits { max_rows: 20, max_sequences: 3 };
 
 fn scheduler(limits: Limits) -> Scheduler {
     let mut scheduler = Scheduler::new(limits);
-    scheduler.begin_epoch(Epoch(1));
+    scheduler.begin_epoch(Epoch(1), N_KV_BLOCKS);
     scheduler
 }
 
@@ -96,10 +97,16 @@ fn a_new_epoch_starts_every_sequence_from_its_tokens() {
         scheduler.apply(answer(&plan, 7)).unwrap();
     }
     scheduler.plan().unwrap();
-    scheduler.begin_epoch(Epoch(2));
+    scheduler.begin_epoch(Epoch(2), N_KV_BLOCKS);
     let plan = scheduler.plan().unwrap();
     assert_eq!((plan.epoch, plan.step, plan.opens.len()), (Epoch(2), StepNumber(1), 2));
     assert_eq!(shape(&plan), [(1, 0, 5, 1), (2, 0, 6, 1)]);
+}
+
+#[test]
+#[should_panic(expected = "the pool keeps its size")]
+fn a_later_group_cannot_have_another_pool() {
+    scheduler(LIMITS).begin_epoch(Epoch(2), N_KV_BLOCKS + 1);
 }
 
 #[test]
@@ -146,7 +153,7 @@ proptest! {
                 Event::Finish { .. } => {}
                 Event::NewEpoch => {
                     epoch += 1;
-                    scheduler.begin_epoch(Epoch(epoch));
+                    scheduler.begin_epoch(Epoch(epoch), N_KV_BLOCKS);
                 }
                 Event::Step => {
                     let Some(plan) = scheduler.plan() else { prop_assert!(live.is_empty()); continue };
@@ -171,7 +178,7 @@ proptest! {
             held.sort_unstable();
             held.dedup();
             prop_assert_eq!(held.len(), n_held, "a block has two owners");
-            prop_assert_eq!(n_held + scheduler.n_free_blocks(), LIMITS.n_kv_blocks as usize);
+            prop_assert_eq!(n_held + scheduler.n_free_blocks(), N_KV_BLOCKS as usize);
         }
     }
 
@@ -184,7 +191,7 @@ proptest! {
                 match event {
                     Event::Submit { n_prompt, max_tokens } => drop(scheduler.submit(sequence(*n_prompt, *max_tokens))),
                     Event::Finish { which } => scheduler.finish(SequenceId(*which as u64)),
-                    Event::NewEpoch => scheduler.begin_epoch(Epoch(2)),
+                    Event::NewEpoch => scheduler.begin_epoch(Epoch(2), N_KV_BLOCKS),
                     Event::Step => {
                         if let Some(plan) = scheduler.plan() {
                             scheduler.apply(answer(&plan, 7)).unwrap();

@@ -2,10 +2,7 @@
 
 use std::{
     future::Future,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -51,12 +48,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
     print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
 
     let (events, inbox) = mpsc::channel(MAX_EVENTS);
-    let (engine, status) = Engine::new(parts.group.clone(), parts.served.limits, events.clone());
+    let (engine, status) = Engine::new(parts.group.clone(), parts.limits, events.clone());
     let engine = tokio::spawn(engine.run(inbox));
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let ready = format!("\"address\":\"{address}\",\"model\":{}", json_string(&parts.served.model));
-    let was_ready = Arc::new(AtomicBool::new(false));
-    tokio::spawn(announce(status.clone(), health_reporter, print, ready, was_ready.clone()));
+    let pool = Arc::new(OnceLock::new());
+    tokio::spawn(announce(status.clone(), health_reporter, print, ready, pool.clone()));
 
     let service = InferenceService {
         served: parts.served,
@@ -65,7 +62,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
         admission: Admission::new(config.max_queued_tokens, Instant::now()),
         events: events.clone(),
         status,
-        was_ready,
+        pool,
     };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -104,6 +101,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
 /// What follows from the flags and the model file.
 struct Parts {
     served: Served,
+    limits: Limits,
     model: Model,
     text: TextModel,
     group: GroupSpec,
@@ -120,11 +118,6 @@ impl Parts {
             .with_context(|| format!("cannot use the tokenizer or template of {path}"))?;
         let sizes = config.sizes(architecture.context_length)?;
         let n_vocab = u32::try_from(text.tokenizer().n_vocab().min(architecture.n_vocab))?;
-        let limits = Limits {
-            n_kv_blocks: sizes.n_kv_blocks,
-            max_rows: sizes.max_rows,
-            max_sequences: sizes.max_sequences,
-        };
         let name = config.model_name();
         Ok(Self {
             model: Model {
@@ -136,12 +129,13 @@ impl Parts {
                 ranks: config.shards.len() as u32,
                 chat: text.has_template(),
             },
-            served: Served { model: name, n_vocab, context: sizes.context, limits },
+            served: Served { model: name, n_vocab, context: sizes.context },
+            limits: Limits { max_rows: sizes.max_rows, max_sequences: sizes.max_sequences },
             text,
             group: GroupSpec {
                 shards: config.shards.clone(),
                 model: checkpoint.digest(),
-                n_kv_blocks: sizes.n_kv_blocks,
+                pool: sizes.pool,
                 kv_type: config.kv_type.into(),
                 max_rows: sizes.max_rows,
                 max_sampled_rows: sizes.max_sequences as u32,
@@ -172,13 +166,13 @@ async fn announce(
     health: HealthReporter,
     print: Print,
     ready: String,
-    was_ready: Arc<AtomicBool>,
+    pool: Arc<OnceLock<u32>>,
 ) {
     loop {
         let now = status.borrow_and_update().clone();
         match &now {
-            GroupStatus::Ready { n_ranks } => {
-                was_ready.store(true, Ordering::Relaxed);
+            GroupStatus::Ready { n_ranks, n_kv_blocks } => {
+                pool.get_or_init(|| *n_kv_blocks);
                 health.set_serving::<InferenceServer<InferenceService>>().await;
                 health.set_service_status("", tonic_health::ServingStatus::Serving).await;
                 print.event(format_args!("{{\"event\":\"ready\",{ready},\"ranks\":{n_ranks}}}"));

@@ -2,10 +2,7 @@
 //! state of its own.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::Instant,
 };
 
@@ -50,8 +47,8 @@ pub struct InferenceService {
     pub events: mpsc::Sender<Event>,
     /// State of the group.
     pub status: watch::Receiver<GroupStatus>,
-    /// Whether there has been a group; from then on requests wait for the next one.
-    pub was_ready: Arc<AtomicBool>,
+    /// Blocks of the KV pool, once there has been a group; from then on requests wait for the next one.
+    pub pool: Arc<OnceLock<u32>>,
 }
 
 fn prompt_status(error: PromptError) -> Status {
@@ -90,9 +87,9 @@ impl InferenceService {
         span: Span,
     ) -> Result<ReceiverStream<Result<GenerateResponse, Status>>, Status> {
         let arrived = Instant::now();
-        if !self.was_ready.load(Ordering::Relaxed) {
+        let Some(n_kv_blocks) = self.pool.get().copied() else {
             return Err(Status::unavailable("the shard group is still being formed; try again in a moment"));
-        }
+        };
         validate::model(&self.served, request.model.as_deref())?;
         let seed = u64::from_le_bytes(random()?);
         let options = validate::options(&self.served, request.sampling, request.stop, seed)?;
@@ -104,7 +101,7 @@ impl InferenceService {
             }
         };
         let id = RequestId(u128::from_le_bytes(random()?));
-        let request = validate::request(&self.served, id, tokens, options)?;
+        let request = validate::request(&self.served, n_kv_blocks, id, tokens, options)?;
         let n_prompt_tokens = request.prompt.tokens().len() as u32;
         let max_tokens = request.stop.max_tokens;
         let place = self
@@ -181,7 +178,7 @@ impl Inference for InferenceService {
         _request: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
         let ranks = match &*self.status.borrow() {
-            GroupStatus::Ready { n_ranks } => *n_ranks as u32,
+            GroupStatus::Ready { n_ranks, .. } => *n_ranks as u32,
             _ => self.model.ranks,
         };
         Ok(Response::new(ListModelsResponse { models: vec![Model { ranks, ..self.model.clone() }] }))

@@ -5,19 +5,22 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use paceline_domain::{Digest, Epoch, KvType, StepPlan, StepResult, group::PROTOCOL_VERSION};
+use paceline_model::DeviceRoom;
 use paceline_wire::{
     MAX_INTERNAL_MESSAGE_BYTES,
     shard::{
-        CoordinatorMessage, Form, Hello, Plan, Ready, ShardMessage, coordinator_message,
+        CoordinatorMessage, Form, Hello, Plan, Ready, Seat, ShardMessage, Welcome, coordinator_message,
         shard_client::ShardClient, shard_message,
     },
 };
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Status, Streaming,
+    Code, Status, Streaming,
     transport::{Endpoint, Uri},
 };
+
+use crate::pool::{self, PoolWish};
 
 /// How long a shard may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,8 +34,8 @@ pub struct GroupSpec {
     pub shards: Vec<Uri>,
     /// The checkpoint they must have.
     pub model: Digest,
-    /// Blocks of each rank's KV pool.
-    pub n_kv_blocks: u32,
+    /// What each rank's KV pool should be.
+    pub pool: PoolWish,
     /// Storage type of the KV cache.
     pub kv_type: KvType,
     /// Most token rows in one step.
@@ -70,6 +73,8 @@ pub struct ShardGroup {
     epoch: Epoch,
     outboxes: Vec<mpsc::Sender<CoordinatorMessage>>,
     readers: Vec<JoinHandle<()>>,
+    /// Blocks of each rank's KV pool.
+    pub n_kv_blocks: u32,
     /// What each rank said when it was ready.
     pub ranks: Vec<Ready>,
 }
@@ -91,7 +96,13 @@ impl ShardGroup {
         loading: mpsc::Sender<LoadReport>,
         events: mpsc::Sender<RankEvent>,
     ) -> Result<Self, FormError> {
-        let sessions = all(spec.shards.iter().map(|shard| Session::open(shard, spec, epoch))).await?;
+        let sessions = all((0..spec.shards.len()).map(|rank| Session::open(rank, spec, epoch))).await?;
+        let rooms: Vec<_> = sessions.iter().map(|session| session.room.clone()).collect();
+        let n_kv_blocks = pool::n_blocks(spec.pool, &rooms).map_err(|problems| {
+            FormError(
+                problems.iter().map(|problem| format!("{:?}: {problem}", Code::FailedPrecondition)).collect(),
+            )
+        })?;
         let peer_addresses: Vec<String> =
             sessions.iter().map(|session| session.peer_address.clone()).collect();
         let mut secret = vec![0; 32];
@@ -102,7 +113,7 @@ impl ShardGroup {
             rank: rank as u32,
             peer_addresses: peer_addresses.clone(),
             secret: secret.clone(),
-            n_kv_blocks: spec.n_kv_blocks,
+            n_kv_blocks,
             kv_type: spec.kv_type.name().into(),
             max_rows: spec.max_rows,
             collective_deadline_ms: spec.collective_deadline.as_millis() as u64,
@@ -126,7 +137,7 @@ impl ShardGroup {
             readers.push(tokio::spawn(read(session.inbox, epoch, rank, events.clone())));
             ranks.push(ready);
         }
-        Ok(Self { epoch, outboxes, readers, ranks })
+        Ok(Self { epoch, outboxes, readers, n_kv_blocks, ranks })
     }
 
     /// Life of this group.
@@ -137,6 +148,11 @@ impl ShardGroup {
     /// Number of ranks.
     pub fn n_ranks(&self) -> usize {
         self.outboxes.len()
+    }
+
+    /// What the bits depend on beside the model, by rank: with other numbers the same tokens are not promised.
+    pub fn device_numerics(&self) -> Vec<u32> {
+        self.ranks.iter().map(|ready| ready.device_numerics).collect()
     }
 
     /// Sends a plan to every rank. A rank that cannot take it is reported by its reader.
@@ -155,12 +171,15 @@ impl ShardGroup {
 struct Session {
     shard: Uri,
     peer_address: String,
+    /// What its device has room for; none where it computes in the host's memory.
+    room: Option<DeviceRoom>,
     outbox: mpsc::Sender<CoordinatorMessage>,
     inbox: Streaming<ShardMessage>,
 }
 
 impl Session {
-    async fn open(shard: &Uri, spec: &GroupSpec, epoch: Epoch) -> Result<Self, String> {
+    async fn open(rank: usize, spec: &GroupSpec, epoch: Epoch) -> Result<Self, String> {
+        let shard = &spec.shards[rank];
         let named = |problem: String| format!("shard {shard}: {problem}");
         let channel = Endpoint::from(shard.clone())
             .connect_timeout(CONNECT_TIMEOUT)
@@ -175,13 +194,14 @@ impl Session {
             .max_decoding_message_size(MAX_INTERNAL_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_INTERNAL_MESSAGE_BYTES);
         let (outbox, messages) = mpsc::channel(OUTBOX);
-        let hello = Hello { protocol: PROTOCOL_VERSION, epoch: epoch.0, model_digest: spec.model.0.to_vec() };
+        let hello = hello(rank, spec, epoch);
         send(&outbox, coordinator_message::Message::Hello(hello)).await.map_err(named)?;
         let response = client.session(ReceiverStream::new(messages)).await;
         let mut inbox = response.map_err(|status| named(said(&status)))?.into_inner();
         match next(&mut inbox).await.map_err(named)? {
             shard_message::Message::Welcome(welcome) => {
-                Ok(Self { shard: shard.clone(), peer_address: welcome.peer_address, outbox, inbox })
+                let room = room(&welcome);
+                Ok(Self { shard: shard.clone(), peer_address: welcome.peer_address, room, outbox, inbox })
             }
             other => Err(named(format!("answered Hello with {other:?}"))),
         }
@@ -207,6 +227,31 @@ impl Session {
             }
         }
     }
+}
+
+fn hello(rank: usize, spec: &GroupSpec, epoch: Epoch) -> Hello {
+    let seat = Seat {
+        rank: rank as u32,
+        n_ranks: spec.shards.len() as u32,
+        kv_type: spec.kv_type.name().into(),
+        max_rows: spec.max_rows,
+        max_sampled_rows: spec.max_sampled_rows,
+    };
+    Hello {
+        protocol: PROTOCOL_VERSION,
+        epoch: epoch.0,
+        model_digest: spec.model.0.to_vec(),
+        seat: Some(seat),
+    }
+}
+
+fn room(welcome: &Welcome) -> Option<DeviceRoom> {
+    (welcome.memory_bytes > 0).then(|| DeviceRoom {
+        memory: welcome.memory_id.clone(),
+        usable_bytes: welcome.memory_bytes,
+        fixed_bytes: welcome.fixed_bytes,
+        kv_block_bytes: welcome.kv_block_bytes,
+    })
 }
 
 async fn send(
@@ -277,3 +322,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[path = "shard_group_tests.rs"]
+mod tests;

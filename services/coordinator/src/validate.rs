@@ -8,10 +8,7 @@ use paceline_text::{ChatMessage, SpecialTokens};
 use paceline_wire::{inference as proto, status::bad_request};
 use tonic::Status;
 
-use crate::{
-    scheduler::{Limits, Scheduler},
-    text::TextInput,
-};
+use crate::{scheduler::Scheduler, text::TextInput};
 
 /// Most stop tokens of one request.
 const MAX_STOP_TOKENS: usize = 64;
@@ -29,8 +26,6 @@ pub struct Served {
     pub n_vocab: u32,
     /// Most tokens of prompt and output.
     pub context: usize,
-    /// What one sequence can have at most.
-    pub limits: Limits,
 }
 
 /// Where a prompt comes from.
@@ -170,9 +165,10 @@ fn stop_problems(served: &Served, stop: &proto::StopOptions) -> Vec<String> {
     problems
 }
 
-/// Puts prompt and options together. `max_tokens` is cut to what the context leaves.
+/// Puts prompt and options together. `max_tokens` is cut to what the context leaves; the pool has `n_kv_blocks`.
 pub fn request(
     served: &Served,
+    n_kv_blocks: u32,
     id: RequestId,
     tokens: Vec<TokenId>,
     (sampling, stop): (SamplingParams, proto::StopOptions),
@@ -189,11 +185,10 @@ pub fn request(
         return Err(violation("input", problem));
     };
     let max_tokens = stop.max_tokens.map_or(room, |max| room.min(max as usize));
-    if !Scheduler::could_fit(&served.limits, n_prompt + max_tokens) {
+    if !Scheduler::could_fit(n_kv_blocks, n_prompt + max_tokens) {
         return Err(Status::failed_precondition(format!(
-            "{n_prompt} prompt tokens and {max_tokens} to generate never fit the KV pool of {} blocks of 16: ask for \
-             fewer, or start the server with more --kv-blocks",
-            served.limits.n_kv_blocks
+            "{n_prompt} prompt tokens and {max_tokens} to generate never fit the KV pool of {n_kv_blocks} blocks of 16: \
+             ask for fewer, or start the server with more --kv-blocks"
         )));
     }
     let stop = StopRules {
@@ -212,8 +207,7 @@ mod tests {
     use super::*;
 
     fn served() -> Served {
-        let limits = Limits { n_kv_blocks: 4, max_rows: 16, max_sequences: 4 };
-        Served { model: "tiny".into(), n_vocab: 10, context: 100, limits }
+        Served { model: "tiny".into(), n_vocab: 10, context: 100 }
     }
 
     #[test]
@@ -255,7 +249,7 @@ mod tests {
         let request = |n_prompt: usize, max_tokens: Option<u32>| {
             let stop = proto::StopOptions { max_tokens, ..Default::default() };
             let tokens = vec![TokenId(1); n_prompt];
-            request(&served(), RequestId(1), tokens, (SamplingParams::greedy(), stop))
+            request(&served(), 4, RequestId(1), tokens, (SamplingParams::greedy(), stop))
         };
         assert_eq!(request(10, Some(5)).unwrap().stop.max_tokens, 5);
         assert_eq!(request(10, Some(54)).unwrap().stop.max_tokens, 54);

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use paceline_model::DeviceFit;
+use paceline_shard::device::GpuMemory;
 use serde_json::{Value, json};
 
 use crate::progress::megabytes;
@@ -24,6 +25,11 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
+    /// Share of a device's free memory that may be used.
+    pub fn share(&self) -> GpuMemory {
+        GpuMemory(self.gpu_memory)
+    }
+
     /// Bytes that may be used, when the user spoke of a device.
     pub fn usable_bytes(&self) -> Option<u64> {
         self.device_bytes.map(|bytes| (bytes as f64 * self.gpu_memory) as u64)

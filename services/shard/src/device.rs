@@ -78,7 +78,7 @@ impl fmt::Display for GpuMemory {
 pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Device>> {
     let device: Arc<dyn Device> = match options.device {
         DeviceChoice::Cpu => Arc::new(cpu),
-        DeviceChoice::Auto => match gpu(0, cpu.n_threads) {
+        DeviceChoice::Auto => match gpu(0, cpu.n_threads, options.gpu_memory) {
             Ok(gpu) => gpu,
             Err(error) => {
                 tracing::info!(reason = %error, "no GPU, so the CPU");
@@ -86,7 +86,8 @@ pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Devic
             }
         },
         DeviceChoice::Cuda(number) => {
-            gpu(number, cpu.n_threads).with_context(|| format!("--device {}", options.device))?
+            let gpu = gpu(number, cpu.n_threads, options.gpu_memory);
+            gpu.with_context(|| format!("--device {}", options.device))?
         }
     };
     tracing::info!(asked = %options.device, taken = device.name(), threads = cpu.n_threads, "device chosen");
@@ -95,13 +96,13 @@ pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Devic
 
 /// A GPU, if this build and this machine have one.
 #[cfg(feature = "cuda")]
-fn gpu(number: usize, n_threads: usize) -> anyhow::Result<Arc<dyn Device>> {
-    Ok(Arc::new(paceline_cuda::Gpu::open(number, n_threads)?))
+fn gpu(number: usize, n_threads: usize, memory: GpuMemory) -> anyhow::Result<Arc<dyn Device>> {
+    Ok(Arc::new(paceline_cuda::Gpu::open(number, n_threads)?.with_memory_share(memory.0)))
 }
 
 /// A GPU, if this build and this machine have one.
 #[cfg(not(feature = "cuda"))]
-fn gpu(_number: usize, _n_threads: usize) -> anyhow::Result<Arc<dyn Device>> {
+fn gpu(_number: usize, _n_threads: usize, _memory: GpuMemory) -> anyhow::Result<Arc<dyn Device>> {
     anyhow::bail!("this build has no GPU support: build with --features cuda")
 }
 

@@ -13,7 +13,7 @@ use paceline_collectives::{
 };
 use paceline_domain::{ErrorKind, KvType, StepNumber, StepPlan, StepResult, StepTimings};
 use paceline_model::{
-    Batch, Capacity, Decoder, Device, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan,
+    Batch, Capacity, Decoder, Device, DeviceRoom, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan,
 };
 use paceline_wire::shard as proto;
 use tokio::sync::mpsc::Sender;
@@ -43,6 +43,31 @@ pub struct Machine {
     pub n_threads: usize,
     /// How ranks exchange partial sums.
     pub transport: Transport,
+}
+
+impl Machine {
+    /// What the device has room for in a place, where it has memory of its own. Nothing is loaded.
+    ///
+    /// # Errors
+    /// When the model cannot run there.
+    pub fn room(&self, seat: &proto::Seat) -> Result<Option<DeviceRoom>, ExecutorError> {
+        let plan = SplitPlan::new(&self.config, seat.n_ranks as usize)?;
+        let capacity = Capacity {
+            kv_type: kv_type(&seat.kv_type)?,
+            n_kv_blocks: 1,
+            max_rows: seat.max_rows as usize,
+            max_output_rows: seat.max_sampled_rows as usize,
+        };
+        let spec = LoadSpec {
+            checkpoint: &self.checkpoint,
+            config: &self.config,
+            plan: &plan,
+            rank: seat.rank as usize,
+            capacity,
+            progress: &|_| (),
+        };
+        Ok(self.device.room(&spec)?)
+    }
 }
 
 /// A rank's place in a group.
@@ -154,8 +179,6 @@ impl Executor {
     fn form(machine: Machine, place: Place, outbox: &Outbox) -> Result<Self, ExecutorError> {
         let form = place.form;
         let (rank, n_ranks) = (form.rank as usize, form.peer_addresses.len());
-        let kv_type = KvType::from_name(&form.kv_type)
-            .ok_or_else(|| ExecutorError::Form(format!("KV type {:?} is not f16 or f32", form.kv_type)))?;
         let spec = group_spec(&form, machine.transport, place.abort)?;
         let collective = paceline_collectives::connect(place.endpoint, &spec)?;
         let plan = SplitPlan::new(&machine.config, n_ranks)?;
@@ -167,7 +190,7 @@ impl Executor {
             let _ = outbox.try_send(Ok(proto::ShardMessage { message }));
         };
         let capacity = Capacity {
-            kv_type,
+            kv_type: kv_type(&form.kv_type)?,
             n_kv_blocks: form.n_kv_blocks as usize,
             max_rows: form.max_rows as usize,
             max_output_rows: form.max_sampled_rows as usize,
@@ -185,6 +208,7 @@ impl Executor {
         let ready = proto::Ready {
             epoch: form.epoch,
             numerics: decoder.fingerprint().numerics,
+            device_numerics: decoder.fingerprint().device_numerics,
             isa: decoder.device_name(),
             threads: machine.n_threads as u32,
             weight_bytes: weight_bytes as u64,
@@ -289,6 +313,10 @@ impl Rows {
         }
         rows
     }
+}
+
+fn kv_type(name: &str) -> Result<KvType, ExecutorError> {
+    KvType::from_name(name).ok_or_else(|| ExecutorError::Form(format!("KV type {name:?} is not f16 or f32")))
 }
 
 fn group_spec(

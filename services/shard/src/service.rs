@@ -9,13 +9,15 @@ use std::{
 use futures_util::{Stream, StreamExt as _};
 use paceline_collectives::{AbortFlag, BindSpec, Endpoint};
 use paceline_domain::{ErrorKind, StepPlan, group::PROTOCOL_VERSION};
+use paceline_model::DeviceRoom;
 use paceline_wire::{
     shard::{
-        CoordinatorMessage, Form, Hello, ShardMessage, Welcome, coordinator_message, shard_message,
+        CoordinatorMessage, Form, Hello, Seat, ShardMessage, Welcome, coordinator_message, shard_message,
         shard_server::Shard,
     },
     status::status,
 };
+use tokio::sync::oneshot;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -32,19 +34,28 @@ pub struct ShardService {
 struct Active {
     epoch: u64,
     abort: AbortFlag,
+    /// Dropped when another session takes the shard.
+    _fence: oneshot::Sender<()>,
 }
+
+/// Comes when another session has taken the shard.
+type Fence = oneshot::Receiver<()>;
 
 /// Who holds the shard, if anybody.
 #[derive(Clone, Default)]
-struct Occupancy(Arc<Mutex<Option<Active>>>);
+struct Occupancy {
+    active: Arc<Mutex<Option<Active>>>,
+    /// Held by the session that may have weights and KV in memory: the next one waits until they are freed.
+    memory: Arc<tokio::sync::Mutex<()>>,
+}
 
 impl Occupancy {
     fn lock(&self) -> MutexGuard<'_, Option<Active>> {
-        self.0.lock().expect("invariant: no panic while the lock is held")
+        self.active.lock().expect("invariant: no panic while the lock is held")
     }
 
     /// Gives the shard to a session and fences the one before it.
-    fn enter(&self, epoch: u64, abort: &AbortFlag) -> Result<(), Status> {
+    fn enter(&self, epoch: u64, abort: &AbortFlag) -> Result<Fence, Status> {
         let mut active = self.lock();
         if let Some(active) = active.as_ref() {
             if epoch <= active.epoch {
@@ -53,8 +64,9 @@ impl Occupancy {
             }
             active.abort.abort();
         }
-        *active = Some(Active { epoch, abort: abort.clone() });
-        Ok(())
+        let (sender, fence) = oneshot::channel();
+        *active = Some(Active { epoch, abort: abort.clone(), _fence: sender });
+        Ok(fence)
     }
 
     /// A session ended; a later one may hold the shard already.
@@ -73,7 +85,7 @@ impl ShardService {
     }
 
     /// Checks a Hello and fences the session before it, if there is one.
-    fn admit(&self, hello: &Hello, abort: &AbortFlag) -> Result<(), Status> {
+    fn admit(&self, hello: &Hello, abort: &AbortFlag) -> Result<Fence, Status> {
         if hello.protocol != PROTOCOL_VERSION {
             let message = format!(
                 "the coordinator speaks protocol {}, this shard {PROTOCOL_VERSION}: run the same version of both",
@@ -103,20 +115,15 @@ impl Shard for ShardService {
         &self,
         request: Request<Streaming<CoordinatorMessage>>,
     ) -> Result<Response<MessageStream>, Status> {
-        let mut inbox = request.into_inner();
-        let Some(coordinator_message::Message::Hello(hello)) = next(&mut inbox).await? else {
+        let mut messages = request.into_inner();
+        let Some(coordinator_message::Message::Hello(hello)) = next(&mut messages).await? else {
             return Err(Status::invalid_argument("a session begins with Hello"));
         };
         let abort = AbortFlag::new();
-        self.admit(&hello, &abort)?;
+        let fence = self.admit(&hello, &abort)?;
+        let inbox = Inbox { messages, fence };
         let endpoint =
             Endpoint::bind(&self.binding).map_err(|error| status(error.kind(), error.to_string()))?;
-        let welcome = Welcome {
-            protocol: PROTOCOL_VERSION,
-            peer_address: endpoint.address().to_string(),
-            model_digest: self.machine.checkpoint.digest().0.to_vec(),
-            memory_bytes: 0,
-        };
         let (outbox, messages) = tokio::sync::mpsc::channel(64);
         let session = Session {
             machine: self.machine.clone(),
@@ -125,8 +132,7 @@ impl Shard for ShardService {
             abort: abort.clone(),
             outbox,
         };
-        session.send(shard_message::Message::Welcome(welcome)).await;
-        tokio::spawn(session.run(inbox, endpoint));
+        tokio::spawn(session.run(inbox, endpoint, hello.seat.unwrap_or_default()));
         // The coordinator may vanish without a word: then the response stream is dropped, and the executor with it.
         let guard = AbortOnDrop(abort);
         let messages = ReceiverStream::new(messages).map(move |message| {
@@ -158,8 +164,8 @@ impl Session {
         let _ = self.outbox.send(Ok(ShardMessage { message: Some(message) })).await;
     }
 
-    async fn run(self, inbox: Streaming<CoordinatorMessage>, endpoint: Endpoint) {
-        let outcome = self.drive(inbox, endpoint).await;
+    async fn run(self, inbox: Inbox, endpoint: Endpoint, seat: Seat) {
+        let outcome = self.drive(inbox, endpoint, seat).await;
         self.abort.abort();
         self.occupancy.leave(self.epoch);
         if let Err(status) = outcome {
@@ -168,12 +174,11 @@ impl Session {
         }
     }
 
-    async fn drive(
-        &self,
-        mut inbox: Streaming<CoordinatorMessage>,
-        endpoint: Endpoint,
-    ) -> Result<(), Status> {
-        let form = match next(&mut inbox).await? {
+    async fn drive(&self, mut inbox: Inbox, endpoint: Endpoint, seat: Seat) -> Result<(), Status> {
+        let _memory = inbox.unless_fenced(self.occupancy.memory.clone().lock_owned()).await?;
+        let welcome = self.welcome(&endpoint, seat).await?;
+        self.send(shard_message::Message::Welcome(welcome)).await;
+        let form = match inbox.next().await? {
             Some(coordinator_message::Message::Form(form)) => form,
             Some(_) => return Err(Status::invalid_argument("Hello is followed by Form")),
             None => return Ok(()),
@@ -194,12 +199,31 @@ impl Session {
         }
     }
 
-    async fn feed(
-        &self,
-        inbox: &mut Streaming<CoordinatorMessage>,
-        plans: mpsc::SyncSender<TracedPlan>,
-    ) -> Result<(), Status> {
-        while let Some(message) = next(inbox).await? {
+    /// Asking a device takes its time: not on a thread of the runtime.
+    async fn welcome(&self, endpoint: &Endpoint, seat: Seat) -> Result<Welcome, Status> {
+        let machine = self.machine.clone();
+        let asked = tokio::task::spawn_blocking(move || machine.room(&seat)).await;
+        let room = asked
+            .map_err(|_| status(ErrorKind::Bug, "asking the device panicked; the log says why"))?
+            .map_err(|error| status(error.kind(), error.to_string()))?;
+        let mut welcome = Welcome {
+            protocol: PROTOCOL_VERSION,
+            peer_address: endpoint.address().to_string(),
+            model_digest: self.machine.checkpoint.digest().0.to_vec(),
+            ..Welcome::default()
+        };
+        if let Some(DeviceRoom { memory, usable_bytes, fixed_bytes, kv_block_bytes }) = room {
+            tracing::info!(memory, usable_bytes, fixed_bytes, kv_block_bytes, "memory of the device");
+            // A device that is full is limited too.
+            welcome.memory_bytes = usable_bytes.max(1);
+            (welcome.fixed_bytes, welcome.kv_block_bytes) = (fixed_bytes, kv_block_bytes);
+            welcome.memory_id = memory;
+        }
+        Ok(welcome)
+    }
+
+    async fn feed(&self, inbox: &mut Inbox, plans: mpsc::SyncSender<TracedPlan>) -> Result<(), Status> {
+        while let Some(message) = inbox.next().await? {
             let coordinator_message::Message::Plan(mut plan) = message else {
                 return Err(Status::invalid_argument("after Form only plans are sent"));
             };
@@ -219,6 +243,33 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// What the coordinator sends, until another session takes the shard.
+struct Inbox {
+    messages: Streaming<CoordinatorMessage>,
+    fence: Fence,
+}
+
+impl Inbox {
+    async fn next(&mut self) -> Result<Option<coordinator_message::Message>, Status> {
+        let Self { messages, fence } = self;
+        tokio::select! {
+            message = next(messages) => message,
+            _ = fence => Err(fenced()),
+        }
+    }
+
+    async fn unless_fenced<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, Status> {
+        tokio::select! {
+            done = wait => Ok(done),
+            _ = &mut self.fence => Err(fenced()),
+        }
+    }
+}
+
+fn fenced() -> Status {
+    Status::aborted("a session of a higher epoch has taken the shard")
 }
 
 fn check_form(form: &Form, epoch: u64) -> Result<(), Status> {
@@ -247,17 +298,20 @@ async fn next(
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::oneshot::error::TryRecvError;
+
     use super::*;
 
     #[test]
     fn a_higher_epoch_fences_the_session_before_it() {
         let occupancy = Occupancy::default();
         let [first, second] = [AbortFlag::new(), AbortFlag::new()];
-        occupancy.enter(5, &first).unwrap();
+        let mut fence = occupancy.enter(5, &first).unwrap();
         assert_eq!(occupancy.enter(5, &second).unwrap_err().code(), tonic::Code::Aborted);
-        assert!(!first.is_set());
-        occupancy.enter(6, &second).unwrap();
+        assert!(!first.is_set() && fence.try_recv() == Err(TryRecvError::Empty));
+        let _later = occupancy.enter(6, &second).unwrap();
         assert!(first.is_set() && !second.is_set());
+        assert_eq!(fence.try_recv(), Err(TryRecvError::Closed));
         occupancy.leave(5);
         assert!(occupancy.enter(6, &first).is_err(), "the later session still holds the shard");
         occupancy.leave(6);

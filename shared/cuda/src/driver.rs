@@ -119,6 +119,14 @@ impl Driver {
         Stream(self.stream)
     }
 
+    /// Which device it is, the same text in every process: "GPU-" and 32 hexadecimal digits.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn uuid(&self) -> Result<String, CudaError> {
+        self.device.uuid()
+    }
+
     /// Makes the device current on the calling thread, for libraries that ask CUDA for it.
     ///
     /// # Errors

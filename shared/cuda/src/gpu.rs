@@ -1,9 +1,9 @@
 //! A GPU of this machine as a device of the decoder.
 
 use paceline_kernels::{Pinning, ThreadPool};
-use paceline_model::{Backend, Device, LoadSpec, ModelError};
+use paceline_model::{Backend, Device, DeviceRoom, LoadSpec, ModelError};
 
-use crate::backend::{GpuBackend, GraphMode, model_error};
+use crate::backend::{GpuBackend, GraphMode, MemoryNeed, model_error};
 use crate::{CudaError, Driver, Runtime};
 
 /// A GPU that answered.
@@ -13,6 +13,8 @@ pub struct Gpu {
     name: String,
     n_threads: usize,
     graphs: GraphMode,
+    /// Share of the free memory that may be taken.
+    memory_share: f64,
 }
 
 impl Gpu {
@@ -22,12 +24,17 @@ impl Gpu {
     /// When there is no such GPU, no driver, or it is too old.
     pub fn open(ordinal: usize, n_threads: usize) -> Result<Self, CudaError> {
         let name = Driver::open(ordinal)?.name();
-        Ok(Self { ordinal, name, n_threads, graphs: GraphMode::Auto })
+        Ok(Self { ordinal, name, n_threads, graphs: GraphMode::Auto, memory_share: 1.0 })
     }
 
     /// With or without captured passes.
     pub fn with_graphs(self, graphs: GraphMode) -> Self {
         Self { graphs, ..self }
+    }
+
+    /// With a share of the free memory for weights, buffers and KV cache; a group's pool is sized by it.
+    pub fn with_memory_share(self, memory_share: f64) -> Self {
+        Self { memory_share, ..self }
     }
 
     /// Bytes of memory free and in all.
@@ -42,6 +49,15 @@ impl Gpu {
 impl Device for Gpu {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn room(&self, spec: &LoadSpec<'_>) -> Result<Option<DeviceRoom>, ModelError> {
+        let MemoryNeed { fixed_bytes, kv_block_bytes } = MemoryNeed::of(spec)?;
+        let driver = Driver::open(self.ordinal).map_err(model_error)?;
+        let (free, _) = driver.memory().map_err(model_error)?;
+        let usable_bytes = (free as f64 * self.memory_share) as u64;
+        let memory = driver.uuid().map_err(model_error)?;
+        Ok(Some(DeviceRoom { memory, usable_bytes, fixed_bytes, kv_block_bytes }))
     }
 
     fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {

@@ -199,14 +199,16 @@ pub struct Packed {
     pub n_supers: usize,
     /// Place of the first group in its superblock.
     pub first_group: usize,
-    /// `[n_tiles][tile_bytes]`
+    /// Bytes of a tile.
+    pub tile_bytes: usize,
+    /// `[n_tiles][tile_bytes]`; empty in an [`outline`].
     pub bytes: Vec<u8>,
 }
 
 impl Packed {
-    /// Bytes of a tile.
-    pub fn tile_bytes(&self) -> usize {
-        self.bytes.len() / self.n_tiles.max(1)
+    /// Bytes of all tiles.
+    pub fn n_bytes(&self) -> usize {
+        self.n_tiles * self.tile_bytes
     }
 }
 
@@ -215,6 +217,25 @@ impl Packed {
 /// # Panics
 /// When the parts are held differently, or columns of a quantized type are cut inside a group of 32.
 pub fn pack(arrangement: &Arrangement<'_>, columns: Range<usize>, pool: &ThreadPool) -> Packed {
+    let outline = outline(arrangement, columns.clone());
+    let Packed { kind, n_units, first_group, tile_bytes, .. } = outline;
+    let mut bytes = vec![0; outline.n_bytes()];
+    let packer = Packer { planes: kind.planes(), n_units, first_group, columns };
+    pool.run_pieces(&mut bytes, tile_bytes, &|tile, bytes| {
+        for row in 0..TILE_ROWS {
+            if let Some((weight_type, file_row)) = arrangement.row(tile, row) {
+                packer.row(weight_type, file_row, row, bytes);
+            }
+        }
+    });
+    Packed { bytes, ..outline }
+}
+
+/// What [`pack`] would make, without the bytes.
+///
+/// # Panics
+/// As [`pack`].
+pub fn outline(arrangement: &Arrangement<'_>, columns: Range<usize>) -> Packed {
     assert!(arrangement.is_uniform(), "invariant: parts of one matrix are held alike");
     let kind = Kind::of(arrangement.weight_type());
     let planes = kind.planes();
@@ -226,16 +247,7 @@ pub fn pack(arrangement: &Arrangement<'_>, columns: Range<usize>, pool: &ThreadP
     let n_supers = if planes.has_super { (first_group + n_groups).div_ceil(GROUPS_PER_SUPER) } else { 0 };
     let tile_bytes = n_units * (planes.codes + planes.high + planes.scales) + n_supers * SUPER_BYTES;
     let n_tiles = arrangement.n_tiles();
-    let mut bytes = vec![0; n_tiles * tile_bytes];
-    let packer = Packer { planes, n_units, first_group, columns };
-    pool.run_pieces(&mut bytes, tile_bytes, &|tile, bytes| {
-        for row in 0..TILE_ROWS {
-            if let Some((weight_type, file_row)) = arrangement.row(tile, row) {
-                packer.row(weight_type, file_row, row, bytes);
-            }
-        }
-    });
-    Packed { kind, n_tiles, n_units, n_supers, first_group, bytes }
+    Packed { kind, n_tiles, n_units, n_supers, first_group, tile_bytes, bytes: Vec::new() }
 }
 
 struct Packer {

@@ -10,9 +10,9 @@ use model::rig::{AllLogits, Rig, Step, assert_same_bits, in_a_crowd, in_pieces, 
 use paceline_checkpoint::Checkpoint;
 use paceline_cuda::backend::{GpuBackend, GraphMode};
 use paceline_cuda::kernels::attention::HEAD_DIMS;
-use paceline_kernels::{Pinning, ThreadPool};
+use paceline_kernels::{Kernels, Pinning, ThreadPool};
 use paceline_model::synthetic::Synthetic;
-use paceline_model::{Backend, Device, LoadSpec, ModelError};
+use paceline_model::{Backend, Cpu, Device, LoadSpec, ModelError};
 use support::emulated::Emulated;
 
 /// The emulator as a device.
@@ -97,6 +97,20 @@ fn ranks_agree_with_one_rank() {
         let group = rig.with(model::rig::Setup { n_ranks, ..rig.setup });
         let least = least_cosine(&alone, &group.run_on(&GRAPHS, &steps));
         assert!(least > LEAST_COSINE, "{n_ranks} ranks: cosine {least}");
+    }
+}
+
+#[test]
+fn a_group_of_cpu_and_gpu_is_near_one_cpu() {
+    let rig = rig(&models::llama_wide());
+    let steps = in_pieces(&tokens(9, 24, rig.config.n_vocab), &[17, 1]);
+    let expected = rig.run(&steps);
+    let pair = rig.with(model::rig::Setup { n_ranks: 2, ..rig.setup });
+    let cpu = Cpu { kernels: Kernels::for_isa(rig.setup.isa), n_threads: rig.setup.n_threads };
+    for devices in [[&cpu as &dyn Device, &GRAPHS], [&GRAPHS, &cpu]] {
+        let least = least_cosine(&expected, &pair.run_on_each(&devices, &steps));
+        let names = devices.map(Device::name);
+        assert!(least > LEAST_COSINE, "{names:?}: cosine {least}");
     }
 }
 

@@ -94,7 +94,7 @@ impl Bench {
         let tiles = put(&mut device, &packed.bytes);
         let matrix = Matrix {
             tiles,
-            tile_bytes: packed.tile_bytes() as i64,
+            tile_bytes: packed.tile_bytes as i64,
             n_tiles: packed.n_tiles as i32,
             n_units: packed.n_units as i32,
             n_supers: packed.n_supers as i32,

@@ -5,7 +5,7 @@ use std::fmt;
 /// Positions in one KV block.
 pub const BLOCK_POSITIONS: usize = 16;
 /// Version of the messages between coordinator, shards and draft, and of what they mean.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Storage type of the KV cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -63,8 +63,10 @@ pub struct Fingerprint {
     pub model: Digest,
     /// Storage type of the KV cache.
     pub kv_type: KvType,
-    /// Version of the kernels' canonical summation orders.
+    /// Version of the canonical summation orders.
     pub numerics: u32,
+    /// What the bits depend on beside them; 0 on CPUs, where they depend on nothing else.
+    pub device_numerics: u32,
     /// [`PROTOCOL_VERSION`] of the process.
     pub protocol: u32,
 }

@@ -4,6 +4,7 @@
 use paceline_collectives::Collective;
 
 use crate::batch::Batch;
+use crate::estimate::DeviceRoom;
 use crate::logits::LogitRows;
 use crate::{LoadSpec, ModelError};
 
@@ -40,8 +41,9 @@ pub trait Backend: LogitRows {
     /// What computes, for logs and the handshake: `avx512vnni`, or a GPU's name.
     fn name(&self) -> String;
 
-    /// What determines the bits beside the model: equal on two backends if and only if their results are.
-    fn numerics(&self) -> u32;
+    /// What the bits depend on beside the model and the canonical orders: 0 where nothing else does, as on CPUs; otherwise
+    /// a number that differs where another device or other kernels may round otherwise.
+    fn device_numerics(&self) -> u32;
 
     /// Bytes of packed weights and of the KV memory.
     fn memory_bytes(&self) -> (usize, usize);
@@ -85,6 +87,15 @@ pub trait Backend: LogitRows {
 pub trait Device: Send + Sync {
     /// What computes, for logs.
     fn name(&self) -> String;
+
+    /// What there is of the device's own memory, and what a rank would take of it; the capacity's number of KV blocks does
+    /// not matter. `None` where memory is the host's.
+    ///
+    /// # Errors
+    /// As [`Device::load`], but for memory.
+    fn room(&self, _spec: &LoadSpec<'_>) -> Result<Option<DeviceRoom>, ModelError> {
+        Ok(None)
+    }
 
     /// Loads a rank's slices and allocates everything a pass needs.
     ///

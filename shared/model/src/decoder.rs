@@ -68,7 +68,7 @@ impl Decoder {
             place,
             limits,
             last_position: Vec::new(),
-            fingerprint: fingerprint(checkpoint, capacity.kv_type, backend.numerics()),
+            fingerprint: fingerprint(checkpoint, capacity.kv_type, backend.device_numerics()),
             layers_done: Arc::new(AtomicU64::new(0)),
             backend,
         }

@@ -162,7 +162,27 @@ impl MemoryEstimate {
     /// left, whatever [`Capacity`] says.
     pub fn on_device(&self, usable_bytes: u64) -> DeviceFit {
         let fixed_bytes = self.weight_bytes + self.embedding_bytes + self.activation_bytes;
-        DeviceFit::new(usable_bytes, fixed_bytes, self.kv_bytes_per_position)
+        DeviceFit::new(usable_bytes, fixed_bytes, self.kv_bytes_per_position * BLOCK_POSITIONS as u64)
+    }
+}
+
+/// What a device that was asked has room for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeviceRoom {
+    /// Which memory it is: the same text for ranks that share one.
+    pub memory: String,
+    /// Bytes that may be used.
+    pub usable_bytes: u64,
+    /// Bytes that a rank takes for everything but the KV cache.
+    pub fixed_bytes: u64,
+    /// Bytes that a rank takes for one block of the KV cache, all layers.
+    pub kv_block_bytes: u64,
+}
+
+impl DeviceRoom {
+    /// How a rank fits that has the device for itself.
+    pub fn fit(&self) -> DeviceFit {
+        DeviceFit::new(self.usable_bytes, self.fixed_bytes, self.kv_block_bytes)
     }
 }
 
@@ -179,12 +199,11 @@ pub struct DeviceFit {
 
 impl DeviceFit {
     /// Fits `fixed_bytes` and as many KV blocks as there is room for into `usable_bytes`.
-    pub fn new(usable_bytes: u64, fixed_bytes: u64, kv_bytes_per_position: u64) -> Self {
-        let block_bytes = kv_bytes_per_position * BLOCK_POSITIONS as u64;
+    pub fn new(usable_bytes: u64, fixed_bytes: u64, kv_block_bytes: u64) -> Self {
         let left = usable_bytes.saturating_sub(fixed_bytes);
         // A rank without heads has no KV cache.
-        let n_kv_blocks = left.checked_div(block_bytes).unwrap_or(u64::MAX);
-        let missing_bytes = (fixed_bytes + block_bytes).saturating_sub(usable_bytes);
+        let n_kv_blocks = left.checked_div(kv_block_bytes).unwrap_or(u64::MAX);
+        let missing_bytes = fixed_bytes.saturating_add(kv_block_bytes).saturating_sub(usable_bytes);
         Self { fixed_bytes, missing_bytes, n_kv_blocks }
     }
 
@@ -244,7 +263,7 @@ mod tests {
 
     #[test]
     fn what_a_device_has_left_is_kv_cache() {
-        let fit = |usable_bytes| DeviceFit::new(usable_bytes, 1000, 10);
+        let fit = |usable_bytes| DeviceFit::new(usable_bytes, 1000, 160);
         assert_eq!(fit(1000 + 480), DeviceFit { fixed_bytes: 1000, missing_bytes: 0, n_kv_blocks: 3 });
         assert_eq!(fit(1000 + 160).n_kv_tokens(), 16);
         assert_eq!(fit(1000 + 159), DeviceFit { fixed_bytes: 1000, missing_bytes: 1, n_kv_blocks: 0 });

@@ -3,8 +3,11 @@
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::group::PROTOCOL_VERSION;
 use paceline_domain::{Fingerprint, KvType};
+use paceline_kernels::NUMERICS;
 
-/// The fingerprint of a process that runs this checkpoint on a backend with these numerics.
-pub fn fingerprint(checkpoint: &Checkpoint, kv_type: KvType, numerics: u32) -> Fingerprint {
-    Fingerprint { model: checkpoint.digest(), kv_type, numerics, protocol: PROTOCOL_VERSION }
+/// The fingerprint of a process that runs this checkpoint on a backend with these
+/// [`device_numerics`](crate::Backend::device_numerics).
+pub fn fingerprint(checkpoint: &Checkpoint, kv_type: KvType, device_numerics: u32) -> Fingerprint {
+    let (model, protocol) = (checkpoint.digest(), PROTOCOL_VERSION);
+    Fingerprint { model, kv_type, numerics: NUMERICS, device_numerics, protocol }
 }

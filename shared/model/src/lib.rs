@@ -44,7 +44,7 @@ pub use config::{Architecture, ModelConfig};
 pub use cpu::Cpu;
 pub use decoder::Decoder;
 pub use error::ModelError;
-pub use estimate::{Capacity, ConfigEstimate, DeviceFit, Dtype, MemoryEstimate};
+pub use estimate::{Capacity, ConfigEstimate, DeviceFit, DeviceRoom, Dtype, MemoryEstimate};
 pub use fingerprint::fingerprint;
 pub use loader::{LoadProgress, LoadSpec};
 pub use logits::Logits;

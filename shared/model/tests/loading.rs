@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Solo;
 use paceline_domain::{BlockId, ErrorKind, KvType, TokenId, WeightType};
-use paceline_kernels::{Kernels, NUMERICS};
+use paceline_kernels::Kernels;
 use paceline_model::names::check_tensors;
 use paceline_model::{
     Batch, Capacity, Cpu, Decoder, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig, ModelError, SplitPlan,
@@ -189,8 +189,7 @@ fn a_bad_batch_is_refused_and_changes_nothing() {
 
 #[test]
 fn fingerprints_tell_models_and_kv_types_apart() {
-    let of =
-        |checkpoint: &Arc<Checkpoint>, kv_type| paceline_model::fingerprint(checkpoint, kv_type, NUMERICS);
+    let of = |checkpoint: &Arc<Checkpoint>, kv_type| paceline_model::fingerprint(checkpoint, kv_type, 0);
     let one = gguf(models::qwen2().to_gguf().expect("bytes"));
     let again = gguf(models::qwen2().to_gguf().expect("bytes"));
     let other = gguf(models::qwen2_f16().to_gguf().expect("bytes"));

@@ -46,7 +46,7 @@ impl Backend for Scribe {
         "scribe".into()
     }
 
-    fn numerics(&self) -> u32 {
+    fn device_numerics(&self) -> u32 {
         77
     }
 
@@ -121,7 +121,7 @@ fn asked(n_ranks: usize, rank: usize, pass: Pass, output_rows: &[usize]) -> (Vec
     let scribe = Scribe { asked: Asked::default(), pass };
     let mut decoder =
         with_spec(n_ranks, rank, |spec| Decoder::load(spec, &scribe)).expect("a scribe loads nothing");
-    assert_eq!((decoder.device_name().as_str(), decoder.fingerprint().numerics), ("scribe", 77));
+    assert_eq!((decoder.device_name().as_str(), decoder.fingerprint().device_numerics), ("scribe", 77));
     let batch = Batch {
         tokens: &[TokenId(1), TokenId(2)],
         positions: &[0, 1],

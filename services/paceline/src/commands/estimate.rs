@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
+use paceline_domain::group::BLOCK_POSITIONS;
 use paceline_model::{
     DeviceFit, ModelConfig,
     estimate::{ConfigEstimate, Dtype, GIB},
@@ -50,8 +51,8 @@ pub fn estimate(args: &EstimateArgs) -> anyhow::Result<()> {
     let config = ModelConfig::from_config_json(&json).with_context(|| args.config.display().to_string())?;
     let estimate = ConfigEstimate::new(&config, dtype);
     let fit = |usable_bytes| {
-        let kv_bytes = estimate.kv_bytes_per_1000_tokens / 1000;
-        (DeviceFit::new(usable_bytes, estimate.weight_bytes, kv_bytes), usable_bytes)
+        let kv_block_bytes = estimate.kv_bytes_per_1000_tokens * BLOCK_POSITIONS as u64 / 1000;
+        (DeviceFit::new(usable_bytes, estimate.weight_bytes, kv_block_bytes), usable_bytes)
     };
     let fit = args.device.usable_bytes().map(fit);
     let dtype = &args.dtype;

@@ -1,18 +1,20 @@
 //! `paceline plan`: how a model would be split, what each rank would hold and what ranks would exchange. Nothing is
 //! loaded beyond the checkpoint's header.
 
-use std::{num::NonZeroUsize, ops::Range};
+use std::{num::NonZeroUsize, ops::Range, sync::Arc};
 
 use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::{KvType, WeightType, group::BLOCK_POSITIONS};
+use paceline_kernels::Kernels;
 use paceline_model::{
-    ModelConfig, SplitPlan,
+    Cpu, Device, DeviceFit, LoadSpec, ModelConfig, SplitPlan,
     estimate::{Capacity, MemoryEstimate},
     names,
 };
-use serde_json::json;
+use paceline_shard::device::{DeviceChoice, DeviceOptions, choose};
+use serde_json::{Value, json};
 
 use crate::{
     answer::write_stdout,
@@ -33,7 +35,8 @@ const DEFAULT_POOL_TOKENS: usize = 16_384;
   paceline plan --model model.gguf --ranks 1 --device-bytes 80GiB --gpu-memory 0.9
 
 MB is 10^6 bytes, GB is 10^9 bytes. A GPU holds the weights, the embedding and the activations of --max-rows rows; what is
-left is its KV cache. The pool of a group is as large as that of its smallest rank.")]
+left is its KV cache. The pool of a group is as large as that of its smallest rank. Where this machine has a GPU and
+--device-bytes is not given, it is asked what is free, and each rank is taken to have one like it for itself.")]
 pub struct PlanArgs {
     /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
     #[arg(long, short, value_name = "NAME|PATH")]
@@ -53,8 +56,11 @@ pub struct PlanArgs {
     /// Most requests that run at once
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_sequences: usize,
+    /// GPU to ask, unless --device-bytes is given: auto, cpu (none) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto, help_heading = "GPU")]
+    device: DeviceChoice,
     #[command(flatten)]
-    device: DeviceMemory,
+    memory: DeviceMemory,
     /// Write one JSON object, in bytes
     #[arg(long)]
     json: bool,
@@ -67,6 +73,13 @@ struct RankPlan {
     ffn: Range<usize>,
     vocab: Range<usize>,
     memory: MemoryEstimate,
+    gpu: Option<GpuPlan>,
+}
+
+/// What a rank's GPU has room for.
+enum GpuPlan {
+    Fit { device: Option<String>, usable_bytes: u64, fit: DeviceFit },
+    Unfit(String),
 }
 
 /// Runs the command.
@@ -78,18 +91,19 @@ pub async fn plan(args: &PlanArgs, places: &ModelPlaces) -> anyhow::Result<()> {
         .with_context(|| format!("--kv-type `{}` is not known; known are f16, f32", args.kv_type))?;
     let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
     let (path, name) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
-    let checkpoint = Checkpoint::open(&path)?;
+    let checkpoint = Arc::new(Checkpoint::open(&path)?);
     let capacity = Capacity {
         kv_type,
         n_kv_blocks: args.kv_tokens.div_ceil(BLOCK_POSITIONS),
         max_rows: args.max_rows,
         max_output_rows: args.max_sequences,
     };
-    let ranks = ranks(&checkpoint, args.ranks.get(), capacity)?;
-    write_stdout(&if args.json { as_json(&name, args, &ranks) } else { as_text(&name, args, &ranks) })
+    let ranks = tokio::task::block_in_place(|| ranks(&checkpoint, args, capacity))?;
+    write_stdout(&if args.json { as_json(&name, &ranks) } else { as_text(&name, args, &ranks) })
 }
 
-fn ranks(checkpoint: &Checkpoint, n_ranks: usize, capacity: Capacity) -> anyhow::Result<Vec<RankPlan>> {
+fn ranks(checkpoint: &Arc<Checkpoint>, args: &PlanArgs, capacity: Capacity) -> anyhow::Result<Vec<RankPlan>> {
+    let n_ranks = args.ranks.get();
     let config = ModelConfig::from_checkpoint(checkpoint)?;
     names::check_tensors(&config, checkpoint)?;
     let plan = SplitPlan::new(&config, n_ranks)?;
@@ -97,12 +111,75 @@ fn ranks(checkpoint: &Checkpoint, n_ranks: usize, capacity: Capacity) -> anyhow:
         let name = names::name(expected.part, checkpoint.format(), expected.layer.unwrap_or_default());
         checkpoint.tensor(&name).map_or(WeightType::F32, |tensor| tensor.weight_type())
     };
+    let device = args.device()?;
     let rank_plan = |rank: usize| {
         let share = plan.share(rank).clone();
         let memory = MemoryEstimate::new(&config, &plan, rank, capacity, &weight_type);
-        RankPlan { heads: share.heads, kv_heads: share.kv_heads, ffn: share.ffn, vocab: share.vocab, memory }
+        let progress = &|_| ();
+        let spec = LoadSpec { checkpoint, config: &config, plan: &plan, rank, capacity, progress };
+        let gpu = match (&device, args.memory.usable_bytes()) {
+            (Some(device), _) => GpuPlan::of(device.as_ref(), &spec),
+            (None, usable_bytes) => usable_bytes.map(|usable_bytes| {
+                let fit = memory.on_device(usable_bytes);
+                GpuPlan::Fit { device: None, usable_bytes, fit }
+            }),
+        };
+        RankPlan {
+            heads: share.heads,
+            kv_heads: share.kv_heads,
+            ffn: share.ffn,
+            vocab: share.vocab,
+            memory,
+            gpu,
+        }
     };
     Ok((0..n_ranks).map(rank_plan).collect())
+}
+
+impl PlanArgs {
+    /// What is to be asked about its memory, unless the user has said how much there is.
+    fn device(&self) -> anyhow::Result<Option<Arc<dyn Device>>> {
+        if self.memory.usable_bytes().is_some() {
+            return Ok(None);
+        }
+        let options = DeviceOptions { device: self.device, gpu_memory: self.memory.share() };
+        choose(&options, Cpu { kernels: Kernels::detect(), n_threads: 1 }).map(Some)
+    }
+}
+
+impl GpuPlan {
+    /// Asks the device, if it has memory of its own.
+    fn of(device: &dyn Device, spec: &LoadSpec<'_>) -> Option<Self> {
+        match device.room(spec) {
+            Ok(room) => room.map(|room| Self::Fit {
+                device: Some(device.name()),
+                usable_bytes: room.usable_bytes,
+                fit: room.fit(),
+            }),
+            Err(error) => Some(Self::Unfit(error.to_string())),
+        }
+    }
+
+    fn text(&self, rank: usize) -> String {
+        match self {
+            Self::Fit { device, usable_bytes, fit } => {
+                let name = device.as_ref().map_or(String::new(), |name| format!(" ({name})"));
+                format!("GPU of rank {rank}{name}: {}\n", fit_text(fit, *usable_bytes))
+            }
+            Self::Unfit(problem) => format!("GPU of rank {rank}: {problem}\n"),
+        }
+    }
+
+    fn json(&self) -> Value {
+        match self {
+            Self::Fit { device, usable_bytes, fit } => {
+                let mut value = fit_json(fit, *usable_bytes);
+                value["device"] = json!(device);
+                value
+            }
+            Self::Unfit(problem) => json!({ "problem": problem }),
+        }
+    }
 }
 
 fn as_text(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
@@ -141,19 +218,13 @@ fn as_text(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
     text += &format!(
         "top-k, top-p, min-p and log probabilities send {gather} B more to rank 0 for each sampled token\n"
     );
-    if let Some(usable_bytes) = args.device.usable_bytes() {
-        for (rank, plan) in ranks.iter().enumerate() {
-            let fit = plan.memory.on_device(usable_bytes);
-            text += &format!("GPU of rank {rank}: {}\n", fit_text(&fit, usable_bytes));
-        }
-    }
+    text.extend(ranks.iter().enumerate().filter_map(|(rank, plan)| Some(plan.gpu.as_ref()?.text(rank))));
     text
 }
 
-fn as_json(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
+fn as_json(name: &str, ranks: &[RankPlan]) -> String {
     let rank_json = |(rank, plan): (usize, &RankPlan)| {
         let range = |range: &Range<usize>| [range.start, range.end];
-        let fit = args.device.usable_bytes().map(|usable| fit_json(&plan.memory.on_device(usable), usable));
         json!({
             "rank": rank,
             "heads": range(&plan.heads),
@@ -168,7 +239,7 @@ fn as_json(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
             "total_bytes": plan.memory.total_bytes(),
             "all_reduce_bytes_per_token": plan.memory.all_reduce_bytes_per_token,
             "gather_bytes_per_token": plan.memory.gather_bytes_per_token,
-            "gpu": fit,
+            "gpu": plan.gpu.as_ref().map(GpuPlan::json),
         })
     };
     let ranks: Vec<_> = ranks.iter().enumerate().map(rank_json).collect();

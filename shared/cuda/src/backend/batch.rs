@@ -56,7 +56,7 @@ impl BatchLayout {
         let (tokens, positions, table_of_row) = (part(rows), part(rows), part(rows));
         let output_rows = part(4 * capacity.max_output_rows);
         let (split_tiles, row_tiles) = (part(tiles), part(tiles));
-        let tables = part(4 * TABLE_ENTRIES_PER_BLOCK * capacity.n_kv_blocks);
+        let tables = part(TABLE_BYTES_PER_BLOCK * capacity.n_kv_blocks);
         Self { tokens, positions, table_of_row, output_rows, split_tiles, row_tiles, tables, n_bytes: end }
     }
 
@@ -83,6 +83,8 @@ impl BatchLayout {
 
 /// How often a block may be named by the tables of one batch, on average: sequences share blocks of a common beginning.
 const TABLE_ENTRIES_PER_BLOCK: usize = 8;
+/// Bytes that a batch has for each block of the pool.
+pub(crate) const TABLE_BYTES_PER_BLOCK: usize = 4 * TABLE_ENTRIES_PER_BLOCK;
 
 /// What the host knows of the batch at hand.
 #[derive(Default, Debug)]

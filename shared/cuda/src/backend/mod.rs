@@ -10,10 +10,12 @@
 //! * `graphs` – which passes are captured
 //! * `buffers` – device memory of a pass
 //! * `weights` – matrices on the device
+//! * `need` – how much memory all this takes
 
 mod batch;
 mod buffers;
 mod graphs;
+mod need;
 mod pass;
 mod reduce;
 mod rows;
@@ -28,8 +30,9 @@ use paceline_model::{LoadSpec, ModelConfig, ModelError, SplitPlan, rope};
 use self::batch::{BatchAddresses, BatchLayout, Staged};
 use self::buffers::{Buffers, Sizes, Widths, kv_elements};
 use self::graphs::{Graphs, Shape};
+pub use self::need::MemoryNeed;
 pub(crate) use self::weights::model_error;
-use self::weights::{GateUp, GpuAttention, GpuFfn, GpuMatrix, GpuPacker};
+use self::weights::{GateUp, GpuAttention, GpuFfn, GpuMatrix, GpuPacker, Packing};
 use crate::kernels::attention::HEAD_DIMS;
 use crate::{CudaError, DevicePtr, Runtime};
 
@@ -116,16 +119,25 @@ impl GpuBackend {
     /// # Errors
     /// A tensor that is missing, left over, misshapen or cannot be packed; a model no kernel exists for; not enough memory.
     pub fn load(
-        mut runtime: Box<dyn Runtime>,
+        runtime: Box<dyn Runtime>,
         spec: &LoadSpec<'_>,
         pool: &ThreadPool,
+        graphs: GraphMode,
+    ) -> Result<Self, ModelError> {
+        Self::assemble(runtime, spec, Packing::Threads(pool), graphs)
+    }
+
+    fn assemble(
+        mut runtime: Box<dyn Runtime>,
+        spec: &LoadSpec<'_>,
+        packing: Packing<'_>,
         graphs: GraphMode,
     ) -> Result<Self, ModelError> {
         let LoadSpec { config, plan, rank, capacity, .. } = *spec;
         check(config, capacity.kv_type).map_err(model_error)?;
         let widths = Widths::new(config, plan, rank);
         let loader = Loader::new(spec)?;
-        let mut packer = GpuPacker { runtime: runtime.as_mut(), pool, n_bytes: 0, embedding: None };
+        let mut packer = GpuPacker { runtime: runtime.as_mut(), packing, n_bytes: 0, embedding: None };
         let embedding = packer.load_embedding(&loader)?;
         let loaded = loader.load(&mut packer)?;
         let kv_bytes_of_layer = 2 * kv_elements(&capacity, &widths);

@@ -27,7 +27,7 @@ impl Backend for GpuBackend {
     }
 
     /// The kernels and the device they run on: another device may round otherwise.
-    fn numerics(&self) -> u32 {
+    fn device_numerics(&self) -> u32 {
         let hash = blake3::hash(format!("{KERNEL_SET} {}", self.runtime.name()).as_bytes());
         let [a, b, c, d, ..] = *hash.as_bytes();
         // CPUs have small numbers.

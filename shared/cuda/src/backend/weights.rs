@@ -1,5 +1,7 @@
 //! A rank's weights on the device: what belongs together is one matrix, so that it is one launch. Nothing is launched here.
 
+use std::ops::Range;
+
 use paceline_domain::reduce_tree::maximal_subtrees;
 use paceline_kernels::{PackSpec, ThreadPool};
 use paceline_model::names::Part;
@@ -7,7 +9,7 @@ use paceline_model::weights::{AttentionRows, FfnRows, MatrixRows, Packer, Projec
 use paceline_model::{ModelError, loader::Loader};
 
 use crate::kernels::linear::Matrix;
-use crate::pack::{Arrangement, Kind, Packed, Rows, TILE_ROWS, pack};
+use crate::pack::{Arrangement, Kind, Packed, Rows, TILE_ROWS, outline, pack};
 use crate::{CudaError, DevicePtr, Runtime};
 
 /// A matrix on the device.
@@ -58,10 +60,19 @@ pub(crate) struct GpuFfn {
     pub down: Vec<Subtree>,
 }
 
+/// Who packs.
+#[derive(Clone, Copy)]
+pub(crate) enum Packing<'a> {
+    /// These threads.
+    Threads(&'a ThreadPool),
+    /// Nobody: memory is taken, and no weight is read.
+    OutlineOnly,
+}
+
 /// Packs on the host and copies to the device.
 pub(crate) struct GpuPacker<'a> {
     pub runtime: &'a mut dyn Runtime,
-    pub pool: &'a ThreadPool,
+    pub packing: Packing<'a>,
     /// Bytes of matrices on the device so far.
     pub n_bytes: usize,
     /// The whole table of embeddings; a tied head that is whole too is the same matrix.
@@ -92,12 +103,26 @@ impl<'a> GpuPacker<'a> {
         Ok(to)
     }
 
-    fn upload(&mut self, packed: &Packed, n_outputs: usize) -> Result<GpuMatrix, ModelError> {
-        let tiles = self.bytes(&packed.bytes).map_err(model_error)?;
-        self.n_bytes += packed.bytes.len();
+    fn matrix(
+        &mut self,
+        arrangement: &Arrangement<'_>,
+        columns: Range<usize>,
+        n_outputs: usize,
+    ) -> Result<GpuMatrix, ModelError> {
+        let packed = match self.packing {
+            Packing::Threads(pool) => pack(arrangement, columns, pool),
+            Packing::OutlineOnly => outline(arrangement, columns),
+        };
+        self.upload(&packed, n_outputs).map_err(model_error)
+    }
+
+    fn upload(&mut self, packed: &Packed, n_outputs: usize) -> Result<GpuMatrix, CudaError> {
+        let tiles = self.runtime.alloc(packed.n_bytes())?;
+        self.runtime.upload(tiles, &packed.bytes)?;
+        self.n_bytes += packed.n_bytes();
         let matrix = Matrix {
             tiles,
-            tile_bytes: packed.tile_bytes() as i64,
+            tile_bytes: packed.tile_bytes as i64,
             n_tiles: packed.n_tiles as i32,
             n_units: packed.n_units as i32,
             n_supers: packed.n_supers as i32,
@@ -113,8 +138,7 @@ impl<'a> GpuPacker<'a> {
         let sources: Vec<_> = parts.iter().map(|rows| |row: usize| rows.row(row)).collect();
         let rows: Vec<Rows<'_>> =
             parts.iter().zip(&sources).map(|(rows, source)| rows_of(rows.spec(), source)).collect();
-        let packed = pack(&Arrangement::Stacked(&rows), columns, self.pool);
-        self.upload(&packed, n_outputs)
+        self.matrix(&Arrangement::Stacked(&rows), columns, n_outputs)
     }
 
     /// One matrix for each of the rank's subtrees of the sum over columns.
@@ -123,12 +147,12 @@ impl<'a> GpuPacker<'a> {
         let leaves = spec.first_leaf..spec.first_leaf + spec.n_leaves();
         let source = |row: usize| rows.row(row);
         let parts = [rows_of(spec, &source)];
-        let subtree = |leaves: std::ops::Range<usize>| {
+        let subtree = |leaves: Range<usize>| {
             let edge = |leaf: usize| spec.leaf_edges[leaf - spec.first_leaf];
             let columns = edge(leaves.start)..edge(leaves.end);
             let first_column = columns.start - spec.k_range.start;
-            let packed = pack(&Arrangement::Stacked(&parts), columns, self.pool);
-            Ok(Subtree { matrix: self.upload(&packed, spec.n_rows)?, first_column })
+            let matrix = self.matrix(&Arrangement::Stacked(&parts), columns, spec.n_rows)?;
+            Ok(Subtree { matrix, first_column })
         };
         maximal_subtrees(spec.n_total_leaves, leaves).into_iter().map(subtree).collect()
     }
@@ -139,8 +163,8 @@ impl<'a> GpuPacker<'a> {
         }
         let (gate_row, up_row) = (|row: usize| gate.row(row), |row: usize| up.row(row));
         let pair = [rows_of(gate.spec(), &gate_row), rows_of(up.spec(), &up_row)];
-        let packed = pack(&Arrangement::Gated(pair), gate.spec().k_range.clone(), self.pool);
-        Ok(GateUp::Fused(self.upload(&packed, gate.spec().n_rows)?))
+        let (columns, n_features) = (gate.spec().k_range.clone(), gate.spec().n_rows);
+        Ok(GateUp::Fused(self.matrix(&Arrangement::Gated(pair), columns, n_features)?))
     }
 }
 

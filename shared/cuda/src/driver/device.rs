@@ -116,6 +116,13 @@ impl Device {
         check("cuCtxSetCurrent", result)
     }
 
+    /// "GPU-" and 32 hexadecimal digits: the same device has the same everywhere.
+    pub(super) fn uuid(&self) -> Result<String, CudaError> {
+        let uuid = check("cuDeviceGetUuid", result::device::get_uuid(self.handle))?;
+        let digit_pairs = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8));
+        Ok(format!("GPU-{}", digit_pairs.collect::<String>()))
+    }
+
     /// "NVIDIA H100 80GB HBM3, sm_90"
     pub(super) fn name(&self) -> String {
         format!("{}, sm_{}{}", self.name, self.capability.0, self.capability.1)

@@ -10,8 +10,7 @@ use paceline_kernels::linear::{announce, announce_gated};
 use paceline_kernels::residual::{Residual, add_norm_quantize};
 use paceline_kernels::rms_norm::RmsNorm;
 use paceline_kernels::{
-    GatedOutput, Input, InputKind, NUMERICS, PackedMatrix, Product, dequantize_row, gated_matmul, matmul,
-    quantize_rows,
+    GatedOutput, Input, InputKind, PackedMatrix, Product, dequantize_row, gated_matmul, matmul, quantize_rows,
 };
 use paceline_sampling::Candidate;
 
@@ -29,8 +28,8 @@ impl Backend for CpuBackend {
         self.engine.kernels.isa().name().into()
     }
 
-    fn numerics(&self) -> u32 {
-        NUMERICS
+    fn device_numerics(&self) -> u32 {
+        0
     }
 
     fn memory_bytes(&self) -> (usize, usize) {

@@ -69,13 +69,19 @@ impl Rig {
         self.run_on(&Cpu { kernels, n_threads: self.setup.n_threads }, steps)
     }
 
-    /// The same on another device.
+    /// The same with all ranks on another device.
     pub fn run_on(&self, device: &dyn Device, steps: &[Step]) -> AllLogits {
+        self.run_on_each(&vec![device; self.setup.n_ranks], steps)
+    }
+
+    /// The same with a device for each rank.
+    pub fn run_on_each(&self, devices: &[&dyn Device], steps: &[Step]) -> AllLogits {
         let plan = SplitPlan::new(&self.config, self.setup.n_ranks).expect("a plan");
         let collectives = self.group();
         let parts: Vec<AllLogits> = std::thread::scope(|scope| {
             let run = |mut collective: Box<dyn Collective>| {
                 let plan = &plan;
+                let device = devices[collective.rank()];
                 scope.spawn(move || self.run_rank(plan, device, &mut *collective, steps))
             };
             let ranks: Vec<_> = collectives.into_iter().map(run).collect();
