@@ -129,31 +129,45 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
     }
 }
 
-// Up to 8 rows as operand B of group `group` of unit `unit`. Rows that are not there are zeros, and cost no traffic.
-DEVICE uint4 x_of(const LinearArgs &args, int unit, int group, int lane) {
-    if (lane / 4 >= args.n_rows || unit >= args.matrix.n_units) return make_uint4(0, 0, 0, 0);
-    const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x);
-    return *reinterpret_cast<const uint4 *>(x + (size_t)unit * X_BYTES + group * 512 + lane * 16);
-}
+// Activations of the rows that are there, up to 8, in one unit: of each group the first n_rows * 64 bytes of operand B. Kernels
+// for few rows bring them through shared memory, not to registers: a product must not wait for a load from far away that
+// went out with its operands.
+struct FewX {
+    const uint8_t *from;  // of the lane
+    int row_bytes;        // of a group
+    bool is_there;        // the lane has a row
+
+    DEVICE FewX(const LinearArgs &args, int lane)
+        : from(reinterpret_cast<const uint8_t *>(args.x) + lane * 16), row_bytes(args.n_rows * 64),
+          is_there(lane / 4 < args.n_rows) {}
+
+    // Bytes of a unit.
+    DEVICE int bytes() const { return 2 * row_bytes; }
+    DEVICE void copy(uint8_t *unit_x, int unit, int group, int lane) const {
+        const uint8_t *at = from + (size_t)unit * X_BYTES + group * 512;
+        if (is_there) copy_async(unit_x + group * row_bytes + lane * 16, at, true);
+    }
+    DEVICE uint4 load(const uint8_t *unit_x, int group, int lane) const {
+        uint4 b = make_uint4(0, 0, 0, 0);
+        if (is_there) b = *reinterpret_cast<const uint4 *>(unit_x + group * row_bytes + lane * 16);
+        return b;
+    }
+};
 
 // Up to 8 rows, plain numbers: a warp for each tile of 16 outputs. It is one chain of products, whose latency hides the
-// copies that are issued between them: RING units of weights and activations are under way. Nothing is loaded to registers
-// but from shared memory: a product must not wait for a load that went out with its operands.
+// copies that are issued between them: RING units of weights and activations are under way.
 template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *shared) {
-    constexpr int UNIT_BYTES = Bf16::CODE_BYTES + X_BYTES;
     const int lane = threadIdx.x, n_units = args.matrix.n_units;
+    const FewX x(args, lane);
     const uint8_t *const weights = args.matrix.tiles + blockIdx.x * args.matrix.tile_bytes + lane * 16;
-    const uint8_t *const x = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
-    const bool is_row = lane / 4 < args.n_rows;
-    auto place = [&](int unit) { return shared + unit % RING * UNIT_BYTES + lane * 16; };
+    auto weights_at = [&](int unit) { return shared + unit % RING * Bf16::CODE_BYTES; };
+    auto x_at = [&](int unit) { return shared + RING * Bf16::CODE_BYTES + unit % RING * x.bytes(); };
     auto copy_weights = [&](int unit, int s) {
         const uint8_t *from = weights + (size_t)unit * Bf16::CODE_BYTES + s * 512;
-        if (unit < n_units) copy_async(place(unit) + s * 512, from, true);
+        if (unit < n_units) copy_async(weights_at(unit) + s * 512 + lane * 16, from, true);
     };
-    // Rows that are not there are zeros, and cost no traffic.
     auto copy_x = [&](int unit, int group) {
-        const uint8_t *from = x + (size_t)unit * X_BYTES + group * 512;
-        if (unit < n_units) copy_async(place(unit) + Bf16::CODE_BYTES + group * 512, from, is_row);
+        if (unit < n_units) x.copy(x_at(unit), unit, group, lane);
     };
     // Weights do not depend on the kernels before: they are under way while those end.
 #pragma unroll
@@ -172,12 +186,10 @@ template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *
     for (int unit = 0; unit < n_units; unit++) {
         copy_wait<RING - 2>();
         sync_warp();
-        const uint8_t *staged = shared + unit % RING * UNIT_BYTES;
-        const uint4 *b = reinterpret_cast<const uint4 *>(staged + Bf16::CODE_BYTES) + lane;
-        const uint4 low = b[0], high = b[32];
+        const uint4 low = x.load(x_at(unit), 0, lane), high = x.load(x_at(unit), 1, lane);
         uint32_t a[4][4];
 #pragma unroll
-        for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], Bf16::staged(staged), lane, s);
+        for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], Bf16::staged(weights_at(unit)), lane, s);
         const int next = unit + RING - 1;
         mma_bf16(total, a[0], low.x, low.y);
         copy_weights(next, 0), copy_weights(next, 1);
@@ -192,69 +204,70 @@ template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *
 }
 
 // Up to 8 rows, quantized: a block for each tile of 16 outputs. Its warps take chunks in turn, each with STAGES - 1 stages of
-// UNITS units of weights under way; at the end the sums of all chunks are added in order.
-// Shared: the stages of each warp; then the chunks' sums, [n_chunks][32 lanes][4].
+// UNITS units under way; at the end the sums of all chunks are added in order.
+// Shared: the chunks' sums, [n_chunks][32 lanes][4]; then the stages of each warp, weights before activations.
 template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs &args, uint8_t *shared) {
-    constexpr int STAGE_BYTES = UNITS * F::STAGED_BYTES, STAGES_OF_CHUNK = CHUNK / UNITS;
+    constexpr int STAGES_OF_CHUNK = CHUNK / UNITS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_units = args.matrix.n_units;
+    const FewX x(args, lane);
     const int n_chunks = (n_units + CHUNK - 1) / CHUNK;
     const int n_stages = (n_chunks - warp + WARPS - 1) / WARPS * STAGES_OF_CHUNK;
-    uint8_t *const ring = shared + warp * STAGES * STAGE_BYTES;
-    float4 *const sums = reinterpret_cast<float4 *>(shared + WARPS * STAGES * STAGE_BYTES);
+    float4 *const sums = reinterpret_cast<float4 *>(shared);
+    const int unit_bytes = F::STAGED_BYTES + x.bytes();
+    uint8_t *const ring = shared + n_chunks * 512 + warp * STAGES * UNITS * unit_bytes;
     auto first_unit = [&](int stage) {
         return (stage / STAGES_OF_CHUNK * WARPS + warp) * CHUNK + stage % STAGES_OF_CHUNK * UNITS;
     };
-    auto load = [&](int stage) {
-        if (stage >= n_stages) return;
-        uint8_t *to = ring + stage % STAGES * STAGE_BYTES;
+    auto place = [&](int stage, int i) { return ring + (stage % STAGES * UNITS + i) * unit_bytes; };
+    auto load_weights = [&](int stage) {
 #pragma unroll
-        for (int i = 0; i < UNITS; i++, to += F::STAGED_BYTES) {
+        for (int i = 0; i < UNITS; i++) {
             int unit = first_unit(stage) + i;
-            if (unit >= n_units) break;
+            if (stage >= n_stages || unit >= n_units) break;
             Unit from = F::unit_of(args.matrix, blockIdx.x, unit);
 #pragma unroll
             for (int offset = 0; offset < F::STAGED_BYTES; offset += 512) {
                 int at = offset + lane * 16;
-                if (at < F::STAGED_BYTES) copy_async(to + at, F::source(from, at), true);
+                if (at < F::STAGED_BYTES) copy_async(place(stage, i) + at, F::source(from, at), true);
             }
         }
     };
-    auto load_x = [&](uint4 (&b)[UNITS][2], int stage) {
+    auto load_x = [&](int stage) {
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-#pragma unroll
-            for (int group = 0; group < 2; group++) b[i][group] = x_of(args, first_unit(stage) + i, group, lane);
+            int unit = first_unit(stage) + i;
+            if (stage >= n_stages || unit >= n_units) break;
+            uint8_t *to = place(stage, i) + F::STAGED_BYTES;
+            x.copy(to, unit, 0, lane), x.copy(to, unit, 1, lane);
         }
     };
     // Weights do not depend on the kernels before: they are under way while those end.
 #pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) load_weights(stage);
+    grid_wait();
+#pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) {
-        load(stage);
+        load_x(stage);
         copy_commit();
     }
-    grid_wait();
     float sum[1][1][4] = {};
     float(&of_chunk)[4] = sum[0][0];
-    uint4 b[UNITS][2], next[UNITS][2];
-    load_x(b, 0);
     for (int stage = 0; stage < n_stages; stage++) {
-        load_x(next, stage + 1);
         copy_wait<STAGES - 2>();
         sync_warp();
-        load(stage + STAGES - 1);
+        load_weights(stage + STAGES - 1);
+        load_x(stage + STAGES - 1);
         copy_commit();
-        const uint8_t *staged = ring + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++, staged += F::STAGED_BYTES) {
+        for (int i = 0; i < UNITS; i++) {
             if (first_unit(stage) + i >= n_units) break;
+            const uint8_t *staged = place(stage, i);
 #pragma unroll
             for (int group = 0; group < 2; group++) {
-                const uint4(&one)[1] = {b[i][group]};
-                multiply_group<F, 1, 1>(sum, staged, 0, one, group, lane);
+                const uint4 b[1] = {x.load(staged + F::STAGED_BYTES, group, lane)};
+                multiply_group<F, 1, 1>(sum, staged, 0, b, group, lane);
             }
         }
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) b[i][0] = next[i][0], b[i][1] = next[i][1];
         if (stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
             int chunk = stage / STAGES_OF_CHUNK * WARPS + warp;
             sums[chunk * 32 + lane] = make_float4(of_chunk[0], of_chunk[1], of_chunk[2], of_chunk[3]);
@@ -267,9 +280,9 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
     float total[4] = {};
 #pragma unroll 8
     for (int chunk = 0; chunk < n_chunks; chunk++) {
-        float4 next_sum = sums[chunk * 32 + lane];
-        total[0] = __fadd_rn(total[0], next_sum.x), total[1] = __fadd_rn(total[1], next_sum.y);
-        total[2] = __fadd_rn(total[2], next_sum.z), total[3] = __fadd_rn(total[3], next_sum.w);
+        float4 next = sums[chunk * 32 + lane];
+        total[0] = __fadd_rn(total[0], next.x), total[1] = __fadd_rn(total[1], next.y);
+        total[2] = __fadd_rn(total[2], next.z), total[3] = __fadd_rn(total[3], next.w);
     }
     store_tile(args, total, blockIdx.x, 0, lane);
 }
@@ -461,7 +474,7 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
         linear::many_rows<F, 4, NT, 2, 4, STAGES, UNITS>(args, shared);          \
     }
 #define QUANTIZED_KERNELS(name, F, UNITS)                                        \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 3) {                        \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 4) {                        \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
         linear::few_rows<F, 8, 4, UNITS>(args, shared);                          \

@@ -158,14 +158,14 @@ impl Blocking {
 /// Units under way in the kernel for few rows of plain numbers.
 const PLAIN_RING: usize = 16;
 
-fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
-    let staged = kind.planes().staged_bytes();
-    let n_chunks = (matrix.n_units as usize).div_ceil(CHUNK_UNITS);
+fn few_launch(kind: Kind, matrix: &Matrix, n_rows: usize) -> Launch {
+    let unit = kind.planes().staged_bytes() + n_rows * X_BYTES / 8;
+    let sums = (matrix.n_units as usize).div_ceil(CHUNK_UNITS) * CHUNK_SUM_BYTES;
     let (warps, shared_bytes) = match kind {
-        Kind::BF16 => (1, PLAIN_RING * (staged + X_BYTES)),
+        Kind::BF16 => (1, PLAIN_RING * unit),
         // Units of a stage: about as many bytes for every kind.
-        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * staged + n_chunks * CHUNK_SUM_BYTES),
-        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * staged + n_chunks * CHUNK_SUM_BYTES),
+        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * unit + sums),
+        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * unit + sums),
     };
     let grid = [matrix.n_tiles as u32, 1, 1];
     Launch { grid, threads: 32 * warps as u32, shared_bytes: shared_bytes as u32 }
@@ -204,7 +204,7 @@ kernel_names!(
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
     let launch = match size {
-        Size::Few => few_launch(kind, &args.matrix),
+        Size::Few => few_launch(kind, &args.matrix, n_rows),
         Size::Some => SOME.launch(kind.planes(), n_tiles, n_rows),
         Size::Many => Blocking::many(kind).launch(kind.planes(), n_tiles, n_rows),
     };
