@@ -129,8 +129,8 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
     }
 }
 
-// Activations of the rows that are there, up to 8, in one unit: of each group the first n_rows * 64 bytes of operand B. Kernels
-// for few rows bring them through shared memory, not to registers: a product must not wait for a load from far away that
+// Activations of the rows that are there, up to 8, in one unit: of each group the first n_rows * 64 bytes of operand B. They
+// pass through shared memory, not straight to registers: in a chain a product must not wait for a load from far away that
 // went out with its operands.
 struct FewX {
     const uint8_t *from;  // of the lane
@@ -203,71 +203,77 @@ template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *
     store_tile(args, total, blockIdx.x, 0, lane);
 }
 
+// Up to 8 rows as operand B of group `group` of unit `unit`. Rows that are not there are zeros, and cost no traffic.
+DEVICE uint4 x_of(const LinearArgs &args, int unit, int group, int lane) {
+    if (lane / 4 >= args.n_rows || unit >= args.matrix.n_units) return make_uint4(0, 0, 0, 0);
+    const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x);
+    return *reinterpret_cast<const uint4 *>(x + (size_t)unit * X_BYTES + group * 512 + lane * 16);
+}
+
 // Up to 8 rows, quantized: a block for each tile of 16 outputs. Its warps take chunks in turn, each with STAGES - 1 stages of
-// UNITS units under way; at the end the sums of all chunks are added in order.
-// Shared: the chunks' sums, [n_chunks][32 lanes][4]; then the stages of each warp, weights before activations.
+// UNITS units of weights under way; at the end the sums of all chunks are added in order.
+// Shared: the stages of each warp; then the chunks' sums, [n_chunks][32 lanes][4].
 template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const LinearArgs &args, uint8_t *shared) {
-    constexpr int STAGES_OF_CHUNK = CHUNK / UNITS;
+    constexpr int STAGE_BYTES = UNITS * F::STAGED_BYTES, STAGES_OF_CHUNK = CHUNK / UNITS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_units = args.matrix.n_units;
-    const FewX x(args, lane);
     const int n_chunks = (n_units + CHUNK - 1) / CHUNK;
     const int n_stages = (n_chunks - warp + WARPS - 1) / WARPS * STAGES_OF_CHUNK;
-    float4 *const sums = reinterpret_cast<float4 *>(shared);
-    const int unit_bytes = F::STAGED_BYTES + x.bytes();
-    uint8_t *const ring = shared + n_chunks * 512 + warp * STAGES * UNITS * unit_bytes;
+    uint8_t *const ring = shared + warp * STAGES * STAGE_BYTES;
+    float4 *const sums = reinterpret_cast<float4 *>(shared + WARPS * STAGES * STAGE_BYTES);
     auto first_unit = [&](int stage) {
         return (stage / STAGES_OF_CHUNK * WARPS + warp) * CHUNK + stage % STAGES_OF_CHUNK * UNITS;
     };
-    auto place = [&](int stage, int i) { return ring + (stage % STAGES * UNITS + i) * unit_bytes; };
-    auto load_weights = [&](int stage) {
+    auto load = [&](int stage) {
+        if (stage >= n_stages) return;
+        uint8_t *to = ring + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) {
+        for (int i = 0; i < UNITS; i++, to += F::STAGED_BYTES) {
             int unit = first_unit(stage) + i;
-            if (stage >= n_stages || unit >= n_units) break;
+            if (unit >= n_units) break;
             Unit from = F::unit_of(args.matrix, blockIdx.x, unit);
 #pragma unroll
             for (int offset = 0; offset < F::STAGED_BYTES; offset += 512) {
                 int at = offset + lane * 16;
-                if (at < F::STAGED_BYTES) copy_async(place(stage, i) + at, F::source(from, at), true);
+                if (at < F::STAGED_BYTES) copy_async(to + at, F::source(from, at), true);
             }
         }
     };
-    auto load_x = [&](int stage) {
+    auto load_x = [&](uint4 (&b)[UNITS][2], int stage) {
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-            int unit = first_unit(stage) + i;
-            if (stage >= n_stages || unit >= n_units) break;
-            uint8_t *to = place(stage, i) + F::STAGED_BYTES;
-            x.copy(to, unit, 0, lane), x.copy(to, unit, 1, lane);
+#pragma unroll
+            for (int group = 0; group < 2; group++) b[i][group] = x_of(args, first_unit(stage) + i, group, lane);
         }
     };
     // Weights do not depend on the kernels before: they are under way while those end.
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) load_weights(stage);
-    grid_wait();
-#pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) {
-        load_x(stage);
+        load(stage);
         copy_commit();
     }
+    grid_wait();
     float sum[1][1][4] = {};
     float(&of_chunk)[4] = sum[0][0];
+    uint4 b[UNITS][2], next[UNITS][2];
+    load_x(b, 0);
     for (int stage = 0; stage < n_stages; stage++) {
+        load_x(next, stage + 1);
         copy_wait<STAGES - 2>();
         sync_warp();
-        load_weights(stage + STAGES - 1);
-        load_x(stage + STAGES - 1);
+        load(stage + STAGES - 1);
         copy_commit();
+        const uint8_t *staged = ring + stage % STAGES * STAGE_BYTES;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) {
+        for (int i = 0; i < UNITS; i++, staged += F::STAGED_BYTES) {
             if (first_unit(stage) + i >= n_units) break;
-            const uint8_t *staged = place(stage, i);
 #pragma unroll
             for (int group = 0; group < 2; group++) {
-                const uint4 b[1] = {x.load(staged + F::STAGED_BYTES, group, lane)};
-                multiply_group<F, 1, 1>(sum, staged, 0, b, group, lane);
+                const uint4(&one)[1] = {b[i][group]};
+                multiply_group<F, 1, 1>(sum, staged, 0, one, group, lane);
             }
         }
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) b[i][0] = next[i][0], b[i][1] = next[i][1];
         if (stage % STAGES_OF_CHUNK == STAGES_OF_CHUNK - 1) {
             int chunk = stage / STAGES_OF_CHUNK * WARPS + warp;
             sums[chunk * 32 + lane] = make_float4(of_chunk[0], of_chunk[1], of_chunk[2], of_chunk[3]);
@@ -280,9 +286,9 @@ template <class F, int WARPS, int STAGES, int UNITS> DEVICE void few_rows(const 
     float total[4] = {};
 #pragma unroll 8
     for (int chunk = 0; chunk < n_chunks; chunk++) {
-        float4 next = sums[chunk * 32 + lane];
-        total[0] = __fadd_rn(total[0], next.x), total[1] = __fadd_rn(total[1], next.y);
-        total[2] = __fadd_rn(total[2], next.z), total[3] = __fadd_rn(total[3], next.w);
+        float4 next_sum = sums[chunk * 32 + lane];
+        total[0] = __fadd_rn(total[0], next_sum.x), total[1] = __fadd_rn(total[1], next_sum.y);
+        total[2] = __fadd_rn(total[2], next_sum.z), total[3] = __fadd_rn(total[3], next_sum.w);
     }
     store_tile(args, total, blockIdx.x, 0, lane);
 }
@@ -474,7 +480,7 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
         linear::many_rows<F, 4, NT, 2, 4, STAGES, UNITS>(args, shared);          \
     }
 #define QUANTIZED_KERNELS(name, F, UNITS)                                        \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 4) {                        \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 3) {                        \
         SHARED(uint8_t, shared);                                                 \
         grid_release();                                                          \
         linear::few_rows<F, 8, 4, UNITS>(args, shared);                          \

@@ -369,8 +369,8 @@ fn mistakes_in_the_kernels_are_found() {
     // Reading a stage before its copies have arrived.
     let early = Sources::product().mutated(
         "linear.cu",
-        "copy_wait<STAGES - 2>();\n        sync_warp();\n        load_weights",
-        "sync_warp();\n        load_weights",
+        "copy_wait<STAGES - 2>();\n        sync_warp();\n        load(",
+        "sync_warp();\n        load(",
     );
     let worst = check_product(Emulated::of(&early), &file, 0..512, 2, Size::Few);
     assert!(worst > 100.0 * TOLERANCE, "the missing wait was not found");

@@ -159,13 +159,13 @@ impl Blocking {
 const PLAIN_RING: usize = 16;
 
 fn few_launch(kind: Kind, matrix: &Matrix, n_rows: usize) -> Launch {
-    let unit = kind.planes().staged_bytes() + n_rows * X_BYTES / 8;
+    let staged = kind.planes().staged_bytes();
     let sums = (matrix.n_units as usize).div_ceil(CHUNK_UNITS) * CHUNK_SUM_BYTES;
     let (warps, shared_bytes) = match kind {
-        Kind::BF16 => (1, PLAIN_RING * unit),
+        Kind::BF16 => (1, PLAIN_RING * (staged + n_rows * X_BYTES / 8)),
         // Units of a stage: about as many bytes for every kind.
-        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * unit + sums),
-        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * unit + sums),
+        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * staged + sums),
+        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * staged + sums),
     };
     let grid = [matrix.n_tiles as u32, 1, 1];
     Launch { grid, threads: 32 * warps as u32, shared_bytes: shared_bytes as u32 }
