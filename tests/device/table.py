@@ -6,6 +6,8 @@ import sys
 
 # Least share of the copy bandwidth for decoding, and of the matrix peak for prefill, of the 7B shape in bf16.
 DECODE_SHARE, PREFILL_SHARE = 0.70, 0.45
+# Multiply-adds of a row in the matrices of all layers: 2 floating-point operations each.
+ROW_PRODUCTS = {"qwen2.5-7b": 6_525_288_448, "qwen2.5-1.5b": 1_310_195_712, "qwen2.5-0.5b": 357_826_560}
 # Least ratio to transformers' generate.
 RATIOS = {"qwen2.5-7b": 1.5, "qwen2.5-1.5b": 2.0}
 
@@ -17,6 +19,17 @@ def lines(path):
 
 def number(value, form):
     return "-" if value is None else format(value, form)
+
+
+def add_shares(speed, limits):
+    """Of the copy bandwidth, by the bytes of weights and KV cache that were read; of the matrix peak, by the products of
+    the layers' matrices (attention and the output head are not counted)."""
+    for line in speed:
+        copy, peak = limits.get("copy_gb_per_s"), limits.get("bf16_tflop_per_s")
+        if copy and line.get("gb_per_s"):
+            line["share_of_bandwidth"] = line["gb_per_s"] / copy
+        if peak and line["model_shape"] in ROW_PRODUCTS:
+            line["share_of_peak"] = 2e-12 * ROW_PRODUCTS[line["model_shape"]] * line["tokens_per_s"] / peak
 
 
 def speed_table(speed):
@@ -59,6 +72,7 @@ def main():
     results = lines(sys.argv[1])
     of = lambda section: [line for line in results if line.get("section") == section]  # noqa: E731
     speed = [line for line in of("speed") if "shape" in line]
+    add_shares(speed, (of("limits") or [{}])[-1])
     peers = [line for line in of("peer") if line.get("phase") == "measured"]
     ours = {(line["model_shape"], line["type"], line["shape"]): line for line in speed}
     if speed:

@@ -1,13 +1,14 @@
 //! From the logits of all ranks to tokens on rank 0: each rank prepares its slice of each sampled row, one gather
-//! brings them together, rank 0 chooses. A row that needs no filter travels as one candidate of eight bytes, any
-//! other as its logits. The candidates of plain rows are found where the logits are, all of a step in one call.
+//! brings them together, rank 0 chooses. A row travels as one candidate of eight bytes, found where the logits are with
+//! all of the step in one call; where it must be whole and is not, or is asked for log probabilities, as its logits.
 
 use std::convert::Infallible;
+use std::ops::Range;
 
 use paceline_collectives::Collective;
-use paceline_domain::{SampledToken, SequenceChunk, SequenceSamples, StepPlan};
+use paceline_domain::{SampledToken, SamplingParams, SequenceChunk, SequenceSamples, StepPlan};
 use paceline_model::{Logits, ModelError, logits::Choice};
-use paceline_sampling::{Candidate, is_plain, local_best, merge, needs_full_row, sample_row, verify};
+use paceline_sampling::{Candidate, merge, needs_full_row, sample_row, verify};
 
 use crate::sequences::{Sequence, Sequences};
 
@@ -22,8 +23,7 @@ pub struct Sampler {
     own: Vec<u8>,
     parts: Vec<Vec<u8>>,
     row: Vec<f32>,
-    /// Plain rows of the step, where their candidates go in `own`, and the candidates.
-    plain: Vec<Choice>,
+    /// Where candidates go in `own`, and the candidates.
     places: Vec<usize>,
     best: Vec<Candidate>,
 }
@@ -36,7 +36,6 @@ impl Sampler {
             own: Vec::new(),
             parts: Vec::new(),
             row: Vec::new(),
-            plain: Vec::new(),
             places: Vec::new(),
             best: Vec::new(),
         }
@@ -54,24 +53,10 @@ impl Sampler {
         logits: &mut Logits<'_>,
         collective: &mut dyn Collective,
     ) -> Result<Vec<SequenceSamples>, ModelError> {
-        self.own.clear();
-        self.plain.clear();
-        self.places.clear();
-        let mut row_idx = 0;
         for chunk in &plan.chunks {
-            let sequence = sequences.get_mut(chunk.sequence);
-            for (i, token) in chunk.tokens.iter().enumerate() {
-                sequence.history.push(*token);
-                if i >= first_sampled(chunk) {
-                    self.prepare_row(sequence, row_idx, logits)?;
-                    row_idx += 1;
-                }
-            }
+            sequences.get_mut(chunk.sequence).history.extend(&chunk.tokens);
         }
-        logits.best(self.n_usable, &self.plain, &mut self.best)?;
-        for (place, best) in self.places.iter().zip(&self.best) {
-            self.own[*place..][..CANDIDATE_BYTES].copy_from_slice(&best.to_bytes());
-        }
+        self.prepare(plan, sequences, logits, collective.n_ranks())?;
         collective.gather(&self.own, &mut self.parts)?;
         if collective.rank() != 0 {
             return Ok(Vec::new());
@@ -79,95 +64,113 @@ impl Sampler {
         Ok(self.choose(plan, sequences))
     }
 
-    /// Appends this rank's share of a row to what will be gathered. The history ends with the row's own token.
-    fn prepare_row(
+    /// Lays out this rank's share of all rows, as it will be gathered. Histories have all tokens of the plan; each row
+    /// looks at those before its position only.
+    fn prepare(
         &mut self,
-        sequence: &Sequence,
-        row: usize,
+        plan: &StepPlan,
+        sequences: &Sequences,
         logits: &mut Logits<'_>,
+        n_ranks: usize,
     ) -> Result<(), ModelError> {
-        let Sequence { sampling, history, .. } = sequence;
-        let position = history.len() as u32;
-        if is_plain(sampling) {
-            let (seed, temperature) = (sampling.seed, sampling.temperature);
-            self.plain.push(Choice { row, position, seed, temperature });
-            self.places.push(self.own.len());
-            self.own.extend_from_slice(&[0; CANDIDATE_BYTES]);
-            return Ok(());
+        let n_columns = logits.columns(self.n_usable).n_usable;
+        self.own.clear();
+        self.places.clear();
+        let mut choices = Vec::with_capacity(logits.n_rows());
+        let mut row = 0;
+        for chunk in &plan.chunks {
+            let Sequence { sampling, history, .. } = sequences.get(chunk.sequence);
+            for i in 0..chunk.n_sampled as usize {
+                if travels_whole(sampling, n_ranks) {
+                    let logits = &logits.row(row)?[..n_columns];
+                    logits.iter().for_each(|logit| self.own.extend_from_slice(&logit.to_le_bytes()));
+                } else {
+                    choices.push(Choice { row, position: position(chunk, i), sampling, history });
+                    self.places.push(self.own.len());
+                    self.own.extend_from_slice(&[0; CANDIDATE_BYTES]);
+                }
+                row += 1;
+            }
         }
-        let columns = logits.columns(self.n_usable);
-        let logits = &logits.row(row)?[..columns.n_usable];
-        if needs_full_row(sampling) {
-            logits.iter().for_each(|logit| self.own.extend_from_slice(&logit.to_le_bytes()));
-            return Ok(());
+        logits.best(self.n_usable, &choices, &mut self.best)?;
+        for (place, best) in self.places.iter().zip(&self.best) {
+            self.own[*place..][..CANDIDATE_BYTES].copy_from_slice(&best.to_bytes());
         }
-        // Penalties and bias change the row; the decoder's logits stay as they are.
-        self.row.clear();
-        self.row.extend_from_slice(logits);
-        let best = local_best(sampling, history, position, columns.first_token.0, &mut self.row);
-        self.own.extend_from_slice(&best.to_bytes());
         Ok(())
     }
 
-    fn choose(&mut self, plan: &StepPlan, sequences: &mut Sequences) -> Vec<SequenceSamples> {
+    fn choose(&mut self, plan: &StepPlan, sequences: &Sequences) -> Vec<SequenceSamples> {
+        let n_ranks = self.parts.len();
         let widths = self.full_row_bytes(plan, sequences);
-        let mut cursors = vec![0; self.parts.len()];
+        let mut cursors = vec![0; n_ranks];
         let mut samples = Vec::new();
         for chunk in plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0) {
-            let sequence = sequences.get_mut(chunk.sequence);
-            let is_full = needs_full_row(&sequence.sampling);
-            let row_bytes = |rank: usize| if is_full { widths[rank] } else { CANDIDATE_BYTES };
-            let first = first_sampled(chunk);
-            let verified = verify(&chunk.tokens[first + 1..], |row| {
-                sequence.history.truncate(chunk.start_pos as usize);
-                sequence.history.extend(&chunk.tokens[..=first + row]);
-                let row_starts: Vec<usize> =
-                    cursors.iter().enumerate().map(|(rank, cursor)| cursor + row * row_bytes(rank)).collect();
-                Ok::<_, Infallible>(self.choose_row(sequence, &row_starts, row_bytes))
+            let sequence = sequences.get(chunk.sequence);
+            let is_whole = travels_whole(&sequence.sampling, n_ranks);
+            let row_bytes = |rank: usize| if is_whole { widths[rank] } else { CANDIDATE_BYTES };
+            let proposed = &chunk.tokens[first_sampled(chunk) + 1..];
+            let verified = verify(proposed, |row| {
+                let start = |rank: usize| cursors[rank] + row * row_bytes(rank);
+                let slices = (0..n_ranks).map(|rank| start(rank)..start(rank) + row_bytes(rank));
+                let token = if is_whole {
+                    self.sample_whole(sequence, position(chunk, row), slices)
+                } else {
+                    self.best_candidate(slices)
+                };
+                Ok::<_, Infallible>(token)
             });
             let Ok(tokens) = verified;
             for (rank, cursor) in cursors.iter_mut().enumerate() {
                 *cursor += chunk.n_sampled as usize * row_bytes(rank);
             }
-            sequence.history.truncate(chunk.start_pos as usize);
-            sequence.history.extend(&chunk.tokens);
             samples.push(SequenceSamples { sequence: chunk.sequence, tokens });
         }
         samples
     }
 
-    fn choose_row(
+    /// The token of a row whose slices are at these places of the ranks' parts.
+    fn sample_whole(
         &mut self,
         sequence: &Sequence,
-        row_starts: &[usize],
-        row_bytes: impl Fn(usize) -> usize,
+        position: u32,
+        slices: impl Iterator<Item = Range<usize>>,
     ) -> SampledToken {
-        let slices =
-            self.parts.iter().enumerate().map(|(rank, part)| &part[row_starts[rank]..][..row_bytes(rank)]);
-        if needs_full_row(&sequence.sampling) {
-            self.row.clear();
-            slices.for_each(|slice| {
-                self.row.extend(slice.as_chunks().0.iter().copied().map(f32::from_le_bytes))
-            });
-            let position = sequence.history.len() as u32;
-            return sample_row(&sequence.sampling, &sequence.history, position, &mut self.row);
+        self.row.clear();
+        for (part, slice) in self.parts.iter().zip(slices) {
+            self.row.extend(part[slice].as_chunks().0.iter().copied().map(f32::from_le_bytes));
         }
-        let candidates: Vec<Candidate> =
-            slices.map(|slice| Candidate::from_bytes(slice.as_chunks().0[0])).collect();
+        sample_row(&sequence.sampling, &sequence.history, position, &mut self.row)
+    }
+
+    /// The token of a row whose candidates are at these places of the ranks' parts.
+    fn best_candidate(&self, slices: impl Iterator<Item = Range<usize>>) -> SampledToken {
+        let of_rank =
+            |(part, slice): (&Vec<u8>, Range<usize>)| Candidate::from_bytes(part[slice].as_chunks().0[0]);
+        let candidates: Vec<Candidate> = self.parts.iter().zip(slices).map(of_rank).collect();
         SampledToken { token: merge(&candidates), logprob: None, top_logprobs: Vec::new() }
     }
 
-    /// Bytes of one full row in each rank's part, found from the parts' sizes.
+    /// Bytes of one whole row in each rank's part, found from the parts' sizes.
     fn full_row_bytes(&self, plan: &StepPlan, sequences: &Sequences) -> Vec<usize> {
-        let (mut n_full, mut n_candidates) = (0, 0);
+        let (mut n_whole, mut n_candidates) = (0, 0);
         for chunk in &plan.chunks {
-            let is_full = needs_full_row(&sequences.get(chunk.sequence).sampling);
-            *(if is_full { &mut n_full } else { &mut n_candidates }) += chunk.n_sampled as usize;
+            let is_whole = travels_whole(&sequences.get(chunk.sequence).sampling, self.parts.len());
+            *(if is_whole { &mut n_whole } else { &mut n_candidates }) += chunk.n_sampled as usize;
         }
         let bytes =
-            |part: &Vec<u8>| (part.len() - n_candidates * CANDIDATE_BYTES).checked_div(n_full).unwrap_or(0);
+            |part: &Vec<u8>| (part.len() - n_candidates * CANDIDATE_BYTES).checked_div(n_whole).unwrap_or(0);
         self.parts.iter().map(bytes).collect()
     }
+}
+
+/// Whether rank 0 needs the logits of a row; the ranks agree on it. One rank alone filters where the logits are.
+fn travels_whole(sampling: &SamplingParams, n_ranks: usize) -> bool {
+    sampling.n_logprobs.is_some() || (n_ranks > 1 && needs_full_row(sampling))
+}
+
+/// Position of the token that the chunk's i-th sampled row chooses: the number of tokens up to the row's own.
+fn position(chunk: &SequenceChunk, i: usize) -> u32 {
+    chunk.start_pos + (first_sampled(chunk) + i + 1) as u32
 }
 
 fn first_sampled(chunk: &SequenceChunk) -> usize {
@@ -179,6 +182,7 @@ mod tests {
     use paceline_collectives::Solo;
     use paceline_domain::{BlockId, Epoch, SamplingParams, SequenceId, SequenceOpen, StepNumber, TokenId};
     use paceline_model::logits::LogitRows;
+    use paceline_sampling::TokenHistory;
 
     use super::*;
 
@@ -298,5 +302,77 @@ mod tests {
         let params: Vec<SamplingParams> = (0..12).map(of_kind).collect();
         let alone = (0..12).flat_map(|i| sampled_with(N_VOCAB, &params[i..=i], |_| row(i)));
         assert_eq!(sampled_with(N_VOCAB, &params, row), alone.collect::<Vec<_>>());
+    }
+
+    /// Rows 1 .. of a verification of three proposals, chosen by this many ranks.
+    fn verified(sampling: &SamplingParams, logits: &[Vec<f32>], n_ranks: usize) -> Vec<SampledToken> {
+        let chunks = vec![chunk(1, &[1, 5, 5, 6, 5], 4)];
+        let open = SequenceOpen {
+            sequence: SequenceId(1),
+            sampling: sampling.clone(),
+            n_prompt: 2,
+            cached_tokens: Vec::new(),
+            cached_blocks: Vec::new(),
+        };
+        let plan =
+            StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens: vec![open], chunks };
+        let mut sequences = Sequences::new(8);
+        sequences.begin(&plan).expect("a plan");
+        sequences.get_mut(SequenceId(1)).history.extend(&plan.chunks[0].tokens);
+        let mut sampler = Sampler::new(N_VOCAB);
+        let mut part = |rank: usize| {
+            let vocab = N_VOCAB * rank / n_ranks..N_VOCAB * (rank + 1) / n_ranks;
+            let mut rows = Rows(logits.iter().map(|row| row[vocab.clone()].to_vec()).collect());
+            let mut logits = Logits::new(&mut rows, logits.len(), vocab);
+            sampler.prepare(&plan, &sequences, &mut logits, n_ranks).expect("rows");
+            sampler.own.clone()
+        };
+        sampler.parts = (0..n_ranks).map(&mut part).collect();
+        sampler.choose(&plan, &sequences).remove(0).tokens
+    }
+
+    #[test]
+    fn each_verified_row_sees_the_tokens_before_it_and_no_later_one() {
+        let noisy = SamplingParams { temperature: 0.8, seed: 3, ..SamplingParams::default() };
+        let repeating = SamplingParams { frequency_penalty: -0.4, repetition_penalty: 1.2, ..noisy };
+        let kinds = [
+            SamplingParams { temperature: 0.0, n_logprobs: Some(2), ..repeating.clone() },
+            SamplingParams { top_k: 4, logit_bias: vec![(TokenId(5), 0.3)], ..repeating.clone() },
+            SamplingParams { presence_penalty: 0.9, min_p: 0.1, ..SamplingParams::greedy() },
+            repeating,
+        ];
+        let (mut n_accepted, mut n_misled) = (0, 0);
+        for trial in 0..200u64 {
+            let noise = |row: usize| paceline_sampling::noise::gumbel_group(trial, row as u32, 0);
+            let logits: Vec<Vec<f32>> = (0..4).map(|row| noise(row)[..N_VOCAB].to_vec()).collect();
+            for sampling in &kinds {
+                let ids = tokens(&[1, 5, 5, 6, 5]);
+                let mut history = TokenHistory::new(2);
+                history.extend(&ids[..2]);
+                let expected = verify(&ids[2..], |row| {
+                    if row > 0 {
+                        history.push(ids[row + 1]);
+                    }
+                    let sample = |history: &TokenHistory, position| {
+                        sample_row(sampling, history, position, &mut logits[row].clone())
+                    };
+                    let mut all = TokenHistory::new(2);
+                    all.extend(&ids);
+                    let found = sample(&history, history.len() as u32);
+                    n_misled += u32::from(sample(&all, u32::MAX).token != found.token);
+                    Ok::<_, Infallible>(found)
+                });
+                let Ok(expected) = expected;
+                n_accepted += expected.len() - 1;
+                for n_ranks in [1, 2, 3] {
+                    assert_eq!(
+                        verified(sampling, &logits, n_ranks),
+                        expected,
+                        "{n_ranks} ranks {sampling:?}"
+                    );
+                }
+            }
+        }
+        assert!(n_accepted > 100 && n_misled > 100, "{n_accepted} accepted, {n_misled} would be misled");
     }
 }

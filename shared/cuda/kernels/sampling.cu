@@ -40,9 +40,9 @@ struct Adjustment {
 struct AdjustArgs {
     float *logits;  // [n_output_rows][row_stride]
     const Adjustment *adjustments;
-    const uint32_t *n_adjustments;
+    float *before;  // [n_adjustments], the logits as they were
     uint32_t row_stride;
-    uint32_t unused;
+    uint32_t n_adjustments;
 };
 
 namespace sampling {
@@ -162,18 +162,27 @@ KERNEL(best_of_rows, BestArgs, 32, 1) {
     if (threadIdx.x == 0) args.best[slot] = best;
 }
 
-// A thread an adjustment, as many as the grid has room for at a time. No two are of the same token of a row.
+// A thread an adjustment. No two are of the same token of a row.
 KERNEL(adjust_logits, AdjustArgs, 256, 4) {
-    for (uint32_t i = blockIdx.x * 256 + threadIdx.x; i < *args.n_adjustments; i += gridDim.x * 256) {
-        Adjustment it = args.adjustments[i];
-        float *at = args.logits + (size_t)it.row * args.row_stride + it.column;
-        float logit = *at;
-        if (it.kinds & 1) {
-            logit = logit < 0 ? __fmul_rn(logit, it.repetition) : __fdiv_rn(logit, it.repetition);
-            float presence = it.n_output > 0 ? it.presence : 0.0f;
-            logit = __fsub_rn(__fsub_rn(logit, presence), __fmul_rn(it.frequency, (float)it.n_output));
-        }
-        if (it.kinds & 2) logit = __fadd_rn(logit, it.bias);
-        *at = sampling::without_nan(logit);
+    uint32_t i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= args.n_adjustments) return;
+    Adjustment it = args.adjustments[i];
+    float *at = args.logits + (size_t)it.row * args.row_stride + it.column;
+    float logit = *at;
+    args.before[i] = logit;
+    if (it.kinds & 1) {
+        logit = logit < 0 ? __fmul_rn(logit, it.repetition) : __fdiv_rn(logit, it.repetition);
+        float presence = it.n_output > 0 ? it.presence : 0.0f;
+        logit = __fsub_rn(__fsub_rn(logit, presence), __fmul_rn(it.frequency, (float)it.n_output));
     }
+    if (it.kinds & 2) logit = __fadd_rn(logit, it.bias);
+    *at = sampling::without_nan(logit);
+}
+
+// Undoes adjust_logits.
+KERNEL(restore_logits, AdjustArgs, 256, 4) {
+    uint32_t i = blockIdx.x * 256 + threadIdx.x;
+    if (i >= args.n_adjustments) return;
+    Adjustment it = args.adjustments[i];
+    args.logits[(size_t)it.row * args.row_stride + it.column] = args.before[i];
 }

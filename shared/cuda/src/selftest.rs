@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
-use paceline_domain::{BlockId, Epoch, KvType, TokenId, WeightType};
+use paceline_domain::{BlockId, Epoch, KvType, SamplingParams, TokenId, WeightType};
 use paceline_kernels::Kernels;
 use paceline_model::logits::Choice;
 use paceline_model::names::Part;
@@ -15,7 +15,7 @@ use paceline_model::synthetic::{Synthetic, tiny_config};
 use paceline_model::{
     Batch, Capacity, Cpu, Decoder, Device, LoadSpec, Logits, ModelConfig, ModelError, SplitPlan,
 };
-use paceline_sampling::plain_best;
+use paceline_sampling::{TokenHistory, local_best};
 
 use crate::pack::Kind;
 
@@ -413,21 +413,52 @@ fn choices(model: &Model, device: &dyn Device) -> Result<String, String> {
     let tables = Tables::of(&steps);
     let mut solo = paceline_collectives::Solo::new();
     let rows = tables.run(&mut decoder, &mut solo, &steps[0]).map_err(|error| error.to_string())?;
-    let choice = |i: usize| Choice {
-        row: i % rows.len(),
-        position: 100 + i as u32,
-        seed: 7 * i as u64,
-        temperature: [0.0, 0.7, 1.0, 30.0][i % 4],
-    };
-    let choices: Vec<Choice> = (0..48).map(choice).collect();
+    let mut history = TokenHistory::new(40);
+    history.extend(&model.prompt(5, 160).into_iter().map(TokenId).collect::<Vec<_>>());
+    let params: Vec<SamplingParams> = (0..96).map(|i| sampling(i, model.config.n_vocab as u32)).collect();
+    let choice =
+        |(i, sampling)| Choice { row: i % rows.len(), position: 100 + i as u32, sampling, history: &history };
+    let choices: Vec<Choice<'_>> = params.iter().enumerate().map(choice).collect();
     let mut best = Vec::new();
     let mut logits = tables.forward(&mut decoder, &mut solo, &steps[0]).map_err(|error| error.to_string())?;
     logits.best(model.config.n_vocab, &choices, &mut best).map_err(|error| error.to_string())?;
     for (choice, found) in choices.iter().zip(&best) {
-        let expected = plain_best(choice.seed, choice.position, choice.temperature, 0, &rows[choice.row]);
+        let mut row = rows[choice.row].clone();
+        let expected = local_best(choice.sampling, &history, choice.position, 0, &mut row);
         if (expected.token, expected.value.to_bits()) != (found.token, found.value.to_bits()) {
-            return Err(format!("{choice:?}: {found:?} instead of {expected:?}"));
+            return Err(format!("{:?}: {found:?} instead of {expected:?}", choice.sampling));
+        }
+    }
+    for (i, row) in rows.iter().enumerate() {
+        let left = logits.row(i).map_err(|error| error.to_string())?;
+        if !left.iter().zip(row).all(|(a, b)| a.to_bits() == b.to_bits()) {
+            return Err(format!("row {i} was changed by choices"));
         }
     }
     Ok(format!("{} choices are the host's", choices.len()))
+}
+
+/// Ways to sample: every temperature with every set of filters, of penalties, and with and without bias.
+fn sampling(i: usize, n_vocab: u32) -> SamplingParams {
+    let temperature = [0.0, 0.7, 1.0, 30.0][i % 4];
+    let (top_k, top_p, min_p) =
+        [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (7, 0.6, 0.01), (900, 0.99, 0.0)]
+            [i / 4 % 6];
+    let (repetition_penalty, presence_penalty, frequency_penalty) =
+        [(1.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1.3, 0.0, 0.0), (1.1, 0.4, -0.2)][i / 24 % 4];
+    let bias = |token: u32| (TokenId(token * 131 % n_vocab), token as f32 - 2.0);
+    let mut logit_bias: Vec<_> = (0..if i % 3 == 2 { 5 } else { 0 }).map(bias).collect();
+    logit_bias.sort_by_key(|(token, _)| *token);
+    SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        seed: 7 * i as u64,
+        n_logprobs: None,
+    }
 }

@@ -5,9 +5,11 @@ mod support;
 use paceline_cuda::kernels::batch::BatchHeader;
 use paceline_cuda::kernels::sampling::{
     AdjustArgs, BestArgs, BestToken, SampleRow, adjust_logits, adjustments, best_tokens, n_parts,
+    restore_logits,
 };
 use paceline_cuda::{CudaError, Runtime};
 use paceline_domain::{SamplingParams, TokenId};
+use paceline_model::logits::{Choice, Columns};
 use paceline_sampling::{TokenHistory, local_best, plain_best};
 use support::{
     arrays::{Random, get, only, put},
@@ -209,23 +211,26 @@ fn check_adjusted(device: &mut Emulated, vocab: std::ops::Range<u32>) -> Result<
     let mut random = Random(8);
     (0..900).for_each(|_| history.push(TokenId(random.below(500) as u32 * 2)));
     let logits = rows(requests.len(), n_tokens, 11);
-    let changes: Vec<_> = (0..)
-        .zip(&requests)
-        .flat_map(|(row, params)| adjustments(row, params, &history, vocab.clone()))
-        .collect();
+    let columns = Columns { first_token: TokenId(vocab.start), n_usable: n_tokens };
+    // Not all of the history counts.
+    let position = 880;
+    let mut changes = Vec::new();
+    for (row, sampling) in requests.iter().enumerate() {
+        adjustments(&Choice { row, position, sampling, history: &history }, columns, &mut changes);
+    }
     let on_device = put(device, &logits.concat());
     let args = AdjustArgs {
         logits: on_device,
         adjustments: put(device, &changes),
-        n_adjustments: put(device, &[changes.len() as u32]),
+        before: put(device, &vec![0f32; changes.len()]),
         row_stride: n_tokens as u32,
-        unused: 0,
+        n_adjustments: changes.len() as u32,
     };
-    adjust_logits(device, changes.len() / 3, &args).map_err(|error| error.to_string())?;
+    adjust_logits(device, &args).map_err(|error| error.to_string())?;
     let found: Vec<f32> = get(device, on_device, requests.len() * n_tokens);
     for (row, params) in requests.iter().enumerate() {
         let mut expected = logits[row].clone();
-        local_best(params, &history, 1_200, vocab.start, &mut expected);
+        local_best(params, &history, position, vocab.start, &mut expected);
         // The kernel leaves what is not a number, where nothing is changed, to the search.
         let bits = |logit: &f32| if logit.is_nan() { f32::NEG_INFINITY } else { *logit }.to_bits();
         let differs = |i: &usize| bits(&found[row * n_tokens + i]) != expected[*i].to_bits();
@@ -234,7 +239,11 @@ fn check_adjusted(device: &mut Emulated, vocab: std::ops::Range<u32>) -> Result<
             return Err(format!("row {row} column {i}: {found}, not {}", expected[i]));
         }
     }
-    Ok(())
+    restore_logits(device, &args).map_err(|error| error.to_string())?;
+    let restored: Vec<f32> = get(device, on_device, requests.len() * n_tokens);
+    let is_same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
+    let is_restored = restored.iter().zip(logits.iter().flatten()).all(is_same);
+    if is_restored { Ok(()) } else { Err("the logits are not as before".into()) }
 }
 
 #[test]
@@ -248,7 +257,7 @@ fn penalties_and_biases_are_those_of_the_crate() {
             "fmaf(-it.frequency, (float)it.n_output, __fsub_rn(logit, presence))",
         ),
         ("logit < 0 ? ", "logit > 0 ? "),
-        ("gridDim.x * 256", "gridDim.x * 512"),
+        ("args.before[i] = logit;", "args.before[i] = logit + 1;"),
     ] {
         let sources = only("sampling.cu").mutated("sampling.cu", from, to);
         assert!(check_adjusted(&mut Emulated::of(&sources), 0..1_000).is_err(), "{to}");

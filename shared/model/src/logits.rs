@@ -1,24 +1,44 @@
-//! The logits of a pass, wherever they are: whole rows are brought to the host when asked for, the best tokens of plain
-//! rows are found where the rows lie.
+//! The logits of a pass, wherever they are: whole rows are brought to the host when asked for, the best tokens are found
+//! where the rows lie. It gives no log probability.
 
 use std::ops::Range;
 
-use paceline_domain::TokenId;
-use paceline_sampling::{Candidate, plain_best};
+use paceline_domain::{SamplingParams, TokenId};
+use paceline_sampling::{Candidate, TokenHistory, has_filter, is_plain, local_best, plain_best};
 
 use crate::ModelError;
 
-/// A row whose next token depends on nothing but its logits and its noise: no filter, penalty, bias or log probability.
+/// A row and all that its next token depends on beside the logits.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Choice {
+pub struct Choice<'a> {
     /// Index among the output rows.
     pub row: usize,
     /// Position of the token that is chosen: the number of tokens before it.
     pub position: u32,
-    /// Seed of the noise.
-    pub seed: u64,
-    /// Factor of the noise; 0 takes the likeliest token.
-    pub temperature: f32,
+    /// How it is chosen. Filters need a rank that has the whole vocabulary; log probabilities are not given here.
+    pub sampling: &'a SamplingParams,
+    /// Tokens of the sequence, for the penalties; from `position` on they do not count.
+    pub history: &'a TokenHistory,
+}
+
+impl Choice<'_> {
+    /// Whether nothing but the row's logits and its noise matters: no filter, penalty or bias.
+    pub fn is_plain(&self) -> bool {
+        is_plain(self.sampling)
+    }
+
+    /// The best column of the row on the host, by definition: a row that is changed is copied.
+    ///
+    /// # Panics
+    /// When there are filters and the columns are not the whole vocabulary.
+    pub fn best_of(&self, columns: Columns, row: &[f32]) -> Candidate {
+        let Self { position, sampling, history, .. } = *self;
+        let (first, row) = (columns.first_token.0, &row[..columns.n_usable]);
+        if self.is_plain() {
+            return plain_best(sampling.seed, position, sampling.temperature, first, row);
+        }
+        local_best(sampling, history, position, first, &mut row.to_vec())
+    }
 }
 
 /// Columns of a rank's logits that may be chosen.
@@ -38,21 +58,21 @@ pub trait LogitRows: Send {
     /// What the device reports.
     fn row(&mut self, row: usize) -> Result<&[f32], ModelError>;
 
-    /// The best column of each row asked for, after its noise, as [`plain_best`] finds it; `best` receives one
-    /// candidate for each choice, in order.
+    /// The best column of each row asked for, as [`Choice::best_of`] finds it; `best` receives one candidate for each
+    /// choice, in order. The logits stay as they are.
     ///
     /// # Errors
     /// What the device reports.
     fn best(
         &mut self,
         columns: Columns,
-        choices: &[Choice],
+        choices: &[Choice<'_>],
         best: &mut Vec<Candidate>,
     ) -> Result<(), ModelError> {
         best.clear();
         for choice in choices {
             let row = self.row(choice.row)?;
-            best.push(best_of_row(columns, choice, row));
+            best.push(choice.best_of(columns, row));
         }
         Ok(())
     }
@@ -103,19 +123,22 @@ impl<'a> Logits<'a> {
     /// What the device reports.
     ///
     /// # Panics
-    /// When there is no such row.
+    /// When there is no such row, or filters are asked of a rank that has a part of the vocabulary.
     pub fn best(
         &mut self,
         n_usable: usize,
-        choices: &[Choice],
+        choices: &[Choice<'_>],
         best: &mut Vec<Candidate>,
     ) -> Result<(), ModelError> {
-        let missing = choices.iter().find(|choice| choice.row >= self.n_rows);
-        assert!(missing.is_none(), "{missing:?} of {} output rows", self.n_rows);
         let columns = self.columns(n_usable);
+        for Choice { row, sampling, .. } in choices {
+            assert!(*row < self.n_rows, "row {row} of {} output rows", self.n_rows);
+            let is_whole = columns.n_usable == n_usable;
+            assert!(is_whole || !has_filter(sampling), "filters of row {row} in {columns:?} of {n_usable}");
+        }
         best.clear();
         if columns.n_usable == 0 {
-            best.extend(choices.iter().map(|choice| best_of_row(columns, choice, &[])));
+            best.extend(choices.iter().map(|choice| choice.best_of(columns, &[])));
         } else if !choices.is_empty() {
             self.rows.best(columns, choices, best)?;
         }
@@ -127,12 +150,6 @@ impl<'a> Logits<'a> {
         let n_usable = self.vocab.end.min(n_usable).saturating_sub(self.vocab.start);
         Columns { first_token: TokenId(self.vocab.start as u32), n_usable }
     }
-}
-
-/// The best column of a row on the host.
-pub(crate) fn best_of_row(columns: Columns, choice: &Choice, row: &[f32]) -> Candidate {
-    let Choice { position, seed, temperature, .. } = *choice;
-    plain_best(seed, position, temperature, columns.first_token.0, &row[..columns.n_usable])
 }
 
 #[cfg(test)]
@@ -161,7 +178,8 @@ mod tests {
     fn the_best_of_each_row_asked_for() {
         let mut rows = Rows(vec![vec![0.0, 2.0, 2.0, 9.0], vec![f32::NAN, f32::NEG_INFINITY, f32::NAN, 9.0]]);
         let mut logits = Logits::new(&mut rows, 2, 16..20);
-        let greedy = |row| Choice { row, position: 3, seed: 1, temperature: 0.0 };
+        let (sampling, history) = (SamplingParams::greedy(), TokenHistory::default());
+        let greedy = |row| Choice { row, position: 3, sampling: &sampling, history: &history };
         let mut best = Vec::new();
         logits.best(19, &[greedy(1), greedy(0)], &mut best).expect("rows");
         let none = Candidate { value: f32::NEG_INFINITY, token: TokenId(16) };
@@ -176,7 +194,8 @@ mod tests {
         let mut logits = Logits::new(&mut rows, 1, 20..20);
         assert!(logits.row(0).expect("a row").is_empty());
         let mut best = Vec::new();
-        let choice = Choice { row: 0, position: 0, seed: 0, temperature: 1.0 };
+        let sampling = SamplingParams { presence_penalty: 1.0, ..SamplingParams::default() };
+        let choice = Choice { row: 0, position: 0, sampling: &sampling, history: &TokenHistory::default() };
         logits.best(20, &[choice], &mut best).expect("rows");
         assert_eq!(best, [Candidate { value: f32::NEG_INFINITY, token: TokenId(20) }]);
     }

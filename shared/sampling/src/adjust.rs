@@ -6,10 +6,17 @@ use paceline_domain::SamplingParams;
 
 /// Applies, in this order: repetition penalty over prompt and output (Keskar et al. 2019, as in the Transformers
 /// library: positive logits are divided, negative ones multiplied), presence and frequency penalties over the
-/// output (as the OpenAI API defines them), bias. NaN becomes -inf. `logits[i]` is token `vocab_start + i`.
-pub(crate) fn adjust(params: &SamplingParams, history: &TokenHistory, vocab_start: u32, logits: &mut [f32]) {
+/// output (as the OpenAI API defines them), bias. NaN becomes -inf. `logits[i]` is token `vocab_start + i`; what the
+/// history has from `position` on does not count.
+pub(crate) fn adjust(
+    params: &SamplingParams,
+    history: &TokenHistory,
+    position: u32,
+    vocab_start: u32,
+    logits: &mut [f32],
+) {
     if has_penalty(params) {
-        for (i, count) in history.counts(vocab_start, logits.len()) {
+        for (i, count) in history.counts_before(position, vocab_start, logits.len()) {
             let logit = logits[i];
             let repeated = if logit < 0.0 {
                 logit * params.repetition_penalty
@@ -53,7 +60,7 @@ mod tests {
             let mut params = SamplingParams::default();
             change(&mut params);
             let mut logits = [2.0, -2.0, 4.0, 1.0];
-            adjust(&params, &history, 0, &mut logits);
+            adjust(&params, &history, 5, 0, &mut logits);
             logits
         };
         assert_eq!(with(&|params| params.repetition_penalty = 2.0), [1.0, -4.0, 2.0, 1.0]);
@@ -73,10 +80,10 @@ mod tests {
         let history = history(1, &[9, 5, 0, 5, 3]);
         let row: Vec<f32> = (0..10).map(|i| i as f32 - 4.5).collect();
         let mut whole = row.clone();
-        adjust(&params, &history, 0, &mut whole);
+        adjust(&params, &history, 5, 0, &mut whole);
         for (start, end) in [(0, 4), (4, 10), (5, 6), (7, 7), (9, 10)] {
             let mut slice = row[start..end].to_vec();
-            adjust(&params, &history, start as u32, &mut slice);
+            adjust(&params, &history, 5, start as u32, &mut slice);
             assert_eq!(slice, whole[start..end]);
         }
     }
@@ -84,7 +91,7 @@ mod tests {
     #[test]
     fn not_a_number_is_never_chosen() {
         let mut logits = [f32::NAN, 0.0, f32::INFINITY, f32::NEG_INFINITY];
-        adjust(&SamplingParams::default(), &TokenHistory::new(0), 0, &mut logits);
+        adjust(&SamplingParams::default(), &TokenHistory::new(0), 0, 0, &mut logits);
         assert_eq!(logits, [f32::NEG_INFINITY, 0.0, f32::INFINITY, f32::NEG_INFINITY]);
     }
 }

@@ -31,5 +31,7 @@ pub mod verify;
 pub use adjust::has_penalty;
 pub use filter::{Cut, cut};
 pub use history::{TokenCount, TokenHistory};
-pub use sample::{Candidate, is_plain, local_best, merge, needs_full_row, plain_best, sample_row};
+pub use sample::{
+    Candidate, has_filter, is_plain, local_best, merge, needs_full_row, plain_best, sample_row,
+};
 pub use verify::verify;

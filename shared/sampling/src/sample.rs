@@ -37,18 +37,22 @@ impl Candidate {
     }
 }
 
-/// Whether the row must be whole before a token can be chosen: for filters and for log probabilities. Temperature 0
-/// makes filters idle.
+/// Whether the row must be whole before a token can be chosen: for filters and for log probabilities.
 pub fn needs_full_row(params: &SamplingParams) -> bool {
-    let has_filter = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
-    params.n_logprobs.is_some() || (has_filter && params.temperature != 0.0)
+    params.n_logprobs.is_some() || has_filter(params)
+}
+
+/// Whether some tokens may be kept from being chosen. Temperature 0 makes filters idle.
+pub fn has_filter(params: &SamplingParams) -> bool {
+    (params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0) && params.temperature != 0.0
 }
 
 /// The best of the tokens `vocab_start ..`, whose logits are `logits` (changed by penalties and bias). `position` is
-/// that of the token being sampled: the number of tokens before it.
+/// that of the token being sampled: the number of tokens before it; of a longer history the rest does not count.
+/// With filters `logits` must be the whole row.
 ///
 /// # Panics
-/// When the parameters need the whole row.
+/// When there are filters and `vocab_start` is not 0.
 pub fn local_best(
     params: &SamplingParams,
     history: &TokenHistory,
@@ -56,10 +60,10 @@ pub fn local_best(
     vocab_start: u32,
     logits: &mut [f32],
 ) -> Candidate {
-    assert!(!needs_full_row(params), "invariant: filters and log probabilities were asked of a slice");
-    adjust(params, history, vocab_start, logits);
+    assert!(vocab_start == 0 || !has_filter(params), "invariant: filters were asked of a slice");
+    adjust(params, history, position, vocab_start, logits);
     let noise = |group| gumbel_group(params.seed, position, group);
-    best(params.temperature, Cut::ALL, vocab_start, logits, noise)
+    best(params.temperature, cut(params, logits), vocab_start, logits, noise)
 }
 
 /// Whether a row's token depends on nothing but its logits and its noise: then [`plain_best`] finds it.
@@ -84,23 +88,25 @@ pub fn merge(candidates: &[Candidate]) -> TokenId {
     candidates.iter().fold(none, |best, next| if next.beats(&best) { *next } else { best }).token
 }
 
-/// The token of a whole row, with its log probability when asked for. `logits` is changed by penalties and bias.
+/// The token of a whole row, with its log probability when asked for. `logits` is changed by penalties and bias;
+/// `position` as in [`local_best`].
 pub fn sample_row(
     params: &SamplingParams,
     history: &TokenHistory,
     position: u32,
     logits: &mut [f32],
 ) -> SampledToken {
-    sample_row_with(params, history, logits, |group| gumbel_group(params.seed, position, group))
+    sample_row_with(params, history, position, logits, |group| gumbel_group(params.seed, position, group))
 }
 
 fn sample_row_with(
     params: &SamplingParams,
     history: &TokenHistory,
+    position: u32,
     logits: &mut [f32],
     noise: impl Fn(u32) -> [f32; GROUP],
 ) -> SampledToken {
-    adjust(params, history, 0, logits);
+    adjust(params, history, position, 0, logits);
     let token = best(params.temperature, cut(params, logits), 0, logits, noise).token;
     let Some(n_logprobs) = params.n_logprobs else {
         return SampledToken { token, logprob: None, top_logprobs: Vec::new() };

@@ -42,7 +42,7 @@ fn history() -> impl Strategy<Value = TokenHistory> {
 /// argmax over every token with noise made one by one.
 fn plain(params: &SamplingParams, history: &TokenHistory, position: u32, logits: &[f32]) -> TokenId {
     let mut row = logits.to_vec();
-    adjust(params, history, 0, &mut row);
+    adjust(params, history, position, 0, &mut row);
     let cut = cut(params, &row);
     let value = |token: u32| {
         row[token as usize] + params.temperature * crate::noise::gumbel(params.seed, position, token)
@@ -97,6 +97,7 @@ proptest! {
         let params = SamplingParams { top_k, top_p, ..params };
         let token = sample_row(&params, &history, 9, &mut logits.clone()).token;
         prop_assert_eq!(token, plain(&params, &history, 9, &logits));
+        prop_assert_eq!(token, local_best(&params, &history, 9, 0, &mut logits.clone()).token);
         // With top-k alone, lowering the logits it removed changes nothing. Without penalties, so that the
         // lowered logits stay lowered.
         let params = SamplingParams { temperature: params.temperature, seed: params.seed, top_k: top_k + 1, ..SamplingParams::default() };
@@ -180,7 +181,7 @@ fn chi_square(
     let mut counts = vec![0u64; logits.len()];
     for seed in 0..N_SAMPLES {
         let history = TokenHistory::new(0);
-        let sampled = sample_row_with(params, &history, &mut logits.to_vec(), |group| noise(seed, group));
+        let sampled = sample_row_with(params, &history, 11, &mut logits.to_vec(), |group| noise(seed, group));
         counts[sampled.token.idx()] += 1;
     }
     let mut statistic = 0.0;

@@ -109,7 +109,7 @@ pub enum Size {
 impl Size {
     /// The kernel for this number of rows on a device whose blocks may have so much shared memory.
     pub fn of(kind: Kind, n_rows: usize, max_shared_bytes: u32) -> Self {
-        let fits = MANY.shared_bytes(kind.planes()) <= max_shared_bytes;
+        let fits = Blocking::many(kind).shared_bytes(kind.planes()) <= max_shared_bytes;
         match n_rows {
             0..=FEW_ROWS => Self::Few,
             _ if n_rows <= SOME_ROWS || !fits => Self::Some,
@@ -118,7 +118,7 @@ impl Size {
     }
 }
 
-/// Warps of a block for few rows, and stages of each.
+/// Warps of a block for few rows of quantized weights, and stages of each.
 const FEW_WARPS: usize = 8;
 const FEW_STAGES: usize = 4;
 /// Units of a chunk, and bytes of its sums over a tile and 8 rows.
@@ -135,8 +135,14 @@ struct Blocking {
 
 const SOME: Blocking = Blocking { block_m: 4, block_n: 4, threads: 128, stages: 8 };
 const MANY: Blocking = Blocking { block_m: 8, block_n: 16, threads: 256, stages: 4 };
+/// The same for plain numbers, which need fewer registers.
+const MANY_PLAIN: Blocking = Blocking { block_n: 32, ..MANY };
 
 impl Blocking {
+    fn many(kind: Kind) -> &'static Self {
+        if kind == Kind::BF16 { &MANY_PLAIN } else { &MANY }
+    }
+
     fn shared_bytes(&self, planes: Planes) -> u32 {
         (self.stages * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES)) as u32
     }
@@ -149,19 +155,20 @@ impl Blocking {
     }
 }
 
-/// Units of a stage of the kernel for few rows: about as many bytes for every kind.
-fn few_units(kind: Kind) -> usize {
-    if matches!(kind, Kind::BF16 | Kind::Q8_0) { 1 } else { 2 }
-}
+/// Units under way in the kernel for few rows of plain numbers.
+const PLAIN_RING: usize = 16;
 
 fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
-    let stages = FEW_WARPS * FEW_STAGES * few_units(kind) * kind.planes().staged_bytes();
-    let sums = (matrix.n_units as usize).div_ceil(CHUNK_UNITS) * CHUNK_SUM_BYTES;
-    Launch {
-        grid: [matrix.n_tiles as u32, 1, 1],
-        threads: 32 * FEW_WARPS as u32,
-        shared_bytes: (stages + sums) as u32,
-    }
+    let staged = kind.planes().staged_bytes();
+    let n_chunks = (matrix.n_units as usize).div_ceil(CHUNK_UNITS);
+    let (warps, shared_bytes) = match kind {
+        Kind::BF16 => (1, PLAIN_RING * (staged + X_BYTES)),
+        // Units of a stage: about as many bytes for every kind.
+        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * staged + n_chunks * CHUNK_SUM_BYTES),
+        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * staged + n_chunks * CHUNK_SUM_BYTES),
+    };
+    let grid = [matrix.n_tiles as u32, 1, 1];
+    Launch { grid, threads: 32 * warps as u32, shared_bytes: shared_bytes as u32 }
 }
 
 macro_rules! kernel_names {
@@ -199,7 +206,7 @@ pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearAr
     let launch = match size {
         Size::Few => few_launch(kind, &args.matrix),
         Size::Some => SOME.launch(kind.planes(), n_tiles, n_rows),
-        Size::Many => MANY.launch(kind.planes(), n_tiles, n_rows),
+        Size::Many => Blocking::many(kind).launch(kind.planes(), n_tiles, n_rows),
     };
     runtime.launch(kernel_name(kind, size), launch, bytemuck::bytes_of(args))
 }

@@ -1,11 +1,8 @@
 //! Launches of sampling of kernels/sampling.cu, and its inputs from the parameters of requests. The results are those of
 //! the crate `paceline-sampling`, bit for bit.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
-
-use paceline_domain::SamplingParams;
-use paceline_sampling::{TokenHistory, has_penalty};
+use paceline_model::logits::{Choice, Columns};
+use paceline_sampling::has_penalty;
 
 use crate::{CudaError, DevicePtr, Launch, Runtime};
 
@@ -99,12 +96,12 @@ pub struct AdjustArgs {
     pub logits: DevicePtr,
     /// [`Adjustment`]s, no two of the same token of a row.
     pub adjustments: DevicePtr,
-    /// Their number, u32.
-    pub n_adjustments: DevicePtr,
+    /// `[n_adjustments]` f32, filled with the logits as they were.
+    pub before: DevicePtr,
     /// Logits from a row to the next.
     pub row_stride: u32,
-    /// Fills the struct up.
-    pub unused: u32,
+    /// Their number.
+    pub n_adjustments: u32,
 }
 
 /// Kernels of this file and the bytes of their arguments.
@@ -112,32 +109,45 @@ pub const SIGNATURES: &[(&str, usize)] = &[
     ("adjust_logits", size_of::<AdjustArgs>()),
     ("best_of_parts", size_of::<BestArgs>()),
     ("best_of_rows", size_of::<BestArgs>()),
+    ("restore_logits", size_of::<AdjustArgs>()),
 ];
 
-/// What penalties and bias change in a row whose logits are of the tokens `vocab`; one entry for each token.
-pub fn adjustments(
-    row: u32,
-    params: &SamplingParams,
-    history: &TokenHistory,
-    vocab: Range<u32>,
-) -> Vec<Adjustment> {
-    let none = Adjustment { row, column: 0, n_output: 0, kinds: 0, ..bytemuck::Zeroable::zeroed() };
-    let mut changes: BTreeMap<u32, Adjustment> = BTreeMap::new();
-    if has_penalty(params) {
-        for (column, count) in history.counts(vocab.start, vocab.len()) {
-            let (kinds, n_output) = (Adjustment::PENALTIES, count.n_output);
-            changes.insert(column as u32, Adjustment { n_output, kinds, ..none });
+/// Appends what penalties and bias change in the row of a choice; one entry for each token.
+pub fn adjustments(choice: &Choice<'_>, columns: Columns, out: &mut Vec<Adjustment>) {
+    let Choice { row, position, sampling, history } = *choice;
+    let Columns { first_token, n_usable } = columns;
+    let of = |column: u32| Adjustment {
+        row: row as u32,
+        column,
+        n_output: 0,
+        kinds: 0,
+        repetition: sampling.repetition_penalty,
+        presence: sampling.presence_penalty,
+        frequency: sampling.frequency_penalty,
+        bias: 0.0,
+    };
+    let start = out.len();
+    if has_penalty(sampling) {
+        let counts = history.counts_before(position, first_token.0, n_usable);
+        out.extend(counts.map(|(column, count)| Adjustment {
+            n_output: count.n_output,
+            kinds: Adjustment::PENALTIES,
+            ..of(column as u32)
+        }));
+    }
+    // So far they are in order of columns.
+    let end = out.len();
+    let columns = first_token.0..first_token.0 + n_usable as u32;
+    for (token, bias) in sampling.logit_bias.iter().filter(|(token, _)| columns.contains(&token.0)) {
+        let column = token.0 - first_token.0;
+        match out[start..end].binary_search_by_key(&column, |counted| counted.column) {
+            Ok(i) => {
+                let counted = &mut out[start + i];
+                (counted.kinds, counted.bias) = (Adjustment::PENALTIES | Adjustment::BIAS, *bias);
+            }
+            Err(_) => out.push(Adjustment { kinds: Adjustment::BIAS, bias: *bias, ..of(column) }),
         }
     }
-    for (token, bias) in params.logit_bias.iter().filter(|(token, _)| vocab.contains(&token.0)) {
-        let change = changes.entry(token.0 - vocab.start).or_insert(none);
-        change.kinds |= Adjustment::BIAS;
-        change.bias = *bias;
-    }
-    let (repetition, presence, frequency) =
-        (params.repetition_penalty, params.presence_penalty, params.frequency_penalty);
-    let complete = |(column, change)| Adjustment { column, repetition, presence, frequency, ..change };
-    changes.into_iter().map(complete).collect()
 }
 
 /// Blocks that share a row of `n_tokens` logits. Changes no result.
@@ -158,16 +168,23 @@ pub fn best_tokens(runtime: &mut dyn Runtime, n_rows: usize, args: &BestArgs) ->
     runtime.launch("best_of_rows", launch, bytemuck::bytes_of(args))
 }
 
-/// Applies penalties and biases; `n_expected` only says how many threads are worth it.
+/// Applies penalties and biases.
 ///
 /// # Errors
 /// What the device reports.
-pub fn adjust_logits(
-    runtime: &mut dyn Runtime,
-    n_expected: usize,
-    args: &AdjustArgs,
-) -> Result<(), CudaError> {
-    let blocks = (n_expected as u32).div_ceil(THREADS).max(1);
-    let launch = Launch { grid: [blocks, 1, 1], threads: THREADS, shared_bytes: 0 };
-    runtime.launch("adjust_logits", launch, bytemuck::bytes_of(args))
+pub fn adjust_logits(runtime: &mut dyn Runtime, args: &AdjustArgs) -> Result<(), CudaError> {
+    runtime.launch("adjust_logits", adjustment_launch(args), bytemuck::bytes_of(args))
+}
+
+/// Puts the logits back as they were before [`adjust_logits`].
+///
+/// # Errors
+/// What the device reports.
+pub fn restore_logits(runtime: &mut dyn Runtime, args: &AdjustArgs) -> Result<(), CudaError> {
+    runtime.launch("restore_logits", adjustment_launch(args), bytemuck::bytes_of(args))
+}
+
+fn adjustment_launch(args: &AdjustArgs) -> Launch {
+    let blocks = args.n_adjustments.div_ceil(THREADS).max(1);
+    Launch { grid: [blocks, 1, 1], threads: THREADS, shared_bytes: 0 }
 }

@@ -20,7 +20,7 @@ use super::{CpuBackend, Engine};
 use crate::ModelError;
 use crate::backend::{Backend, Half, Pass};
 use crate::batch::Batch;
-use crate::logits::{Choice, Columns, LogitRows, best_of_row};
+use crate::logits::{Choice, Columns, LogitRows};
 use crate::names::{self, Part};
 
 impl Backend for CpuBackend {
@@ -190,7 +190,7 @@ impl LogitRows for CpuBackend {
     fn best(
         &mut self,
         columns: Columns,
-        choices: &[Choice],
+        choices: &[Choice<'_>],
         best: &mut Vec<Candidate>,
     ) -> Result<(), ModelError> {
         best.clear();
@@ -209,11 +209,11 @@ impl CpuBackend {
         &self.scratch.logits[row * n_vocab..][..n_vocab]
     }
 
-    /// What [`best_of_row`] finds; faster where there is no noise.
-    fn best_of(&self, columns: Columns, choice: &Choice) -> Candidate {
+    /// What [`Choice::best_of`] finds; faster where nothing is added to the logits.
+    fn best_of(&self, columns: Columns, choice: &Choice<'_>) -> Candidate {
         let row = self.logits_of(choice.row);
-        if choice.temperature != 0.0 {
-            return best_of_row(columns, choice, row);
+        if choice.sampling.temperature != 0.0 || !choice.is_plain() {
+            return choice.best_of(columns, row);
         }
         let largest = argmax(self.engine.kernels, &row[..columns.n_usable]);
         match largest.filter(|column| row[*column] > f32::NEG_INFINITY) {

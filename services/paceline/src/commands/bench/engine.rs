@@ -13,9 +13,9 @@ use std::{
 use anyhow::{Context as _, bail};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
-use paceline_domain::{BlockId, Epoch, KvType, TokenId, group::BLOCK_POSITIONS};
+use paceline_domain::{BlockId, Epoch, KvType, SamplingParams, TokenId, group::BLOCK_POSITIONS};
 use paceline_model::{Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, logits::Choice};
-use paceline_sampling::{Candidate, merge};
+use paceline_sampling::{Candidate, TokenHistory, merge};
 
 use super::shape::Shape;
 
@@ -274,8 +274,9 @@ impl<'a> Rank<'a> {
 
     /// One pass and the best token of each output row, the same on every rank.
     fn step(&mut self, batch: &Batch<'_>) -> anyhow::Result<Vec<TokenId>> {
-        let greedy = |row| Choice { row, position: 0, seed: 0, temperature: 0.0 };
-        let choices: Vec<Choice> = (0..batch.output_rows.len()).map(greedy).collect();
+        let (sampling, history) = (SamplingParams::greedy(), TokenHistory::default());
+        let greedy = |row| Choice { row, position: 0, sampling: &sampling, history: &history };
+        let choices: Vec<Choice<'_>> = (0..batch.output_rows.len()).map(greedy).collect();
         let mut logits = self.decoder.forward(batch, self.collective.as_mut())?;
         logits.best(self.n_vocab, &choices, &mut self.best)?;
         self.own.clear();
