@@ -297,24 +297,5 @@ async fn next(
 }
 
 #[cfg(test)]
-mod tests {
-    use tokio::sync::oneshot::error::TryRecvError;
-
-    use super::*;
-
-    #[test]
-    fn a_higher_epoch_fences_the_session_before_it() {
-        let occupancy = Occupancy::default();
-        let [first, second] = [AbortFlag::new(), AbortFlag::new()];
-        let mut fence = occupancy.enter(5, &first).unwrap();
-        assert_eq!(occupancy.enter(5, &second).unwrap_err().code(), tonic::Code::Aborted);
-        assert!(!first.is_set() && fence.try_recv() == Err(TryRecvError::Empty));
-        let _later = occupancy.enter(6, &second).unwrap();
-        assert!(first.is_set() && !second.is_set());
-        assert_eq!(fence.try_recv(), Err(TryRecvError::Closed));
-        occupancy.leave(5);
-        assert!(occupancy.enter(6, &first).is_err(), "the later session still holds the shard");
-        occupancy.leave(6);
-        assert!(occupancy.enter(1, &AbortFlag::new()).is_ok(), "a free shard takes any epoch");
-    }
-}
+#[path = "service_tests.rs"]
+mod tests;
