@@ -72,7 +72,8 @@ def main():
     results = lines(sys.argv[1])
     of = lambda section: [line for line in results if line.get("section") == section]  # noqa: E731
     speed = [line for line in of("speed") if "shape" in line]
-    add_shares(speed, (of("limits") or [{}])[-1])
+    limits = [line for line in of("limits") if "copy_gb_per_s" in line]
+    add_shares(speed, limits[-1] if limits else {})
     peers = [line for line in of("peer") if line.get("phase") == "measured"]
     ours = {(line["model_shape"], line["type"], line["shape"]): line for line in speed}
     if speed:

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
 use paceline_kernels::{Isa, Kernels};
-use paceline_model::{Cpu, ModelConfig, names};
+use paceline_model::{Cpu, Device, ModelConfig, names};
 use paceline_shard::device::{self, DeviceOptions};
 use serde_json::json;
 
@@ -76,7 +76,7 @@ pub struct BenchArgs {
     /// Measure the machine alone, with 1 thread up to --threads
     #[arg(long, conflicts_with_all = ["model", "shapes", "ranks", "repeat", "pass_rows"])]
     machine: bool,
-    /// Do not measure the machine; shares are then unknown
+    /// Do not measure the machine (as with GPUs); shares are then unknown
     #[arg(long, conflicts_with = "machine")]
     no_machine: bool,
     /// Instruction set: auto, scalar, avx2, avx512 or avx512vnni
@@ -111,7 +111,10 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         let threads_of_rank = share_threads(n_threads, ranks);
         let n_threads = threads_of_rank.iter().sum();
         let devices = threads_of_rank.iter().map(|n| device::choose(&device, Cpu { kernels, n_threads: *n }));
-        let devices = devices.collect::<anyhow::Result<_>>()?;
+        let devices = devices.collect::<anyhow::Result<Vec<_>>>()?;
+        // What CPUs can do says nothing of a GPU.
+        let is_cpu = |device: &Arc<dyn Device>| device.name() == kernels.isa().name();
+        let machine = if devices.iter().all(is_cpu) { machine } else { Machine::Unknown };
         let job = Job { checkpoint, config, devices, shapes, n_repeats, pass_rows };
         let (measured, limits) = measure(&job, machine, n_threads)?;
         Ok(Report { model, job, n_threads, measured, limits }.show(format))

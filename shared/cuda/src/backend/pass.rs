@@ -4,11 +4,11 @@ use paceline_collectives::Collective;
 use paceline_model::backend::{Backend, Half, Pass};
 use paceline_model::{Batch, ModelError};
 
-use super::GpuBackend;
 use super::KERNEL_SET;
 use super::buffers::partials_fit;
 use super::graphs::{Course, Shape};
 use super::weights::{GateUp, GpuMatrix, Subtree, model_error, padded};
+use super::{GpuBackend, GpuLayer};
 use crate::kernels::attention::{self, AttendArgs, AttendGrid, SPLIT_ROWS, TILE_ROWS, parts, score_factor};
 use crate::kernels::linear::{self, EmbedArgs, LinearArgs, SiluArgs, Size};
 use crate::kernels::norm::{self, AddNormArgs};
@@ -62,11 +62,7 @@ impl Backend for GpuBackend {
 
     fn output(&mut self, layer: usize) -> Result<(), ModelError> {
         let (x, width) = (self.buffers.attended, self.widths.query);
-        let n = attention_of(&self.weights.layers[layer]).output.len();
-        (0..n).try_for_each(|i| {
-            let subtree = attention_of(&self.weights.layers[layer]).output[i];
-            self.partial_sum(i, &subtree, x, width).map_err(model_error)
-        })
+        self.partial_sums(|layer| &attention_of(layer).output, layer, x, width).map_err(model_error)
     }
 
     fn gate_up(&mut self, layer: usize) -> Result<(), ModelError> {
@@ -76,11 +72,7 @@ impl Backend for GpuBackend {
 
     fn down(&mut self, layer: usize) -> Result<(), ModelError> {
         let (x, width) = (self.buffers.gated, self.widths.ffn);
-        let n = ffn_of(&self.weights.layers[layer]).down.len();
-        (0..n).try_for_each(|i| {
-            let subtree = ffn_of(&self.weights.layers[layer]).down[i];
-            self.partial_sum(i, &subtree, x, width).map_err(model_error)
-        })
+        self.partial_sums(|layer| &ffn_of(layer).down, layer, x, width).map_err(model_error)
     }
 
     fn reduce(&mut self, half: Half, collective: &mut dyn Collective) -> Result<(), ModelError> {
@@ -106,11 +98,11 @@ impl Backend for GpuBackend {
     }
 }
 
-fn attention_of(layer: &super::GpuLayer) -> &super::GpuAttention {
+fn attention_of(layer: &GpuLayer) -> &super::GpuAttention {
     layer.attention.as_ref().expect("invariant: only ranks with a head are asked for attention")
 }
 
-fn ffn_of(layer: &super::GpuLayer) -> &super::GpuFfn {
+fn ffn_of(layer: &GpuLayer) -> &super::GpuFfn {
     layer.ffn.as_ref().expect("invariant: only ranks with a share of the network are asked for it")
 }
 
@@ -285,6 +277,21 @@ impl GpuBackend {
             attention::attend_tiles(runtime, grid, &args)?;
         }
         Ok(())
+    }
+
+    /// Multiplies an operand of this width with each subtree of a matrix whose columns are cut.
+    fn partial_sums(
+        &mut self,
+        subtrees: fn(&GpuLayer) -> &[Subtree],
+        layer: usize,
+        x: DevicePtr,
+        width: usize,
+    ) -> Result<(), CudaError> {
+        let n_subtrees = subtrees(&self.weights.layers[layer]).len();
+        (0..n_subtrees).try_for_each(|i| {
+            let subtree = subtrees(&self.weights.layers[layer])[i];
+            self.partial_sum(i, &subtree, x, width)
+        })
     }
 
     /// Multiplies the columns of a subtree into the `i`-th partial sum.
