@@ -16,6 +16,9 @@ const DECISION_BYTES: usize = 1 + if REASON_BYTES > LINK_ID_BYTES { REASON_BYTES
 /// The id that devices find each other with; made by the first rank, used once.
 pub type LinkId = [u8; LINK_ID_BYTES];
 
+/// The id to join with, or why there are no links.
+pub type Decision = Result<LinkId, String>;
+
 /// The group a backend joins.
 pub struct Group<'a> {
     /// The ranks, by way of their hosts.
@@ -67,8 +70,8 @@ impl Group<'_> {
     pub fn agree(
         &mut self,
         own: Result<Offer, String>,
-        make_id: &mut dyn FnMut() -> Result<LinkId, String>,
-    ) -> Result<Result<LinkId, String>, CollectiveError> {
+        make_id: &mut dyn FnMut() -> Decision,
+    ) -> Result<Decision, CollectiveError> {
         let own = match own {
             Ok(Offer { device, library }) => [&[1][..], &device, library.as_bytes()].concat(),
             Err(reason) => [&[0], reason.as_bytes()].concat(),
@@ -98,8 +101,8 @@ impl Group<'_> {
     fn decide(
         &mut self,
         own: &[u8],
-        decide: &mut dyn FnMut(&[Vec<u8>]) -> Result<LinkId, String>,
-    ) -> Result<Result<LinkId, String>, CollectiveError> {
+        decide: &mut dyn FnMut(&[Vec<u8>]) -> Decision,
+    ) -> Result<Decision, CollectiveError> {
         let (mut parts, mut decision) = (Vec::new(), [0; DECISION_BYTES]);
         self.collective.gather(own, &mut parts)?;
         if self.collective.rank() == 0 {

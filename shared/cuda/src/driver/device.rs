@@ -109,6 +109,12 @@ impl Device {
         Ok(Self { handle, context, name, capability, n_multiprocessors, max_shared_bytes, waits_in_kernels })
     }
 
+    /// What no other device has.
+    pub(super) fn uuid(&self) -> Result<[u8; 16], CudaError> {
+        let uuid = check("cuDeviceGetUuid", result::device::get_uuid(self.handle))?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
     /// Makes the context current on the calling thread; every call on the device needs it.
     pub(super) fn enter(&self) -> Result<(), CudaError> {
         // SAFETY: the context is retained until drop.
