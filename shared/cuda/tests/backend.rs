@@ -1,6 +1,8 @@
 //! Whole passes of the GPU backend on the emulated device: near the CPU's logits, and the same bits whatever the batch, the
 //! chunks of a prompt, the kernels chosen and whether a graph is replayed.
 
+use std::sync::Arc;
+
 #[path = "../../model/tests/support/mod.rs"]
 mod model;
 mod support;
@@ -8,12 +10,13 @@ mod support;
 use model::models;
 use model::rig::{AllLogits, Rig, Step, assert_same_bits, in_a_crowd, in_pieces, of_first_sequence, tokens};
 use paceline_checkpoint::Checkpoint;
-use paceline_cuda::backend::{GpuBackend, GraphMode};
+use paceline_cuda::backend::{GpuBackend, GraphMode, LinkMode};
 use paceline_cuda::kernels::attention::HEAD_DIMS;
 use paceline_kernels::{Kernels, Pinning, ThreadPool};
 use paceline_model::synthetic::Synthetic;
 use paceline_model::{Backend, Cpu, Device, LoadSpec, ModelError};
 use support::emulated::Emulated;
+use support::pretended_link::{PretendedLink, Wire};
 
 /// The emulator as a device.
 struct EmulatedGpu {
@@ -33,6 +36,38 @@ impl Device for EmulatedGpu {
 
 const EAGER: EmulatedGpu = EmulatedGpu { graphs: GraphMode::Off };
 const GRAPHS: EmulatedGpu = EmulatedGpu { graphs: GraphMode::Auto };
+
+/// Emulators that pretend to be linked: the device, and its end of the wire, are those of the rank.
+struct Linked {
+    wire: Arc<Wire>,
+    end: fn(&Arc<Wire>, usize) -> Option<PretendedLink>,
+    modes: (GraphMode, LinkMode),
+}
+
+impl Linked {
+    fn new(end: fn(&Arc<Wire>, usize) -> Option<PretendedLink>) -> Self {
+        Self { wire: Arc::default(), end, modes: (GraphMode::Auto, LinkMode::Auto) }
+    }
+
+    fn own_devices(wire: &Arc<Wire>, rank: usize) -> Option<PretendedLink> {
+        Some(PretendedLink::new(wire, rank as u8))
+    }
+}
+
+impl Device for Linked {
+    fn name(&self) -> String {
+        "emulated and linked".into()
+    }
+
+    fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
+        let Some(end) = (self.end)(&self.wire, spec.rank) else {
+            return Cpu { kernels: Kernels::detect(), n_threads: 1 }.load(spec);
+        };
+        let (pool, runtime) = (ThreadPool::new(1, Pinning::None), Emulated::new().with_link(end));
+        let (graphs, links) = self.modes;
+        Ok(Box::new(GpuBackend::load(Box::new(runtime), spec, &pool, graphs)?.with_links(links)))
+    }
+}
 
 fn rig(synthetic: &Synthetic) -> Rig {
     Rig::new(Checkpoint::from_gguf_bytes(synthetic.to_gguf().expect("bytes")).expect("a checkpoint"))
@@ -111,6 +146,69 @@ fn a_group_of_cpu_and_gpu_is_near_one_cpu() {
         let least = least_cosine(&expected, &pair.run_on_each(&devices, &steps));
         let names = devices.map(Device::name);
         assert!(least > LEAST_COSINE, "{names:?}: cosine {least}");
+    }
+}
+
+#[test]
+fn linked_ranks_have_the_bits_of_ranks_through_the_host() {
+    for synthetic in [models::llama_wide(), models::qwen2_f16()] {
+        let rig = rig(&synthetic);
+        let steps = in_pieces(&tokens(8, 22, rig.config.n_vocab), &[15, 1]);
+        for n_ranks in [2, 3] {
+            let group = rig.with(model::rig::Setup { n_ranks, ..rig.setup });
+            let expected = group.run_on(&EAGER, &steps).concat();
+            let linked = Linked::new(Linked::own_devices);
+            let what = format!("{n_ranks} ranks");
+            assert_same_bits(&expected, &group.run_on(&linked, &steps).concat(), &what);
+            // Two in each layer: the prompt, the first token, and once more into a graph that repeats them.
+            let n = 2 * rig.config.n_layers * n_ranks;
+            assert_eq!(linked.wire.n_gathers(), (3 * n, n));
+            let eager =
+                Linked { modes: (GraphMode::Off, LinkMode::Auto), ..Linked::new(Linked::own_devices) };
+            assert_same_bits(&expected, &group.run_on(&eager, &steps).concat(), &what);
+            assert_eq!(eager.wire.n_gathers(), (steps.len() * n, 0));
+        }
+    }
+}
+
+#[test]
+fn a_rank_alone_is_linked_on_demand() {
+    let rig = rig(&models::llama_wide());
+    let steps = in_pieces(&tokens(8, 12, rig.config.n_vocab), &[5, 1]);
+    let expected = rig.run_on(&EAGER, &steps).concat();
+    for (mode, n) in [(LinkMode::Auto, 0), (LinkMode::Always, 2 * rig.config.n_layers)] {
+        let linked = Linked { modes: (GraphMode::Auto, mode), ..Linked::new(Linked::own_devices) };
+        assert_same_bits(&expected, &rig.run_on(&linked, &steps).concat(), "alone");
+        assert_eq!(linked.wire.n_gathers(), (3 * n, n));
+    }
+}
+
+#[test]
+fn ranks_that_cannot_be_linked_go_through_the_host() {
+    let rig = rig(&models::llama_wide());
+    let rig = rig.with(model::rig::Setup { n_ranks: 2, ..rig.setup });
+    let steps = in_pieces(&tokens(8, 12, rig.config.n_vocab), &[7, 1]);
+    let expected = rig.run_on(&EAGER, &steps);
+    let ends: [(&str, fn(&Arc<Wire>, usize) -> Option<PretendedLink>); 2] = [
+        ("one device", |wire, _| Some(PretendedLink::new(wire, 4))),
+        ("one finds out late", |wire, rank| {
+            let end = PretendedLink::new(wire, rank as u8);
+            Some(if rank == 1 { end.broken() } else { end })
+        }),
+    ];
+    for (what, end) in ends {
+        let linked = Linked::new(end);
+        assert_same_bits(&expected.concat(), &rig.run_on(&linked, &steps).concat(), what);
+        assert_eq!(linked.wire.n_gathers(), (0, 0), "{what}");
+    }
+    // The CPU rounds otherwise.
+    for cpu in [0, 1] {
+        let linked = Linked::new(match cpu {
+            0 => |wire, rank| (rank != 0).then(|| PretendedLink::new(wire, 1)),
+            _ => |wire, rank| (rank != 1).then(|| PretendedLink::new(wire, 1)),
+        });
+        let least = least_cosine(&expected, &rig.run_on(&linked, &steps));
+        assert!(least > LEAST_COSINE && linked.wire.n_gathers() == (0, 0), "a CPU as rank {cpu}: {least}");
     }
 }
 

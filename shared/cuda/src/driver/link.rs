@@ -28,7 +28,7 @@ pub(super) struct Link {
 
 enum State {
     None,
-    Joined(Communicator),
+    Joined(Box<Communicator>),
     /// By a failure or on demand.
     Ended,
 }
@@ -110,7 +110,7 @@ impl Link {
             let made = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
             *event = check("cuEventCreate", made)?;
         }
-        self.state = State::Joined(Communicator::join(&self.nccl()?, membership)?);
+        self.state = State::Joined(Box::new(Communicator::join(&self.nccl()?, membership)?));
         Ok(())
     }
 
