@@ -1,13 +1,13 @@
 //! What a shard computes with: what was asked for, what there is, what was taken. Nothing is loaded here.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 use anyhow::Context as _;
 use clap::Args;
 use paceline_model::{Cpu, Device};
 
 /// Flags about devices.
-#[derive(Args, Clone, Copy, PartialEq, Debug)]
+#[derive(Args, Clone, PartialEq, Debug)]
 pub struct DeviceOptions {
     /// What to compute with: auto, cpu or cuda:N; auto takes a GPU when one answers
     #[arg(long, env = "PACELINE_DEVICE", value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
@@ -15,6 +15,9 @@ pub struct DeviceOptions {
     /// Share of the free GPU memory that weights and KV cache may take
     #[arg(long, env = "PACELINE_GPU_MEMORY", value_name = "SHARE", default_value_t = GpuMemory(0.9))]
     pub gpu_memory: GpuMemory,
+    /// NCCL, which sums over GPUs: libnccl.so.2 or its folder [default: where the dynamic linker looks]
+    #[arg(long, env = "PACELINE_NCCL_LIB", value_name = "PATH")]
+    pub nccl_lib: Option<PathBuf>,
 }
 
 /// A device as it is named on the command line.

@@ -174,9 +174,15 @@ impl<'a> Rank<'a> {
             capacity,
             progress: &|_| (),
         };
+        let mut decoder = Decoder::load(&load_spec, job.devices[spec.rank].as_ref())?;
+        let mut collective = connect(endpoint, spec)?;
+        let GroupSpec { connect_deadline, deadline, ref abort, .. } = *spec;
+        let (abort, together) = (abort.clone(), collective.as_mut());
+        let route = decoder.join(&mut Group { collective: together, connect_deadline, deadline, abort })?;
+        tracing::debug!(rank = spec.rank, %route, "sums over ranks");
         Ok(Self {
-            decoder: Decoder::load(&load_spec, job.devices[spec.rank].as_ref())?,
-            collective: connect(endpoint, spec)?,
+            decoder,
+            collective,
             chosen,
             kv_positions: (capacity.n_kv_blocks * BLOCK_POSITIONS) as u64,
             pass_rows: job.pass_rows,
