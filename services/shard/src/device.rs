@@ -81,7 +81,7 @@ impl fmt::Display for GpuMemory {
 pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Device>> {
     let device: Arc<dyn Device> = match options.device {
         DeviceChoice::Cpu => Arc::new(cpu),
-        DeviceChoice::Auto => match gpu(0, cpu.n_threads, options.gpu_memory) {
+        DeviceChoice::Auto => match gpu(0, cpu.n_threads, options) {
             Ok(gpu) => gpu,
             Err(error) => {
                 tracing::info!(reason = %error, "no GPU, so the CPU");
@@ -89,7 +89,7 @@ pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Devic
             }
         },
         DeviceChoice::Cuda(number) => {
-            let gpu = gpu(number, cpu.n_threads, options.gpu_memory);
+            let gpu = gpu(number, cpu.n_threads, options);
             gpu.with_context(|| format!("--device {}", options.device))?
         }
     };
@@ -99,13 +99,14 @@ pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Devic
 
 /// A GPU, if this build and this machine have one.
 #[cfg(feature = "cuda")]
-fn gpu(number: usize, n_threads: usize, memory: GpuMemory) -> anyhow::Result<Arc<dyn Device>> {
-    Ok(Arc::new(paceline_cuda::Gpu::open(number, n_threads)?.with_memory_share(memory.0)))
+fn gpu(number: usize, n_threads: usize, options: &DeviceOptions) -> anyhow::Result<Arc<dyn Device>> {
+    let gpu = paceline_cuda::Gpu::open(number, n_threads)?.with_memory_share(options.gpu_memory.0);
+    Ok(Arc::new(gpu.with_nccl(options.nccl_lib.clone())))
 }
 
 /// A GPU, if this build and this machine have one.
 #[cfg(not(feature = "cuda"))]
-fn gpu(_number: usize, _n_threads: usize, _memory: GpuMemory) -> anyhow::Result<Arc<dyn Device>> {
+fn gpu(_number: usize, _n_threads: usize, _options: &DeviceOptions) -> anyhow::Result<Arc<dyn Device>> {
     anyhow::bail!("this build has no GPU support: build with --features cuda")
 }
 
@@ -138,7 +139,8 @@ mod tests {
     #[test]
     fn the_cpu_is_taken_and_a_missing_gpu_is_an_error() {
         let cpu = Cpu { kernels: Kernels::detect(), n_threads: 1 };
-        let take = |device| choose(&DeviceOptions { device, gpu_memory: GpuMemory(0.9) }, cpu);
+        let take =
+            |device| choose(&DeviceOptions { device, gpu_memory: GpuMemory(0.9), nccl_lib: None }, cpu);
         assert_eq!(take(DeviceChoice::Cpu).expect("a device").name(), cpu.name());
         assert!(take(DeviceChoice::Auto).is_ok(), "there is always something");
         // No machine has so many; without GPU support there is not even one.

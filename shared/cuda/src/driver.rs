@@ -386,7 +386,7 @@ impl Runtime for Driver {
 
     fn offer(&mut self) -> Result<Offer, CudaError> {
         let library = format!("NCCL {}", self.link.nccl()?.version());
-        Ok(Offer { device: self.device.uuid()?, library })
+        Ok(Offer { device: self.device.uuid_bytes()?, library })
     }
 
     fn link_id(&mut self) -> Result<LinkId, CudaError> {

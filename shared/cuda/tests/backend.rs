@@ -2,6 +2,7 @@
 //! chunks of a prompt, the kernels chosen and whether a graph is replayed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 #[path = "../../model/tests/support/mod.rs"]
 mod model;
@@ -9,12 +10,16 @@ mod support;
 
 use model::models;
 use model::rig::{AllLogits, Rig, Step, assert_same_bits, in_a_crowd, in_pieces, of_first_sequence, tokens};
+use model::threads::Threads;
 use paceline_checkpoint::Checkpoint;
+use paceline_collectives::{AbortFlag, Collective};
 use paceline_cuda::backend::{GpuBackend, GraphMode, LinkMode};
 use paceline_cuda::kernels::attention::HEAD_DIMS;
+use paceline_domain::{BlockId, ErrorKind, KvType, TokenId};
 use paceline_kernels::{Kernels, Pinning, ThreadPool};
+use paceline_model::link::{Group, Route};
 use paceline_model::synthetic::Synthetic;
-use paceline_model::{Backend, Cpu, Device, LoadSpec, ModelError};
+use paceline_model::{Backend, Batch, Capacity, Cpu, Decoder, Device, LoadSpec, ModelError, SplitPlan};
 use support::emulated::Emulated;
 use support::pretended_link::{PretendedLink, Wire};
 
@@ -37,15 +42,18 @@ impl Device for EmulatedGpu {
 const EAGER: EmulatedGpu = EmulatedGpu { graphs: GraphMode::Off };
 const GRAPHS: EmulatedGpu = EmulatedGpu { graphs: GraphMode::Auto };
 
+/// A rank's end of the wire; a rank without computes on the CPU.
+type End = fn(&Arc<Wire>, usize) -> Option<PretendedLink>;
+
 /// Emulators that pretend to be linked: the device, and its end of the wire, are those of the rank.
 struct Linked {
     wire: Arc<Wire>,
-    end: fn(&Arc<Wire>, usize) -> Option<PretendedLink>,
+    end: End,
     modes: (GraphMode, LinkMode),
 }
 
 impl Linked {
-    fn new(end: fn(&Arc<Wire>, usize) -> Option<PretendedLink>) -> Self {
+    fn new(end: End) -> Self {
         Self { wire: Arc::default(), end, modes: (GraphMode::Auto, LinkMode::Auto) }
     }
 
@@ -189,7 +197,7 @@ fn ranks_that_cannot_be_linked_go_through_the_host() {
     let rig = rig.with(model::rig::Setup { n_ranks: 2, ..rig.setup });
     let steps = in_pieces(&tokens(8, 12, rig.config.n_vocab), &[7, 1]);
     let expected = rig.run_on(&EAGER, &steps);
-    let ends: [(&str, fn(&Arc<Wire>, usize) -> Option<PretendedLink>); 2] = [
+    let ends: [(&str, End); 2] = [
         ("one device", |wire, _| Some(PretendedLink::new(wire, 4))),
         ("one finds out late", |wire, rank| {
             let end = PretendedLink::new(wire, rank as u8);
@@ -213,11 +221,46 @@ fn ranks_that_cannot_be_linked_go_through_the_host() {
 }
 
 #[test]
+fn a_peer_that_is_lost_is_an_error_in_time() {
+    let rig = rig(&models::llama_wide());
+    let plan = SplitPlan::new(&rig.config, 2).expect("a plan");
+    let linked = Linked::new(Linked::own_devices);
+    let capacity = Capacity { kv_type: KvType::F16, n_kv_blocks: 1, max_rows: 1, max_output_rows: 1 };
+    let (checkpoint, config) = (&rig.checkpoint, &rig.config);
+    let join = |collective: &mut Threads, deadline: Duration| {
+        let rank = collective.rank();
+        let spec = LoadSpec { checkpoint, config, plan: &plan, rank, capacity, progress: &|_| () };
+        let mut decoder = Decoder::load(&spec, &linked).expect("loads");
+        let abort = AbortFlag::new();
+        let route = decoder.join(&mut Group { collective, connect_deadline: deadline, deadline, abort });
+        assert!(matches!(route, Ok(Route::Direct(_))), "{route:?}");
+        decoder
+    };
+    let mut group = Threads::group(2);
+    let (mut second, mut first) = (group.pop().expect("two"), group.pop().expect("two"));
+    std::thread::scope(|scope| {
+        scope.spawn(|| drop(join(&mut second, Duration::from_secs(60))));
+        let mut decoder = join(&mut first, Duration::from_millis(100));
+        let batch = Batch {
+            tokens: &[TokenId(1)],
+            positions: &[0],
+            sequence_of_row: &[0],
+            block_tables: &[&[BlockId(0)]],
+            output_rows: &[0],
+        };
+        let error = decoder.forward(&batch, &mut first).err().expect("nobody is there");
+        assert!(error.to_string().contains("was not done within 100ms"), "{error}");
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+    });
+}
+
+#[test]
 fn the_self_test_passes() {
     let devices = paceline_cuda::selftest::Devices { graphs: &GRAPHS, eager: &EAGER };
     let checks = paceline_cuda::selftest::run(&devices, paceline_cuda::selftest::Extent::Quick, &mut |_| ());
     assert!(checks.len() > 6);
     for check in checks {
-        assert!(check.outcome.is_ok(), "{}: {:?}", check.name, check.outcome);
+        let passed = matches!(check.outcome, paceline_cuda::selftest::Outcome::Passed(_));
+        assert!(passed, "{}: {:?}", check.name, check.outcome);
     }
 }

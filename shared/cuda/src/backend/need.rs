@@ -40,8 +40,12 @@ impl MemoryNeed {
         // Angles are held of every position that the pool has room for.
         let more_angles =
             spec.config.context_length.saturating_sub(BLOCK_POSITIONS) * spec.config.head_dim * 4;
+        // For ranks that come to be linked.
+        let gathered_bytes =
+            if spec.plan.n_ranks() == 1 { 0 } else { backend.gathered_bytes() as u64 + PIECE_BYTES };
         let kv_pieces = 2 * spec.config.n_layers as u64 + 1;
-        let fixed_bytes = all - free - kv_block_bytes + more_angles as u64 + kv_pieces * PIECE_BYTES;
+        let fixed_bytes =
+            all - free - kv_block_bytes + more_angles as u64 + gathered_bytes + kv_pieces * PIECE_BYTES;
         Ok(Self { fixed_bytes, kv_block_bytes })
     }
 }

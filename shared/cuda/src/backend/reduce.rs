@@ -88,12 +88,17 @@ impl GpuBackend {
         Ok(Route::Direct(library))
     }
 
+    /// Device memory for the partial sums of all ranks.
+    pub(super) fn gathered_bytes(&self) -> usize {
+        4 * self.plan.n_ranks() * self.widths.n_partials * self.n_rows_padded * self.widths.n_embd
+    }
+
     fn link(&mut self, id: LinkId, group: &Group<'_>) -> Result<Sums, CudaError> {
         let attention = TreeSteps::new(&self.plan.attention().tree);
         let ffn = TreeSteps::new(&self.plan.ffn().tree);
-        let n_parts = self.plan.n_ranks() * attention.n_parts.max(ffn.n_parts);
+        let n_bytes = self.gathered_bytes();
         let runtime = self.runtime.as_mut();
-        let gathered = runtime.alloc(4 * n_parts * self.n_rows_padded * self.widths.n_embd)?;
+        let gathered = runtime.alloc(n_bytes)?;
         let (attention, ffn) = (Tree::upload(runtime, attention)?, Tree::upload(runtime, ffn)?);
         let abort = group.abort.clone();
         runtime.join(Membership {

@@ -14,7 +14,9 @@ use anyhow::{Context as _, bail};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
 use paceline_domain::{BlockId, Epoch, KvType, SamplingParams, TokenId, group::BLOCK_POSITIONS};
-use paceline_model::{Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, logits::Choice};
+use paceline_model::{
+    Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, link::Group, logits::Choice,
+};
 use paceline_sampling::{Candidate, TokenHistory, merge};
 
 use super::shape::Shape;
