@@ -334,6 +334,8 @@ fn join(
     let mut group = Group { collective, connect_deadline, deadline, abort: spec.abort.clone() };
     let route = decoder.join(&mut group)?;
     collective.set_deadline(deadline);
+    // Steps do not count this wait.
+    collective.take_stats();
     if route != Route::Alone {
         tracing::info!(rank = spec.rank, epoch = spec.epoch.0, %route, "sums over ranks");
     }

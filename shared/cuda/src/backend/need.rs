@@ -34,18 +34,19 @@ impl MemoryNeed {
         let capacity = Capacity { n_kv_blocks: 1, ..spec.capacity };
         let one_block = LoadSpec { capacity, progress: &|_| (), ..*spec };
         let counter = Box::<Counter>::default();
-        let backend = GpuBackend::assemble(counter, &one_block, Packing::OutlineOnly, GraphMode::Auto)?;
+        let mut backend = GpuBackend::assemble(counter, &one_block, Packing::OutlineOnly, GraphMode::Auto)?;
+        if spec.plan.n_ranks() > 1 {
+            // Ranks may come to be linked.
+            let n_bytes = backend.gathered_bytes();
+            backend.runtime.alloc(n_bytes).map_err(model_error)?;
+        }
         let (free, all) = backend.runtime.memory().map_err(model_error)?;
         let kv_block_bytes = (backend.bytes.kv + TABLE_BYTES_PER_BLOCK) as u64;
         // Angles are held of every position that the pool has room for.
         let more_angles =
             spec.config.context_length.saturating_sub(BLOCK_POSITIONS) * spec.config.head_dim * 4;
-        // For ranks that come to be linked.
-        let gathered_bytes =
-            if spec.plan.n_ranks() == 1 { 0 } else { backend.gathered_bytes() as u64 + PIECE_BYTES };
         let kv_pieces = 2 * spec.config.n_layers as u64 + 1;
-        let fixed_bytes =
-            all - free - kv_block_bytes + more_angles as u64 + gathered_bytes + kv_pieces * PIECE_BYTES;
+        let fixed_bytes = all - free - kv_block_bytes + more_angles as u64 + kv_pieces * PIECE_BYTES;
         Ok(Self { fixed_bytes, kv_block_bytes })
     }
 }
