@@ -1,13 +1,13 @@
 //! What a shard computes with: what was asked for, what there is, what was taken. Nothing is loaded here.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 use anyhow::Context as _;
 use clap::Args;
 use paceline_model::{Cpu, Device};
 
 /// Flags about devices.
-#[derive(Args, Clone, Copy, PartialEq, Debug)]
+#[derive(Args, Clone, PartialEq, Debug)]
 pub struct DeviceOptions {
     /// What to compute with: auto, cpu or cuda:N; auto takes a GPU when one answers
     #[arg(long, env = "PACELINE_DEVICE", value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
@@ -15,6 +15,9 @@ pub struct DeviceOptions {
     /// Share of the free GPU memory that weights and KV cache may take
     #[arg(long, env = "PACELINE_GPU_MEMORY", value_name = "SHARE", default_value_t = GpuMemory(0.9))]
     pub gpu_memory: GpuMemory,
+    /// NCCL, which sums over GPUs: libnccl.so.2 or its folder [default: where the dynamic linker looks]
+    #[arg(long, env = "PACELINE_NCCL_LIB", value_name = "PATH")]
+    pub nccl_lib: Option<PathBuf>,
 }
 
 /// A device as it is named on the command line.
@@ -78,7 +81,7 @@ impl fmt::Display for GpuMemory {
 pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Device>> {
     let device: Arc<dyn Device> = match options.device {
         DeviceChoice::Cpu => Arc::new(cpu),
-        DeviceChoice::Auto => match gpu(0, cpu.n_threads, options.gpu_memory) {
+        DeviceChoice::Auto => match gpu(0, cpu.n_threads, options) {
             Ok(gpu) => gpu,
             Err(error) => {
                 tracing::info!(reason = %error, "no GPU, so the CPU");
@@ -86,7 +89,7 @@ pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Devic
             }
         },
         DeviceChoice::Cuda(number) => {
-            let gpu = gpu(number, cpu.n_threads, options.gpu_memory);
+            let gpu = gpu(number, cpu.n_threads, options);
             gpu.with_context(|| format!("--device {}", options.device))?
         }
     };
@@ -96,13 +99,14 @@ pub fn choose(options: &DeviceOptions, cpu: Cpu) -> anyhow::Result<Arc<dyn Devic
 
 /// A GPU, if this build and this machine have one.
 #[cfg(feature = "cuda")]
-fn gpu(number: usize, n_threads: usize, memory: GpuMemory) -> anyhow::Result<Arc<dyn Device>> {
-    Ok(Arc::new(paceline_cuda::Gpu::open(number, n_threads)?.with_memory_share(memory.0)))
+fn gpu(number: usize, n_threads: usize, options: &DeviceOptions) -> anyhow::Result<Arc<dyn Device>> {
+    let gpu = paceline_cuda::Gpu::open(number, n_threads)?.with_memory_share(options.gpu_memory.0);
+    Ok(Arc::new(gpu.with_nccl(options.nccl_lib.clone())))
 }
 
 /// A GPU, if this build and this machine have one.
 #[cfg(not(feature = "cuda"))]
-fn gpu(_number: usize, _n_threads: usize, _memory: GpuMemory) -> anyhow::Result<Arc<dyn Device>> {
+fn gpu(_number: usize, _n_threads: usize, _options: &DeviceOptions) -> anyhow::Result<Arc<dyn Device>> {
     anyhow::bail!("this build has no GPU support: build with --features cuda")
 }
 
@@ -135,7 +139,8 @@ mod tests {
     #[test]
     fn the_cpu_is_taken_and_a_missing_gpu_is_an_error() {
         let cpu = Cpu { kernels: Kernels::detect(), n_threads: 1 };
-        let take = |device| choose(&DeviceOptions { device, gpu_memory: GpuMemory(0.9) }, cpu);
+        let take =
+            |device| choose(&DeviceOptions { device, gpu_memory: GpuMemory(0.9), nccl_lib: None }, cpu);
         assert_eq!(take(DeviceChoice::Cpu).expect("a device").name(), cpu.name());
         assert!(take(DeviceChoice::Auto).is_ok(), "there is always something");
         // No machine has so many; without GPU support there is not even one.

@@ -12,6 +12,7 @@ use paceline_collectives::{
     AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
 };
 use paceline_domain::{ErrorKind, KvType, StepNumber, StepPlan, StepResult, StepTimings};
+use paceline_model::link::{Group, Route};
 use paceline_model::{
     Batch, Capacity, Decoder, Device, DeviceRoom, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan,
 };
@@ -29,6 +30,8 @@ use crate::{
 pub const MAX_PLANS_AHEAD: usize = 4;
 /// How long ranks may take to find each other; all were told at the same moment.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
+/// How long ranks that have loaded wait for the others; a peer that leaves, or the abort flag, ends it at once.
+const LOAD_DEADLINE: Duration = Duration::from_secs(3600);
 
 /// What a process computes with, whatever group it joins.
 #[derive(Clone)]
@@ -179,8 +182,8 @@ impl Executor {
     fn form(machine: Machine, place: Place, outbox: &Outbox) -> Result<Self, ExecutorError> {
         let form = place.form;
         let (rank, n_ranks) = (form.rank as usize, form.peer_addresses.len());
-        let spec = group_spec(&form, machine.transport, place.abort)?;
-        let collective = paceline_collectives::connect(place.endpoint, &spec)?;
+        let group = group_spec(&form, machine.transport, place.abort)?;
+        let mut collective = paceline_collectives::connect(place.endpoint, &group)?;
         let plan = SplitPlan::new(&machine.config, n_ranks)?;
         let progress = |progress: LoadProgress| {
             let LoadProgress { done_bytes, total_bytes } = progress;
@@ -203,7 +206,8 @@ impl Executor {
             capacity,
             progress: &progress,
         };
-        let decoder = Decoder::load(&spec, machine.device.as_ref())?;
+        let mut decoder = Decoder::load(&spec, machine.device.as_ref())?;
+        join(&mut decoder, collective.as_mut(), &group)?;
         let (weight_bytes, kv_bytes) = decoder.memory_bytes();
         let ready = proto::Ready {
             epoch: form.epoch,
@@ -317,6 +321,25 @@ impl Rows {
 
 fn kv_type(name: &str) -> Result<KvType, ExecutorError> {
     KvType::from_name(name).ok_or_else(|| ExecutorError::Form(format!("KV type {name:?} is not f16 or f32")))
+}
+
+/// Ranks are done loading at different times; from then on they are together.
+fn join(
+    decoder: &mut Decoder,
+    collective: &mut dyn Collective,
+    spec: &GroupSpec,
+) -> Result<(), ExecutorError> {
+    collective.set_deadline(LOAD_DEADLINE);
+    let GroupSpec { connect_deadline, deadline, .. } = *spec;
+    let mut group = Group { collective, connect_deadline, deadline, abort: spec.abort.clone() };
+    let route = decoder.join(&mut group)?;
+    collective.set_deadline(deadline);
+    // Steps do not count this wait.
+    collective.take_stats();
+    if route != Route::Alone {
+        tracing::info!(rank = spec.rank, epoch = spec.epoch.0, %route, "sums over ranks");
+    }
+    Ok(())
 }
 
 fn group_spec(

@@ -4,5 +4,6 @@
 #include "filter.cu"
 #include "linear.cu"
 #include "norm.cu"
+#include "reduce.cu"
 #include "rope.cu"
 #include "sampling.cu"

@@ -1,15 +1,19 @@
 //! A GPU through NVIDIA's driver library, which is loaded when first asked for. It knows no kernel by name.
 
 mod device;
+mod link;
 mod staging;
 
-use crate::runtime::{DevicePtr, GraphId, Launch, Runtime};
+use crate::runtime::{DevicePtr, GraphId, Launch, Membership, Runtime};
 use crate::{CudaError, image, kernels};
 use cudarc::driver::{result, sys};
 use device::{Device, check, problem_of};
+use link::{Link, Work};
+use paceline_model::link::{LinkId, Offer};
 use staging::Staging;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Dynamic shared memory that every kernel may use without asking.
@@ -22,13 +26,15 @@ pub struct Driver {
     stream: sys::CUstream,
     module: sys::CUmodule,
     functions: HashMap<&'static str, Function>,
-    graphs: Vec<sys::CUgraphExec>,
+    link: Link,
     allocations: Vec<DevicePtr>,
     staging: Option<Staging>,
     /// Events of marks that were used up.
     events: Vec<sys::CUevent>,
     args: Box<Args>,
     is_capturing: bool,
+    /// The last operation was another library's, behind which nothing is launched ahead.
+    is_behind_gather: bool,
     // Dropped last: it releases the context.
     device: Device,
 }
@@ -93,12 +99,13 @@ impl Driver {
             stream: std::ptr::null_mut(),
             module: std::ptr::null_mut(),
             functions: HashMap::new(),
-            graphs: Vec::new(),
+            link: Link::new(),
             allocations: Vec::new(),
             staging: None,
             events: Vec::new(),
             args: Box::new(Args([0; MAX_ARGS_BYTES])),
             is_capturing: false,
+            is_behind_gather: false,
             device,
         };
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
@@ -112,6 +119,12 @@ impl Driver {
             driver.function(name)?;
         }
         Ok(driver)
+    }
+
+    /// Where NCCL is looked for; see [`crate::nccl::Nccl::load`].
+    pub fn with_nccl(mut self, place: Option<PathBuf>) -> Self {
+        self.link.look_in(place);
+        self
     }
 
     /// The stream, for libraries that queue work of their own.
@@ -182,9 +195,7 @@ impl Driver {
     pub fn elapsed(&mut self, from: Mark, to: Mark) -> Result<Duration, CudaError> {
         self.device.enter()?;
         self.events.extend([from.0, to.0]);
-        // SAFETY: the event lives.
-        let result = unsafe { result::event::synchronize(to.0) };
-        check("cuEventSynchronize", result)?;
+        self.link.wait(Work::Event(to.0))?;
         // SAFETY: both events have been recorded on the one stream.
         let milliseconds = unsafe { result::event::elapsed(from.0, to.0) };
         let milliseconds = check("cuEventElapsedTime", milliseconds)?;
@@ -193,12 +204,19 @@ impl Driver {
 
     /// Destroys all graphs; their ids are void. Before a communicator that was captured in them goes.
     pub fn destroy_graphs(&mut self) {
-        if self.device.enter().is_err() {
-            return;
+        if self.device.enter().is_ok() {
+            self.link.destroy_graphs();
         }
-        for graph in self.graphs.drain(..) {
-            // SAFETY: instantiated by `end_capture`, destroyed once.
-            let _ = unsafe { result::graph::exec_destroy(graph) };
+    }
+
+    /// Ends a capture of which nothing is kept.
+    fn discard_capture(&mut self) {
+        if std::mem::take(&mut self.is_capturing) {
+            // SAFETY: the stream lives.
+            if let Ok(graph) = unsafe { result::stream::end_capture(self.stream) } {
+                // SAFETY: just captured.
+                let _ = unsafe { result::graph::destroy(graph) };
+            }
         }
     }
 
@@ -235,9 +253,9 @@ impl Driver {
         Ok(())
     }
 
-    fn staging(&mut self) -> &mut Staging {
+    fn staging(&mut self) -> (&mut Staging, &mut Link) {
         assert!(!self.is_capturing, "copies to and from the host cannot be captured");
-        self.staging.as_mut().expect("invariant: made by `open`")
+        (self.staging.as_mut().expect("invariant: made by `open`"), &mut self.link)
     }
 }
 
@@ -273,13 +291,15 @@ impl Runtime for Driver {
     fn upload(&mut self, to: DevicePtr, from: &[u8]) -> Result<(), CudaError> {
         self.device.enter()?;
         let stream = self.stream;
-        self.staging().upload(stream, to, from)
+        let (staging, link) = self.staging();
+        staging.upload((stream, link), to, from)
     }
 
     fn download(&mut self, from: DevicePtr, to: &mut [u8]) -> Result<(), CudaError> {
         self.device.enter()?;
         let stream = self.stream;
-        self.staging().download(stream, from, to)
+        let (staging, link) = self.staging();
+        staging.download((stream, link), from, to)
     }
 
     fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[u8]) -> Result<(), CudaError> {
@@ -292,6 +312,7 @@ impl Runtime for Driver {
         let mut parameters: [*mut c_void; 1] = [self.args.0.as_mut_ptr().cast()];
         let [x, y, z] = launch.grid;
         let mut ahead = launched_ahead();
+        let is_behind_gather = std::mem::take(&mut self.is_behind_gather);
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -302,7 +323,7 @@ impl Runtime for Driver {
             sharedMemBytes: launch.shared_bytes,
             hStream: self.stream,
             attrs: &mut ahead,
-            numAttrs: u32::from(self.device.waits_in_kernels),
+            numAttrs: u32::from(self.device.waits_in_kernels && !is_behind_gather),
         };
         // SAFETY: the function takes one struct, as tests/kernel_signatures.rs checks, and the driver copies it and the
         // configuration before it returns; what its pointers point to is up to the launcher of the kernel.
@@ -328,7 +349,10 @@ impl Runtime for Driver {
     }
 
     fn end_capture(&mut self) -> Result<GraphId, CudaError> {
-        assert!(self.is_capturing, "no capture has been begun");
+        if !self.is_capturing {
+            let problem = "nothing is being captured, or the capture ended with a failure".to_owned();
+            return Err(CudaError::Device { call: "cuStreamEndCapture", problem });
+        }
         self.device.enter()?;
         self.is_capturing = false;
         // SAFETY: the stream lives.
@@ -339,26 +363,58 @@ impl Runtime for Driver {
         // SAFETY: as above; what was instantiated does not need it.
         let destroyed = unsafe { result::graph::destroy(graph) };
         let executable = check("cuGraphInstantiateWithFlags", result)?;
-        self.graphs.push(executable);
+        let id = self.link.keep(executable);
         check("cuGraphDestroy", destroyed)?;
         // SAFETY: just instantiated; the stream lives.
         let uploaded = unsafe { result::graph::upload(executable, self.stream) };
         check("cuGraphUpload", uploaded)?;
-        Ok(GraphId(self.graphs.len() - 1))
+        Ok(id)
     }
 
     fn replay(&mut self, graph: GraphId) -> Result<(), CudaError> {
         self.device.enter()?;
+        let executable = self.link.graph(graph)?;
         // SAFETY: instantiated and not destroyed; the stream lives.
-        let result = unsafe { result::graph::launch(self.graphs[graph.0], self.stream) };
+        let result = unsafe { result::graph::launch(executable, self.stream) };
         check("cuGraphLaunch", result)
     }
 
     fn synchronize(&mut self) -> Result<(), CudaError> {
         self.device.enter()?;
-        // SAFETY: the stream lives.
-        let result = unsafe { result::stream::synchronize(self.stream) };
-        check("cuStreamSynchronize", result)
+        self.link.wait(Work::Stream(self.stream))
+    }
+
+    fn offer(&mut self) -> Result<Offer, CudaError> {
+        let library = format!("NCCL {}", self.link.nccl()?.version());
+        Ok(Offer { device: self.device.uuid_bytes()?, library })
+    }
+
+    fn link_id(&mut self) -> Result<LinkId, CudaError> {
+        self.device.enter()?;
+        self.link.nccl()?.unique_id()
+    }
+
+    fn join(&mut self, membership: Membership) -> Result<(), CudaError> {
+        self.device.enter()?;
+        self.link.join(membership)
+    }
+
+    fn part(&mut self) {
+        if self.device.enter().is_ok() {
+            self.discard_capture();
+            self.link.end();
+        }
+    }
+
+    fn all_gather(&mut self, from: DevicePtr, to: DevicePtr, n_f32: usize) -> Result<(), CudaError> {
+        self.device.enter()?;
+        let (stream, is_capturing) = (self.stream(), self.is_capturing);
+        self.is_behind_gather = true;
+        let gathered = self.link.all_gather((from, to), n_f32, stream, is_capturing);
+        if gathered.is_err() {
+            self.part();
+        }
+        gathered
     }
 
     fn memory(&self) -> Result<(u64, u64), CudaError> {
@@ -386,18 +442,12 @@ impl Drop for Driver {
         if self.device.enter().is_err() {
             return;
         }
-        if self.is_capturing {
-            // SAFETY: the stream lives.
-            if let Ok(graph) = unsafe { result::stream::end_capture(self.stream) } {
-                // SAFETY: just captured.
-                let _ = unsafe { result::graph::destroy(graph) };
-            }
-        }
+        self.discard_capture();
+        self.link.free(self.stream);
         if !self.stream.is_null() {
             // SAFETY: the stream lives.
             let _ = unsafe { result::stream::synchronize(self.stream) };
         }
-        self.destroy_graphs();
         if !self.module.is_null() {
             // SAFETY: loaded by `open`; nothing runs any more.
             let _ = unsafe { result::module::unload(self.module) };

@@ -1,9 +1,11 @@
 //! A GPU of this machine as a device of the decoder.
 
+use std::path::{Path, PathBuf};
+
 use paceline_kernels::{Pinning, ThreadPool};
 use paceline_model::{Backend, Device, DeviceRoom, LoadSpec, ModelError};
 
-use crate::backend::{GpuBackend, GraphMode, MemoryNeed, model_error};
+use crate::backend::{GpuBackend, GraphMode, LinkMode, MemoryNeed, model_error};
 use crate::{CudaError, Driver, Runtime};
 
 /// A GPU that answered.
@@ -15,6 +17,8 @@ pub struct Gpu {
     graphs: GraphMode,
     /// Share of the free memory that may be taken.
     memory_share: f64,
+    nccl: Option<PathBuf>,
+    links: LinkMode,
 }
 
 impl Gpu {
@@ -24,7 +28,8 @@ impl Gpu {
     /// When there is no such GPU, no driver, or it is too old.
     pub fn open(ordinal: usize, n_threads: usize) -> Result<Self, CudaError> {
         let name = Driver::open(ordinal)?.name();
-        Ok(Self { ordinal, name, n_threads, graphs: GraphMode::Auto, memory_share: 1.0 })
+        let (graphs, links) = (GraphMode::Auto, LinkMode::Auto);
+        Ok(Self { ordinal, name, n_threads, graphs, memory_share: 1.0, nccl: None, links })
     }
 
     /// With or without captured passes.
@@ -35,6 +40,29 @@ impl Gpu {
     /// With a share of the free memory for weights, buffers and KV cache; a group's pool is sized by it.
     pub fn with_memory_share(self, memory_share: f64) -> Self {
         Self { memory_share, ..self }
+    }
+
+    /// With NCCL from this file or folder instead of where the dynamic linker looks.
+    pub fn with_nccl(self, place: Option<PathBuf>) -> Self {
+        Self { nccl: place, ..self }
+    }
+
+    /// Linked with the GPUs of other ranks in these cases.
+    pub fn with_links(self, links: LinkMode) -> Self {
+        Self { links, ..self }
+    }
+
+    /// Where NCCL is looked for, unless by the dynamic linker.
+    pub fn nccl(&self) -> Option<&Path> {
+        self.nccl.as_deref()
+    }
+
+    /// The GPU for work of one's own.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn driver(&self) -> Result<Driver, CudaError> {
+        Ok(Driver::open(self.ordinal)?.with_nccl(self.nccl.clone()))
     }
 
     /// Bytes of memory free and in all.
@@ -61,8 +89,9 @@ impl Device for Gpu {
     }
 
     fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
-        let driver = Driver::open(self.ordinal).map_err(model_error)?;
+        let driver = self.driver().map_err(model_error)?;
         let pool = ThreadPool::new(self.n_threads, Pinning::None);
-        Ok(Box::new(GpuBackend::load(Box::new(driver), spec, &pool, self.graphs)?))
+        let backend = GpuBackend::load(Box::new(driver), spec, &pool, self.graphs)?;
+        Ok(Box::new(backend.with_links(self.links)))
     }
 }

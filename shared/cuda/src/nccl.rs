@@ -2,7 +2,8 @@
 
 mod communicator;
 
-pub use communicator::{Communicator, Membership};
+pub use crate::runtime::Membership;
+pub use communicator::Communicator;
 
 use crate::CudaError;
 use libloading::Library;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// What the services call the setting that names the library, for error messages.
 pub const SETTING: &str = "PACELINE_NCCL_LIB";
 /// Bytes of the id that the first rank makes and all ranks join with.
-pub const ID_BYTES: usize = 128;
+pub const ID_BYTES: usize = paceline_model::link::LINK_ID_BYTES;
 
 const FILE: &str = "libnccl.so.2";
 /// The first version whose calls need not block.

@@ -1,6 +1,10 @@
 //! What the backend asks of a device: memory, copies, launches, graphs, all on one stream. `driver` does it on a GPU, the
 //! tests' emulator on the CPU; nothing here knows what a kernel computes.
 
+use std::time::Duration;
+
+use paceline_model::link::{LinkId, Offer};
+
 use crate::CudaError;
 
 /// An address in device memory.
@@ -20,6 +24,22 @@ pub struct Launch {
 /// A sequence of launches that was captured and can be replayed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct GraphId(pub usize);
+
+/// What a device needs to be linked with those of other ranks.
+pub struct Membership {
+    /// From the first rank.
+    pub id: LinkId,
+    /// Place of this rank, from 0.
+    pub rank: usize,
+    /// Ranks in the group, each on a device of its own.
+    pub n_ranks: usize,
+    /// How long joining may take.
+    pub connect_deadline: Duration,
+    /// How long each later operation may take.
+    pub deadline: Duration,
+    /// Looked at in every wait; once it says yes, the wait ends, and the link with it.
+    pub is_aborted: Box<dyn Fn() -> bool + Send>,
+}
 
 /// One device and one stream. Operations run in the order of the calls; only `download`, `synchronize` and `upload`
 /// wait.
@@ -71,6 +91,44 @@ pub trait Runtime: Send {
     /// # Errors
     /// What the device reports, also of earlier launches.
     fn synchronize(&mut self) -> Result<(), CudaError>;
+
+    /// What the device brings for links with others.
+    ///
+    /// # Errors
+    /// Why it has none.
+    fn offer(&mut self) -> Result<Offer, CudaError> {
+        Err(CudaError::Nccl(format!("{} has no links", self.name())))
+    }
+
+    /// An id for a group, made on the device of its first rank.
+    ///
+    /// # Errors
+    /// What the library reports.
+    fn link_id(&mut self) -> Result<LinkId, CudaError> {
+        self.offer().map(|_| [0; _])
+    }
+
+    /// Links the device with those of other ranks, which do the same. From now on every wait watches the group: when it
+    /// fails, the link ends, captured graphs are void, and this and later waits are errors.
+    ///
+    /// # Errors
+    /// What the library reports, a rank that is late, or the abort flag.
+    fn join(&mut self, membership: Membership) -> Result<(), CudaError> {
+        let _ = membership;
+        self.offer().map(|_| ())
+    }
+
+    /// Ends the link; what it has under way ends too. Graphs are void.
+    fn part(&mut self) {}
+
+    /// Brings `n_f32` numbers of every rank to all: `to` is `[n_ranks][n_f32]`. May be captured.
+    ///
+    /// # Errors
+    /// What the library reports, a rank that is late, or the abort flag.
+    fn all_gather(&mut self, from: DevicePtr, to: DevicePtr, n_f32: usize) -> Result<(), CudaError> {
+        let _ = (from, to, n_f32);
+        self.offer().map(|_| ())
+    }
 
     /// Bytes free and in all.
     ///

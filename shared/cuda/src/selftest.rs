@@ -1,6 +1,9 @@
 //! What a GPU backend must show on the device it runs on: logits near the CPU's, and the same bits whatever the batch, the
 //! chunks and the graphs. The same checks run on a GPU (`paceline selftest`) and on the emulator of the tests.
 
+#[cfg(feature = "driver")]
+pub mod nccl;
+
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,6 +12,7 @@ use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
 use paceline_domain::{BlockId, Epoch, KvType, SamplingParams, TokenId, WeightType};
 use paceline_kernels::Kernels;
+use paceline_model::link::Group;
 use paceline_model::logits::Choice;
 use paceline_model::names::Part;
 use paceline_model::synthetic::{Synthetic, tiny_config};
@@ -46,9 +50,26 @@ pub struct Check {
     /// What was checked.
     pub name: String,
     /// What was found, or what is wrong.
-    pub outcome: Result<String, String>,
+    pub outcome: Outcome,
     /// How long it took.
     pub duration: Duration,
+}
+
+/// What came of a check.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// What was found.
+    Passed(String),
+    /// What is wrong.
+    Failed(String),
+    /// What is missing here for the check.
+    Skipped(String),
+}
+
+impl From<Result<String, String>> for Outcome {
+    fn from(result: Result<String, String>) -> Self {
+        result.map_or_else(Self::Failed, Self::Passed)
+    }
 }
 
 /// A random model.
@@ -67,7 +88,7 @@ pub fn run(devices: &Devices<'_>, extent: Extent, report: &mut dyn FnMut(&Check)
     let mut checks = Vec::new();
     let mut check = |name: String, body: &dyn Fn() -> Result<String, String>| {
         let started = Instant::now();
-        let outcome = body();
+        let outcome = body().into();
         let check = Check { name, outcome, duration: started.elapsed() };
         report(&check);
         checks.push(check);
@@ -220,6 +241,10 @@ impl Model {
     ) -> Result<Rows, String> {
         let mut collective = connect(endpoint, spec).map_err(|error| error.to_string())?;
         let mut decoder = self.decoder(device, plan, spec.rank, steps).map_err(|error| error.to_string())?;
+        let together = collective.as_mut();
+        let abort = spec.abort.clone();
+        let mut group = Group { collective: together, connect_deadline: DEADLINE, deadline: DEADLINE, abort };
+        decoder.join(&mut group).map_err(|error| error.to_string())?;
         let tables = Tables::of(steps);
         let mut rows = Vec::new();
         for step in steps {

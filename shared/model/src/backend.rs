@@ -5,6 +5,7 @@ use paceline_collectives::Collective;
 
 use crate::batch::Batch;
 use crate::estimate::DeviceRoom;
+use crate::link::{Group, Route};
 use crate::logits::LogitRows;
 use crate::{LoadSpec, ModelError};
 
@@ -47,6 +48,16 @@ pub trait Backend: LogitRows {
 
     /// Bytes of packed weights and of the KV memory.
     fn memory_bytes(&self) -> (usize, usize);
+
+    /// Enters a group before its first pass; all ranks do at the same time. A backend without links of its own says so.
+    fn join(&mut self, group: &mut Group<'_>) -> Result<Route, ModelError> {
+        if group.collective.n_ranks() == 1 {
+            return Ok(Route::Alone);
+        }
+        let own = Err(format!("{} has no links", self.name()));
+        let answer = group.agree(own, &mut || Err("no links".into()))?;
+        Ok(Route::ThroughHost(answer.err().unwrap_or_default()))
+    }
 
     /// Takes over a checked batch: positions, block tables, output rows; the embeddings of its tokens become the residual
     /// stream. Nothing is left of the batch before.

@@ -11,6 +11,7 @@ use paceline_domain::Fingerprint;
 use crate::backend::{Backend, Device, Half, Pass};
 use crate::batch::{Batch, BatchLimits};
 use crate::fingerprint::fingerprint;
+use crate::link::{Group, Route};
 use crate::loader::LoadSpec;
 use crate::logits::Logits;
 use crate::{ModelConfig, ModelError};
@@ -97,6 +98,15 @@ impl Decoder {
     /// Bytes of packed weights and of the KV store.
     pub fn memory_bytes(&self) -> (usize, usize) {
         self.backend.memory_bytes()
+    }
+
+    /// Enters the group, once, before the first batch: ranks find out whether their devices reach each other without the
+    /// host. Without it all sums go through the host. All ranks call it, or none.
+    ///
+    /// # Errors
+    /// A collective or a device that failed, or the abort flag.
+    pub fn join(&mut self, group: &mut Group<'_>) -> Result<Route, ModelError> {
+        self.backend.join(group)
     }
 
     /// Runs a batch. All ranks call it with the same batch; each gets the logits of its own tokens. After an error

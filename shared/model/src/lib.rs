@@ -12,6 +12,7 @@
 //! * [`batch`] – what goes into a forward pass
 //! * [`logits`] – what comes out
 //! * [`backend`] – what the forward pass asks of a device
+//! * [`link`] – whether devices of a group reach each other without the host
 //! * [`decoder`] – the forward pass, once for all backends
 //! * [`cpu`] – the backend of CPUs
 //! * [`fingerprint`] – what must be equal for two processes to compute the same bits
@@ -30,6 +31,7 @@ pub mod decoder;
 pub mod error;
 pub mod estimate;
 pub mod fingerprint;
+pub mod link;
 pub mod loader;
 pub mod logits;
 pub mod names;

@@ -103,7 +103,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
     }
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
-    let (device, pass_rows) = (args.device, args.pass_rows.get());
+    let (device, pass_rows) = (args.device.clone(), args.pass_rows.get());
     let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
     let work = move || {
         let checkpoint = Arc::new(Checkpoint::open(&path)?);

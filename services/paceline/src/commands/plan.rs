@@ -142,7 +142,7 @@ impl PlanArgs {
         if self.memory.usable_bytes().is_some() {
             return Ok(None);
         }
-        let options = DeviceOptions { device: self.device, gpu_memory: self.memory.share() };
+        let options = DeviceOptions { device: self.device, gpu_memory: self.memory.share(), nccl_lib: None };
         choose(&options, Cpu { kernels: Kernels::detect(), n_threads: 1 }).map(Some)
     }
 }

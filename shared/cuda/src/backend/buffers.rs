@@ -18,27 +18,34 @@ pub(crate) struct Widths {
     pub n_embd: usize,
     /// Columns of all query heads.
     pub query: usize,
+    /// Those of the rank that has most.
+    pub widest_query: usize,
     /// Columns of all key heads, and of all value heads.
     pub kv: usize,
     /// Columns of the feed-forward network.
     pub ffn: usize,
     /// Tokens of the rank's vocabulary.
     pub vocab: usize,
-    /// Most partial sums of an all-reduce.
+    /// Most partial sums that any rank brings to an all-reduce.
     pub n_partials: usize,
 }
 
 impl Widths {
     pub(crate) fn new(config: &ModelConfig, plan: &SplitPlan, rank: usize) -> Self {
         let share = plan.share(rank);
-        let n_subtrees = |tree: &paceline_domain::ReduceTree| tree.subtrees(rank).len();
+        let ranks = || 0..plan.n_ranks();
+        let n_partials = |rank: usize| {
+            [plan.attention(), plan.ffn()].map(|half| half.tree.subtrees(rank).len()).into_iter().max()
+        };
+        let most_heads = ranks().map(|rank| plan.share(rank).heads.len()).max().unwrap_or(0);
         Self {
             n_embd: config.n_embd,
             query: share.heads.len() * config.head_dim,
+            widest_query: most_heads * config.head_dim,
             kv: share.kv_heads.len() * config.head_dim,
             ffn: share.ffn.len(),
             vocab: share.vocab.len(),
-            n_partials: n_subtrees(&plan.attention().tree).max(n_subtrees(&plan.ffn().tree)).max(1),
+            n_partials: ranks().filter_map(n_partials).max().unwrap_or(0).max(1),
         }
     }
 

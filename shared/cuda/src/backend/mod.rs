@@ -31,6 +31,8 @@ use self::batch::{BatchAddresses, BatchLayout, Staged};
 use self::buffers::{Buffers, Sizes, Widths, kv_elements};
 use self::graphs::{Graphs, Shape};
 pub use self::need::MemoryNeed;
+pub use self::reduce::LinkMode;
+use self::reduce::Sums;
 pub(crate) use self::weights::model_error;
 use self::weights::{GateUp, GpuAttention, GpuFfn, GpuMatrix, GpuPacker, Packing};
 use crate::kernels::attention::HEAD_DIMS;
@@ -48,6 +50,7 @@ struct HeadTables {
     n_heads_of: DevicePtr,
     n_heads: usize,
     n_kv_heads: usize,
+    /// On the rank that has most.
     most_per_kv: usize,
 }
 
@@ -89,9 +92,11 @@ pub struct GpuBackend {
     /// Logits come with the pass at hand, by its graph.
     has_logits: bool,
     graphs: Option<Graphs>,
+    graph_mode: GraphMode,
+    links: LinkMode,
     bytes: MemoryBytes,
-    /// What a reduction brings through the host.
-    host_sums: reduce::HostSums,
+    sums: Sums,
+    n_rows_padded: usize,
     choices: rows::ChoiceBuffers,
     /// What was last asked for of the logits.
     host_rows: rows::HostRows,
@@ -106,7 +111,7 @@ struct MemoryBytes {
 /// Whether decode passes are captured and replayed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum GraphMode {
-    /// Where it pays: few rows, one rank.
+    /// Where it pays: few rows, sums over ranks that do not go through the host.
     #[default]
     Auto,
     /// Never.
@@ -152,7 +157,7 @@ impl GpuBackend {
                 values: packer.runtime.alloc(kv_bytes_of_layer.max(1)).map_err(model_error)?,
             });
         }
-        let heads = head_tables(&mut packer, &plan.kv_of_head(rank, config.n_heads_per_kv()))?;
+        let heads = head_tables(&mut packer, plan, rank, config.n_heads_per_kv())?;
         let output_norm = packer.vector(&loaded.output_norm)?;
         let bytes = MemoryBytes { weights: packer.n_bytes, kv: 2 * kv_bytes_of_layer * layers.len() };
         let layout = BatchLayout::new(&capacity);
@@ -185,11 +190,19 @@ impl GpuBackend {
             has_logits: false,
             // A sum that goes through the host cannot be captured.
             graphs: (graphs == GraphMode::Auto && plan.n_ranks() == 1).then(Graphs::default),
+            graph_mode: graphs,
+            links: LinkMode::Auto,
             bytes,
-            host_sums: reduce::HostSums::default(),
+            sums: Sums::of(plan.n_ranks()),
+            n_rows_padded: sizes.n_rows_padded(),
             choices,
             host_rows: rows::HostRows::default(),
         })
+    }
+
+    /// When its device is linked with those of other ranks.
+    pub fn with_links(self, links: LinkMode) -> Self {
+        Self { links, ..self }
     }
 
     /// Graphs captured so far.
@@ -223,7 +236,13 @@ fn check(config: &ModelConfig, kv_type: KvType) -> Result<(), CudaError> {
 }
 
 /// The query heads of each key head: neighbours, by the way heads are split.
-fn head_tables(packer: &mut GpuPacker<'_>, kv_of_head: &[usize]) -> Result<HeadTables, ModelError> {
+fn head_tables(
+    packer: &mut GpuPacker<'_>,
+    plan: &SplitPlan,
+    rank: usize,
+    n_heads_per_kv: usize,
+) -> Result<HeadTables, ModelError> {
+    let kv_of_head = plan.kv_of_head(rank, n_heads_per_kv);
     let n_kv_heads = kv_of_head.iter().max().map_or(0, |last| last + 1);
     let of = |kv: usize| kv_of_head.iter().filter(move |it| **it == kv).count();
     let counts: Vec<u32> = (0..n_kv_heads).map(|kv| of(kv) as u32).collect();
@@ -235,8 +254,18 @@ fn head_tables(packer: &mut GpuPacker<'_>, kv_of_head: &[usize]) -> Result<HeadT
         n_heads_of: put(&counts)?,
         n_heads: kv_of_head.len(),
         n_kv_heads,
-        most_per_kv: counts.iter().max().map_or(1, |most| *most as usize),
+        most_per_kv: most_per_kv(plan, n_heads_per_kv),
     })
+}
+
+/// Most query heads that share a key head on any rank: ranks cut a batch in the same way, whatever each of them holds, so
+/// that they also agree which passes are captured.
+fn most_per_kv(plan: &SplitPlan, n_heads_per_kv: usize) -> usize {
+    let of_rank = |rank: usize| {
+        let kv_of_head = plan.kv_of_head(rank, n_heads_per_kv);
+        kv_of_head.iter().map(|kv| kv_of_head.iter().filter(|it| *it == kv).count()).max()
+    };
+    (0..plan.n_ranks()).filter_map(of_rank).max().unwrap_or(1)
 }
 
 /// Cosine and sine of every position a sequence can reach, `[n_positions][head_dim / 2][2]`.

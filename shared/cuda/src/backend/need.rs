@@ -34,7 +34,12 @@ impl MemoryNeed {
         let capacity = Capacity { n_kv_blocks: 1, ..spec.capacity };
         let one_block = LoadSpec { capacity, progress: &|_| (), ..*spec };
         let counter = Box::<Counter>::default();
-        let backend = GpuBackend::assemble(counter, &one_block, Packing::OutlineOnly, GraphMode::Auto)?;
+        let mut backend = GpuBackend::assemble(counter, &one_block, Packing::OutlineOnly, GraphMode::Auto)?;
+        if spec.plan.n_ranks() > 1 {
+            // Ranks may come to be linked.
+            let n_bytes = backend.gathered_bytes();
+            backend.runtime.alloc(n_bytes).map_err(model_error)?;
+        }
         let (free, all) = backend.runtime.memory().map_err(model_error)?;
         let kv_block_bytes = (backend.bytes.kv + TABLE_BYTES_PER_BLOCK) as u64;
         // Angles are held of every position that the pool has room for.

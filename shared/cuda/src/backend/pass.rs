@@ -2,6 +2,7 @@
 
 use paceline_collectives::Collective;
 use paceline_model::backend::{Backend, Half, Pass};
+use paceline_model::link::{Group, Route};
 use paceline_model::{Batch, ModelError};
 
 use super::KERNEL_SET;
@@ -36,6 +37,10 @@ impl Backend for GpuBackend {
 
     fn memory_bytes(&self) -> (usize, usize) {
         (self.bytes.weights, self.bytes.kv)
+    }
+
+    fn join(&mut self, group: &mut Group<'_>) -> Result<Route, ModelError> {
+        self.try_join(group)
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<Pass, ModelError> {
@@ -112,7 +117,7 @@ impl GpuBackend {
             // The pass before failed while it was recorded: the recording is of no use.
             let _ = self.runtime.end_capture();
         }
-        let (width, most) = (self.widths.query, self.heads.most_per_kv);
+        let (width, most) = (self.widths.widest_query, self.heads.most_per_kv);
         let fits = |n_rows: usize, n_splits: usize| partials_fit(n_rows, n_splits, width);
         let bytes = self.staged.stage(&self.layout, batch, most, fits).map_err(ModelError::Batch)?;
         self.runtime.upload(self.buffers.batch, bytes).map_err(model_error)?;

@@ -118,9 +118,14 @@ impl Device {
 
     /// "GPU-" and 32 hexadecimal digits: the same device has the same everywhere.
     pub(super) fn uuid(&self) -> Result<String, CudaError> {
+        let digit_pairs = self.uuid_bytes()?.map(|byte| format!("{byte:02x}"));
+        Ok(format!("GPU-{}", digit_pairs.concat()))
+    }
+
+    /// The same as bytes.
+    pub(super) fn uuid_bytes(&self) -> Result<[u8; 16], CudaError> {
         let uuid = check("cuDeviceGetUuid", result::device::get_uuid(self.handle))?;
-        let digit_pairs = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8));
-        Ok(format!("GPU-{}", digit_pairs.collect::<String>()))
+        Ok(uuid.bytes.map(|byte| byte as u8))
     }
 
     /// "NVIDIA H100 80GB HBM3, sm_90"

@@ -2,6 +2,7 @@
 //! to the device while the other is filled; it knows nothing of what is copied.
 
 use super::device::check;
+use super::link::{Link, Work};
 use crate::{CudaError, DevicePtr};
 use cudarc::driver::{result, sys};
 use std::ptr::NonNull;
@@ -44,14 +45,14 @@ impl Staging {
     /// Queues a copy to the device. `from` has been read when this returns.
     pub(super) fn upload(
         &mut self,
-        stream: sys::CUstream,
+        (stream, link): (sys::CUstream, &mut Link),
         to: DevicePtr,
         from: &[u8],
     ) -> Result<(), CudaError> {
         let mut done = 0;
         while done < from.len() {
             if self.used == HALF_BYTES {
-                self.turn(stream)?;
+                self.turn(stream, link)?;
             }
             let n_bytes = (from.len() - done).min(HALF_BYTES - self.used);
             let piece = self.piece(self.half * HALF_BYTES + self.used, n_bytes);
@@ -67,22 +68,20 @@ impl Staging {
     }
 
     /// Goes to the other half, when it has been copied.
-    fn turn(&mut self, stream: sys::CUstream) -> Result<(), CudaError> {
+    fn turn(&mut self, stream: sys::CUstream, link: &mut Link) -> Result<(), CudaError> {
         // SAFETY: event and stream live.
         let result = unsafe { result::event::record(self.events[self.half], stream) };
         check("cuEventRecord", result)?;
         self.half = 1 - self.half;
         self.used = 0;
         // An event that was never recorded has happened.
-        // SAFETY: the event lives.
-        let result = unsafe { result::event::synchronize(self.events[self.half]) };
-        check("cuEventSynchronize", result)
+        link.wait(Work::Event(self.events[self.half]))
     }
 
     /// Copies from the device and waits for it, and so for all uploads before.
     pub(super) fn download(
         &mut self,
-        stream: sys::CUstream,
+        (stream, link): (sys::CUstream, &mut Link),
         from: DevicePtr,
         to: &mut [u8],
     ) -> Result<(), CudaError> {
@@ -93,9 +92,7 @@ impl Staging {
             // range is on the device.
             let result = unsafe { result::memcpy_dtoh_async(piece, from, stream) };
             check("cuMemcpyDtoHAsync", result)?;
-            // SAFETY: the stream lives.
-            let result = unsafe { result::stream::synchronize(stream) };
-            check("cuStreamSynchronize", result)?;
+            link.wait(Work::Stream(stream))?;
             chunk.copy_from_slice(self.piece(0, chunk.len()));
             (self.half, self.used) = (0, 0);
         }

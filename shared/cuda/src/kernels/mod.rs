@@ -5,6 +5,7 @@ pub mod batch;
 pub mod filter;
 pub mod linear;
 pub mod norm;
+pub mod reduce;
 pub mod rope;
 pub mod sampling;
 pub mod tiles;
@@ -16,6 +17,7 @@ pub fn signatures() -> Vec<(&'static str, usize)> {
         filter::SIGNATURES,
         linear::SIGNATURES,
         norm::SIGNATURES,
+        reduce::SIGNATURES,
         rope::SIGNATURES,
         sampling::SIGNATURES,
     ]

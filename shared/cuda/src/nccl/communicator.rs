@@ -1,8 +1,10 @@
-//! One rank's membership in an NCCL group. No wait in it lasts longer than its deadline, and each watches the abort flag:
-//! whatever fails, the communicator is aborted, which frees this rank's stream from waiting for its peers.
+//! One rank's membership in an NCCL group. No wait in it lasts longer than its deadline, and each watches the abort flag.
+//! After a failure nothing reaches the group any more, and the owner ends it: graphs first, then this, which aborts and so
+//! frees the rank's stream from waiting for its peers.
 
-use super::{Config, FLOAT32, Handle, ID_BYTES, IN_PROGRESS, Nccl, SUCCESS, UniqueId};
+use super::{Config, FLOAT32, Handle, IN_PROGRESS, Nccl, SUCCESS, UniqueId};
 use crate::driver::Stream;
+use crate::runtime::Membership;
 use crate::{CudaError, DevicePtr};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -14,28 +16,14 @@ const NAP: Duration = Duration::from_micros(50);
 /// Looks at the stream between two looks at the clock, the flag and the group.
 const LOOKS: u32 = 64;
 
-/// What a rank needs to join a group.
-pub struct Membership {
-    /// From the first rank.
-    pub id: [u8; ID_BYTES],
-    /// Place of this rank, from 0.
-    pub rank: usize,
-    /// Ranks in the group, each on a device of its own.
-    pub n_ranks: usize,
-    /// How long joining may take.
-    pub connect_deadline: Duration,
-    /// How long each later operation may take.
-    pub deadline: Duration,
-    /// Looked at in every wait; once it says yes, the wait ends and the communicator is aborted.
-    pub is_aborted: Box<dyn Fn() -> bool + Send>,
-}
-
-/// A member of a group. Graphs that captured its operations are destroyed before it, and it before its device.
+/// A member of a group; aborted when dropped. Graphs that captured its operations are destroyed before it, and it before
+/// its device.
 pub struct Communicator {
     nccl: Arc<Nccl>,
     /// Null once aborted.
     handle: Handle,
     membership: Membership,
+    has_failed: bool,
 }
 
 // SAFETY: NCCL's handles may be used from any thread, one at a time, which `&mut self` ensures.
@@ -50,7 +38,8 @@ impl Communicator {
         let call = "ncclCommInitRankConfig";
         let (n_ranks, rank) = (membership.n_ranks as c_int, membership.rank as c_int);
         let id = UniqueId(membership.id);
-        let mut joined = Self { nccl: Arc::clone(nccl), handle: std::ptr::null_mut(), membership };
+        let mut joined =
+            Self { nccl: Arc::clone(nccl), handle: std::ptr::null_mut(), membership, has_failed: false };
         let mut config = Config::NON_BLOCKING;
         // SAFETY: places for a handle and a configuration of the size it names.
         let code =
@@ -146,7 +135,8 @@ impl Communicator {
         self.nccl.check("ncclCommDestroy", code)
     }
 
-    /// Ends whatever this rank has queued and frees the communicator. Every later operation is an error.
+    /// Ends whatever this rank has queued and frees the communicator; graphs that captured it are destroyed before. Every
+    /// later operation is an error.
     pub fn abort(&mut self) {
         let handle = std::mem::replace(&mut self.handle, std::ptr::null_mut());
         if handle.is_null() {
@@ -193,13 +183,13 @@ impl Communicator {
     }
 
     fn fail(&mut self, error: CudaError) -> Result<(), CudaError> {
-        self.abort();
+        self.has_failed = true;
         Err(error)
     }
 
     fn check_alive(&self, call: &'static str) -> Result<(), CudaError> {
-        if self.handle.is_null() {
-            return Err(CudaError::Device { call, problem: "the communicator was aborted".to_owned() });
+        if self.handle.is_null() || self.has_failed {
+            return Err(CudaError::Device { call, problem: "the group of GPUs has ended".to_owned() });
         }
         Ok(())
     }

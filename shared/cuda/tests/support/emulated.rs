@@ -9,9 +9,12 @@ use std::{
     sync::Arc,
 };
 
+use paceline_cuda::runtime::Membership;
 use paceline_cuda::{CudaError, DevicePtr, GraphId, Launch, Runtime};
+use paceline_model::link::{LinkId, Offer};
 
 use super::compiled::{Compiled, Sources};
+use super::pretended_link::PretendedLink;
 
 /// Of allocations, as on a device.
 const ALIGNMENT: usize = 256;
@@ -30,17 +33,17 @@ pub struct Emulated {
     used_bytes: u64,
     capture: Option<Vec<Recorded>>,
     graphs: Vec<Vec<Recorded>>,
+    link: Option<PretendedLink>,
     /// Decides the order in which threads run.
     seed: u64,
     n_launches: u64,
 }
 
-/// A launch in a graph.
+/// An operation in a graph.
 #[derive(Clone)]
-struct Recorded {
-    kernel: &'static str,
-    launch: Launch,
-    args: Vec<u8>,
+enum Recorded {
+    Launch { kernel: &'static str, launch: Launch, args: Vec<u8> },
+    Gather { from: DevicePtr, to: DevicePtr, n_bytes: usize },
 }
 
 /// Memory with guards on both sides.
@@ -125,6 +128,7 @@ impl Emulated {
             used_bytes: 0,
             capture: None,
             graphs: Vec::new(),
+            link: None,
             seed: 1,
             n_launches: 0,
         }
@@ -139,6 +143,12 @@ impl Emulated {
     /// A device with so much memory.
     pub fn with_memory(mut self, n_bytes: u64) -> Self {
         self.memory_bytes = n_bytes;
+        self
+    }
+
+    /// A device that can be linked with others.
+    pub fn with_link(mut self, link: PretendedLink) -> Self {
+        self.link = Some(link);
         self
     }
 
@@ -162,17 +172,43 @@ impl Emulated {
         Ok(())
     }
 
+    fn do_or_record(&mut self, operation: Recorded) -> Result<(), CudaError> {
+        match &mut self.capture {
+            Some(capture) => {
+                capture.push(operation);
+                Ok(())
+            }
+            None => self.run(&operation),
+        }
+    }
+
     fn run(&mut self, recorded: &Recorded) -> Result<(), CudaError> {
+        match recorded {
+            Recorded::Launch { kernel, launch, args } => self.run_kernel(kernel, *launch, args),
+            Recorded::Gather { from, to, n_bytes } => {
+                let mut own = vec![0; *n_bytes];
+                self.download(*from, &mut own)?;
+                let all = self.linked()?.all_gather(own)?;
+                self.upload(*to, &all)
+            }
+        }
+    }
+
+    fn linked(&mut self) -> Result<&mut PretendedLink, CudaError> {
+        self.link.as_mut().ok_or_else(|| CudaError::Nccl("the emulation has no links".into()))
+    }
+
+    fn run_kernel(&mut self, kernel: &str, launch: Launch, args: &[u8]) -> Result<(), CudaError> {
         self.n_launches += 1;
         let seed = self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(self.n_launches);
-        let name = CString::new(recorded.kernel).expect("a kernel's name has no zero byte");
+        let name = CString::new(kernel).expect("a kernel's name has no zero byte");
         // SAFETY: the test's kernels and arguments: pointers are of this runtime's allocations, and writes beside them
         // are found below.
-        let outcome = unsafe { self.compiled.launch(&name, recorded.launch, &recorded.args, seed) };
+        let outcome = unsafe { self.compiled.launch(&name, launch, args, seed) };
         outcome.map_err(|problem| failure("launch", problem))?;
         for allocation in self.allocations.values() {
             if let Some(offset) = allocation.damage() {
-                let (kernel, n_bytes) = (recorded.kernel, allocation.n_bytes);
+                let n_bytes = allocation.n_bytes;
                 let problem =
                     format!("kernel {kernel}: wrote byte {offset} of an allocation of {n_bytes} bytes");
                 return Err(failure("launch", problem));
@@ -217,12 +253,7 @@ impl Runtime for Emulated {
     }
 
     fn launch(&mut self, kernel: &'static str, launch: Launch, args: &[u8]) -> Result<(), CudaError> {
-        let recorded = Recorded { kernel, launch, args: args.to_vec() };
-        match &mut self.capture {
-            Some(capture) => capture.push(recorded),
-            None => self.run(&recorded)?,
-        }
-        Ok(())
+        self.do_or_record(Recorded::Launch { kernel, launch, args: args.to_vec() })
     }
 
     fn begin_capture(&mut self) -> Result<(), CudaError> {
@@ -246,6 +277,31 @@ impl Runtime for Emulated {
 
     fn synchronize(&mut self) -> Result<(), CudaError> {
         self.not_in_capture("synchronize")
+    }
+
+    fn offer(&mut self) -> Result<Offer, CudaError> {
+        self.linked()?.offer()
+    }
+
+    fn link_id(&mut self) -> Result<LinkId, CudaError> {
+        self.linked()?.id()
+    }
+
+    fn join(&mut self, membership: Membership) -> Result<(), CudaError> {
+        self.linked()?.join(membership)
+    }
+
+    fn part(&mut self) {
+        self.graphs.clear();
+        if let Some(link) = &mut self.link {
+            link.part();
+        }
+    }
+
+    fn all_gather(&mut self, from: DevicePtr, to: DevicePtr, n_f32: usize) -> Result<(), CudaError> {
+        let is_capturing = self.capture.is_some();
+        self.linked()?.note(is_capturing);
+        self.do_or_record(Recorded::Gather { from, to, n_bytes: 4 * n_f32 })
     }
 
     fn memory(&self) -> Result<(u64, u64), CudaError> {

@@ -4,3 +4,4 @@
 pub mod arrays;
 pub mod compiled;
 pub mod emulated;
+pub mod pretended_link;

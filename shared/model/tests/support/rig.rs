@@ -1,15 +1,20 @@
 //! Runs a model in any set-up over any schedule of batches and gathers whole rows of logits.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use paceline_checkpoint::Checkpoint;
-use paceline_collectives::{Collective, Solo, Transport};
+use paceline_collectives::{AbortFlag, Collective, Solo, Transport};
 use paceline_domain::{BlockId, KvType, TokenId};
 use paceline_kernels::{Isa, Kernels};
+use paceline_model::link::Group;
 use paceline_model::{Batch, Capacity, Cpu, Decoder, Device, LoadSpec, ModelConfig, SplitPlan};
 
 use super::threads::Threads;
 use super::transports;
+
+/// How long devices may wait for each other.
+const DEADLINE: Duration = Duration::from_secs(300);
 
 /// A model and what it runs on.
 #[derive(Clone)]
@@ -132,6 +137,10 @@ impl Rig {
             progress: &|_| (),
         };
         let mut decoder = Decoder::load(&spec, device).expect("loads");
+        let (connect_deadline, deadline) = (DEADLINE, DEADLINE);
+        let group =
+            &mut Group { collective: &mut *collective, connect_deadline, deadline, abort: AbortFlag::new() };
+        decoder.join(group).expect("joins");
         steps.iter().map(|step| run_step(&mut decoder, collective, &tables, step)).collect()
     }
 }

@@ -14,7 +14,9 @@ use anyhow::{Context as _, bail};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
 use paceline_domain::{BlockId, Epoch, KvType, SamplingParams, TokenId, group::BLOCK_POSITIONS};
-use paceline_model::{Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, logits::Choice};
+use paceline_model::{
+    Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, link::Group, logits::Choice,
+};
 use paceline_sampling::{Candidate, TokenHistory, merge};
 
 use super::shape::Shape;
@@ -174,9 +176,15 @@ impl<'a> Rank<'a> {
             capacity,
             progress: &|_| (),
         };
+        let mut decoder = Decoder::load(&load_spec, job.devices[spec.rank].as_ref())?;
+        let mut collective = connect(endpoint, spec)?;
+        let GroupSpec { connect_deadline, deadline, ref abort, .. } = *spec;
+        let (abort, together) = (abort.clone(), collective.as_mut());
+        let route = decoder.join(&mut Group { collective: together, connect_deadline, deadline, abort })?;
+        tracing::debug!(rank = spec.rank, %route, "sums over ranks");
         Ok(Self {
-            decoder: Decoder::load(&load_spec, job.devices[spec.rank].as_ref())?,
-            collective: connect(endpoint, spec)?,
+            decoder,
+            collective,
             chosen,
             kv_positions: (capacity.n_kv_blocks * BLOCK_POSITIONS) as u64,
             pass_rows: job.pass_rows,
