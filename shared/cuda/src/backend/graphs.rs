@@ -83,9 +83,4 @@ impl Graphs {
     pub(crate) fn keep(&mut self, shape: Shape, graph: GraphId) {
         self.by_shape.insert(shape, Some(graph));
     }
-
-    /// Graphs kept.
-    pub(crate) fn len(&self) -> usize {
-        self.by_shape.values().flatten().count()
-    }
 }

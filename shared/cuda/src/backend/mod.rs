@@ -205,11 +205,6 @@ impl GpuBackend {
         Self { links, ..self }
     }
 
-    /// Graphs captured so far.
-    pub fn n_graphs(&self) -> usize {
-        self.graphs.as_ref().map_or(0, Graphs::len)
-    }
-
     fn window_of_layer(&self, layer: usize) -> u32 {
         self.config.window_of_layer(layer).map_or(0, |window| window as u32)
     }
