@@ -2,6 +2,7 @@
 //! chunks of a prompt, the kernels chosen and whether a graph is replayed.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 #[path = "../../model/tests/support/mod.rs"]
@@ -263,4 +264,28 @@ fn the_self_test_passes() {
         let passed = matches!(check.outcome, paceline_cuda::selftest::Outcome::Passed(_));
         assert!(passed, "{}: {:?}", check.name, check.outcome);
     }
+}
+
+/// Counts the graphs its passes replay.
+struct Counted(Arc<AtomicU64>);
+
+impl Device for Counted {
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
+        let (pool, device) = (ThreadPool::new(2, Pinning::None), Emulated::new().counting_replays(&self.0));
+        Ok(Box::new(GpuBackend::load(Box::new(device), spec, &pool, GraphMode::Auto)?))
+    }
+}
+
+#[test]
+fn decode_passes_are_captured_when_their_shape_comes_again() {
+    let rig = rig(&models::qwen2_f16());
+    let n_replays = Arc::new(AtomicU64::new(0));
+    // A prompt, then eight tokens: the first of them is launched one by one, the others are replayed.
+    let steps = in_pieces(&tokens(5, 28, rig.config.n_vocab), &[20, 1]);
+    rig.run_on(&Counted(Arc::clone(&n_replays)), &steps);
+    assert_eq!(n_replays.load(Ordering::Relaxed), 7);
 }

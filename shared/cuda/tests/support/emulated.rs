@@ -6,7 +6,10 @@ use std::{
     collections::BTreeMap,
     ffi::CString,
     ptr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use paceline_cuda::runtime::Membership;
@@ -37,6 +40,8 @@ pub struct Emulated {
     /// Decides the order in which threads run.
     seed: u64,
     n_launches: u64,
+    /// Replays of graphs, for whoever asked to see them.
+    n_replays: Arc<AtomicU64>,
 }
 
 /// An operation in a graph.
@@ -131,7 +136,14 @@ impl Emulated {
             link: None,
             seed: 1,
             n_launches: 0,
+            n_replays: Arc::default(),
         }
+    }
+
+    /// Counts replays of graphs here.
+    pub fn counting_replays(mut self, n_replays: &Arc<AtomicU64>) -> Self {
+        self.n_replays = Arc::clone(n_replays);
+        self
     }
 
     /// Threads run in another order.
@@ -270,6 +282,7 @@ impl Runtime for Emulated {
 
     fn replay(&mut self, graph: GraphId) -> Result<(), CudaError> {
         self.not_in_capture("replay")?;
+        self.n_replays.fetch_add(1, Ordering::Relaxed);
         let launches = self.graphs.get(graph.0).cloned();
         let launches = launches.ok_or_else(|| failure("replay", "there is no such graph"))?;
         launches.iter().try_for_each(|recorded| self.run(recorded))
