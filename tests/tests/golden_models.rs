@@ -25,20 +25,20 @@ struct Bounds {
     n_beyond_second: usize,
 }
 
-/// All activations have 16 bits: practically float32.
-const SIXTEEN_BITS: Bounds = Bounds {
-    close: 0.01,
-    top1_agreement: 0.998,
-    cosine_mean: 0.99999,
-    cosine_min: 0.9999,
-    perplexity_change: 0.0005,
-    n_equal_share: 0.998,
+/// The narrowest models: half of the activations have 16 bits.
+const NARROW: Bounds = Bounds {
+    close: 0.2,
+    top1_agreement: 0.985,
+    cosine_mean: 0.9999,
+    cosine_min: 0.9985,
+    perplexity_change: 0.0015,
+    n_equal_share: 0.985,
     n_beyond_second: 0,
 };
 
 /// Most activations have 8 bits. llama.cpp's own quantized path agrees with float32 at 98.3 % (0.5B) and 97.4 %
 /// (1.5B) of the positions.
-const EIGHT_BITS: Bounds = Bounds {
+const WIDE: Bounds = Bounds {
     close: 0.3,
     top1_agreement: 0.985,
     cosine_mean: 0.9999,
@@ -75,12 +75,12 @@ struct ContinuationFigures {
 
 #[test]
 fn smollm2_text() {
-    check_text("smollm2-135m-instruct", &small_model(), &SIXTEEN_BITS);
+    check_text("smollm2-135m-instruct", &small_model(), &NARROW);
 }
 
 #[test]
 fn smollm2_continuations() {
-    check_continuations("smollm2-135m-instruct", &small_model(), &SIXTEEN_BITS);
+    check_continuations("smollm2-135m-instruct", &small_model(), &NARROW);
 }
 
 #[test]
@@ -95,8 +95,8 @@ fn qwen_one_and_a_half_billion() {
 
 fn check_large(name: &str) {
     if let Some(path) = large_model(name) {
-        check_text(name, &path, &EIGHT_BITS);
-        check_continuations(name, &path, &EIGHT_BITS);
+        check_text(name, &path, &WIDE);
+        check_continuations(name, &path, &WIDE);
     }
 }
 

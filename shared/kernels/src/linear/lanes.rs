@@ -3,7 +3,7 @@
 
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat, ScaleLayout};
-use crate::packed::{Line, QUADS, TILE_ROWS, group_scale_bytes, planes, super_scale_bytes};
+use crate::packed::{Line, PackedGroup, QUADS, TILE_ROWS, planes};
 use crate::quantize::{GroupScale, Quads};
 use crate::simd::Simd;
 use paceline_domain::WeightType;
@@ -77,20 +77,15 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
     leaf: &QuantizedLeaf<'_>,
     sums: &mut [RowSums],
 ) {
-    let (own_bytes, shared_bytes) = (group_scale_bytes::<F>(), super_scale_bytes::<F>());
     let mut acc = [v.simd().splat(0.0); T];
-    let lines = leaf.weights.planes.chunks_exact(F::BITS);
-    let own = leaf.weights.group_scales.chunks_exact(own_bytes);
     let codes = leaf.codes.as_chunks::<P>().0.chunks(leaf.step);
     let tokens = codes.zip(leaf.scales.chunks(leaf.step));
-    for (group, ((lines, own), (x_codes, x_scales))) in
-        lines.zip(own).zip(tokens).take(leaf.n_groups).enumerate()
-    {
-        let shared = &leaf.weights.super_scales[leaf.super_idx(group) * shared_bytes..][..shared_bytes];
+    for (group, (x_codes, x_scales)) in tokens.take(leaf.n_groups).enumerate() {
+        let PackedGroup { planes, own, shared } = leaf.weights.group::<F>(group);
         if leaf.ahead > 0 {
-            prefetch_group(v, lines, own, leaf.ahead);
+            prefetch_group::<V, F>(v, leaf.weights.group::<F>(group), leaf.ahead);
         }
-        let codes = unpack::<V, F>(v, lines);
+        let codes = unpack::<V, F>(v, planes);
         let scales = resolve::<V, F>(v, own, shared);
         let x_codes: &[[Quads; P]; T] = x_codes.first_chunk().expect("invariant: all tokens have the group");
         let x_scales: &[GroupScale; T] =
@@ -104,13 +99,17 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
     }
 }
 
-/// Starts to fetch the same group of a later tile.
+/// Starts to fetch what lies so many bytes behind a group: each line of the stream, because the CPU's own prefetchers stand
+/// back where a program fetches, and would miss the ones left out.
 #[inline(always)]
-fn prefetch_group<V: Lanes>(v: V, lines: &[Line], own: &[u8], ahead: usize) {
-    for line in lines {
+fn prefetch_group<V: Lanes, F: QuantFormat>(v: V, group: PackedGroup<'_>, ahead: usize) {
+    for line in group.planes {
         v.prefetch(line, ahead);
     }
-    v.prefetch(&own[0], ahead);
+    v.prefetch(&group.own[0], ahead);
+    if F::SCALES.has_super() {
+        v.prefetch(&group.shared[0], ahead);
+    }
 }
 
 /// The codes of a group as bytes, one vector for each quad.

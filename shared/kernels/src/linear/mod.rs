@@ -30,7 +30,7 @@ pub use gated::{GatedOutput, gated_matmul};
 pub use matmul::{Input, Product, matmul};
 pub use upcoming::{announce, announce_gated};
 
-use crate::formats::{GROUP_LEN, GROUPS_PER_SUPER};
+use crate::formats::GROUP_LEN;
 use crate::isa::Isa;
 use crate::packed::{TILE_ROWS, TilePart};
 use crate::quantize::{CodeBits, GroupScale, Quads, QuantizeRow};
@@ -51,17 +51,11 @@ pub(crate) struct QuantizedLeaf<'a> {
     pub scales: &'a [GroupScale],
     /// Tokens from one group to the next, those of other leaves included.
     pub step: usize,
-    /// Bytes from this tile to the one that is fetched meanwhile; 0 for none.
+    /// Bytes from what is read to what is fetched meanwhile; 0 fetches nothing.
     pub ahead: usize,
 }
 
 impl QuantizedLeaf<'_> {
-    /// Index of the superblock of a group, counted from that of the first group.
-    #[inline(always)]
-    fn super_idx(&self, group: usize) -> usize {
-        (self.weights.first_group + group) / GROUPS_PER_SUPER
-    }
-
     /// The same leaf for the tokens from `first` on. A leaf without groups may have no room for them.
     #[inline(always)]
     fn starting_at<const P: usize>(&self, first: usize) -> Self {
@@ -80,7 +74,7 @@ pub(crate) struct FloatLeaf<'a> {
     pub tokens: &'a [f32],
     /// Elements from one token to the next.
     pub stride: usize,
-    /// Bytes from this tile to the one that is fetched meanwhile; 0 for none.
+    /// Bytes from what is read to what is fetched meanwhile; 0 fetches nothing.
     pub ahead: usize,
 }
 

@@ -2,7 +2,7 @@
 
 use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, GROUP_LEN, QuantFormat, Scales};
-use crate::packed::{TILE_ROWS, codes_of_row, group_scale_bytes, scales_of_row, super_scale_bytes};
+use crate::packed::{TILE_ROWS, codes_of_row, scales_of_row};
 use crate::quantize::{GroupScale, group_codes};
 
 /// Sums a leaf of quantized weights.
@@ -10,15 +10,12 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat, const P: usize>(
     leaf: &QuantizedLeaf<'_>,
     sums: &mut [RowSums],
 ) {
-    let (own_bytes, shared_bytes) = (group_scale_bytes::<F>(), super_scale_bytes::<F>());
     sums.fill([0.0; TILE_ROWS]);
     for group in 0..leaf.n_groups {
-        let lines = &leaf.weights.planes[group * F::BITS..][..F::BITS];
-        let own = &leaf.weights.group_scales[group * own_bytes..][..own_bytes];
-        let shared = &leaf.weights.super_scales[leaf.super_idx(group) * shared_bytes..][..shared_bytes];
+        let packed = leaf.weights.group::<F>(group);
         for row in 0..TILE_ROWS {
-            let weights = codes_of_row(lines, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
-            let scales = scales_of_row::<F>(own, shared, row).resolve(F::SCALES);
+            let weights = codes_of_row(packed.planes, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
+            let scales = scales_of_row::<F>(packed.own, packed.shared, row).resolve(F::SCALES);
             for (token, sums) in sums.iter_mut().enumerate() {
                 let place = group * leaf.step + token;
                 let x = (group_codes(&leaf.codes[place * P..][..P]), leaf.scales[place]);

@@ -9,9 +9,12 @@ use crate::quantize::QuantizedRows;
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// At least so far ahead weights are fetched, in whole tiles: a few thousand cycles of reading, far less than the
-/// second-level cache holds.
-const AHEAD_BYTES: usize = 12 * 1024;
+/// Rows of a pass up to which the CPU's own prefetchers are better than ours: they keep a stream that is read at full speed
+/// a short way ahead, and lose it when sums take longer than reads.
+const OWN_PREFETCH_ROWS: usize = 2;
+/// How far ahead weights are fetched for more rows: a few thousand cycles of reading, far less than the second-level
+/// cache holds.
+const AHEAD_BYTES: usize = 14 * 1024;
 
 /// Sums waiting for their right neighbours.
 pub(super) type Stack = [[RowSums; MAX_TOKENS]; MAX_DEPTH];
@@ -35,7 +38,7 @@ pub(super) struct TileProduct<'a> {
 
 impl TileProduct<'_> {
     /// Calls `finish(subtree, first_token, sums)` for each subtree and at most [`MAX_TOKENS`] of the tokens at a
-    /// time. A later tile is fetched into the caches meanwhile.
+    /// time.
     pub(super) fn run(
         &self,
         tile: usize,
@@ -43,16 +46,14 @@ impl TileProduct<'_> {
         stack: &mut Stack,
         finish: &mut dyn FnMut(usize, usize, &[RowSums]),
     ) {
-        let tiles_ahead = AHEAD_BYTES.div_ceil(self.matrix.tile_bytes().max(1));
-        let is_there = tile + tiles_ahead < self.matrix.n_tiles();
-        let later = if is_there { tiles_ahead * self.matrix.tile_bytes() } else { 0 };
+        let mut ahead = if tokens.len() > OWN_PREFETCH_ROWS { AHEAD_BYTES } else { 0 };
         let mut first = tokens.start;
         while first < tokens.end {
             // Tokens that lie side by side; see `QuantizedRows`.
             let end = tokens.end.min((first / MAX_TOKENS + 1) * MAX_TOKENS);
-            let ahead = if first == tokens.start { later } else { 0 };
             self.run_block(tile, first..end, ahead, stack, finish);
-            first = end;
+            // Later tokens find the tile in the caches.
+            (first, ahead) = (end, 0);
         }
     }
 
@@ -67,7 +68,7 @@ impl TileProduct<'_> {
         let n = tokens.len();
         let (mut depth, mut subtree) = (0, 0);
         for leaf in self.matrix.leaves() {
-            self.sum_leaf(tile, leaf, tokens.start, ahead, &mut stack[depth][..n]);
+            self.sum_leaf(tile, leaf, (tokens.start, ahead), &mut stack[depth][..n]);
             for _ in 0..leaf.n_adds {
                 let (left, right) = stack.split_at_mut(depth);
                 add(&mut left[depth - 1][..n], &right[0][..n]);
@@ -82,11 +83,12 @@ impl TileProduct<'_> {
         }
     }
 
-    fn sum_leaf(&self, tile: usize, leaf: &Leaf, first_token: usize, ahead: usize, sums: &mut [RowSums]) {
+    /// Sums a leaf for the tokens from one on, fetching what lies so many bytes ahead.
+    fn sum_leaf(&self, tile: usize, leaf: &Leaf, (first_token, ahead): (usize, usize), sums: &mut [RowSums]) {
         let weight_type = self.matrix.weight_type();
         match (self.matrix.input_kind(), self.input.quantized) {
             (InputKind::Quantized, Some(rows)) => {
-                let leaf = self.quantized_leaf(tile, leaf, rows, first_token, ahead);
+                let leaf = QuantizedLeaf { ahead, ..self.quantized_leaf(tile, leaf, rows, first_token) };
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                 unsafe { (self.kernels.linear.quantized(weight_type, rows.bits()))(&leaf, sums) }
             }
@@ -114,18 +116,17 @@ impl TileProduct<'_> {
         leaf: &Leaf,
         rows: &'b QuantizedRows,
         first_token: usize,
-        ahead: usize,
     ) -> QuantizedLeaf<'b> {
         let groups = leaf.columns.start / GROUP_LEN..leaf.columns.end / GROUP_LEN;
         let (step, first) = rows.place(first_token);
         let first = first + groups.start * step;
         QuantizedLeaf {
-            weights: self.matrix.layout().part(self.matrix.tile(tile), &groups),
+            weights: self.matrix.layout().part(self.matrix.tile(tile), groups.start),
             n_groups: groups.len(),
             codes: &rows.codes()[first * rows.bits().n_planes()..],
             scales: &rows.scales()[first..],
             step,
-            ahead,
+            ahead: 0,
         }
     }
 }

@@ -10,8 +10,7 @@ mod spec;
 
 pub(crate) use leaves::{Leaf, MAX_DEPTH};
 pub(crate) use quantized::{
-    QUADS, QuantizedLayout, TilePart, codes_of_row, group_scale_bytes, planes, scales_of_row,
-    super_scale_bytes,
+    PackedGroup, QUADS, QuantizedLayout, TilePart, codes_of_row, planes, scales_of_row,
 };
 pub use spec::PackSpec;
 

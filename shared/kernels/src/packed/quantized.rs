@@ -11,9 +11,18 @@
 //! | 2 bits | 2 | line q mod 2, shifted left by 2 * (q / 2) |
 //! | 1 bit | 1 | shifted left by q |
 //!
-//! So a group takes `BITS` lines, and nothing is lost or padded. A tile is: the planes of all groups; the scales of
-//! all groups; those of all superblocks; the last two are filled up to whole lines. Scales of a group are 16 f16
-//! (`d`) or twice 16 f16 (`d`, `m`), or twice 16 small integers; scales of a superblock are 16 or twice 16 f16.
+//! So a group takes `BITS` lines, and nothing is lost or padded. Scales of a group are 16 f16 (`d`) or twice 16 f16 (`d`,
+//! `m`), or twice 16 small integers; scales of a superblock are 16 or twice 16 f16.
+//!
+//! A tile is one stretch of memory that is read once, in order, so that the CPU's own prefetchers see a single stream:
+//! scales kept in a region of their own cost a core a quarter of its bandwidth. It is cut into spans (one or two
+//! superblocks of the file, 8 or 16 groups; the tile's first and last may have fewer), a span into units of as many groups as
+//! have their scales in one line:
+//!
+//! ```text
+//! span = [scales of its superblocks: 1 line, where the type has such] [unit] [unit] ...
+//! unit = [scales of its groups: 1 line] [planes of its first group] [planes of its second group, if it has two]
+//! ```
 
 use super::{Line, TILE_ROWS};
 use crate::formats::{GROUP_LEN, GROUPS_PER_SUPER, QuantFormat, RawScales};
@@ -25,33 +34,44 @@ pub(crate) const QUADS: usize = GROUP_LEN / 4;
 /// Where things are in a tile.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct QuantizedLayout {
-    /// Lines of the planes.
-    plane_lines: usize,
-    /// Lines of the scales of groups.
-    group_lines: usize,
-    /// Lines of the scales of superblocks.
-    super_lines: usize,
-    /// Place of the first group in its superblock.
-    first_group: usize,
-    /// Lines of a group's planes.
-    bits: usize,
-    /// Bytes of a group's scales.
-    group_bytes: usize,
-    /// Bytes of a superblock's scales.
-    super_bytes: usize,
+    /// Groups of the tile.
+    n_groups: usize,
+    /// Place of the first one in its span.
+    first_place: usize,
+    /// Lines of the tile.
+    n_lines: usize,
 }
 
 /// Consecutive groups of a tile.
 #[derive(Clone, Copy)]
 pub(crate) struct TilePart<'a> {
-    /// Planes of the groups.
+    lines: &'a [Line],
+    layout: QuantizedLayout,
+    first_group: usize,
+}
+
+/// What a tile has of one group.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedGroup<'a> {
+    /// Its planes.
     pub planes: &'a [Line],
-    /// Scales of the groups.
-    pub group_scales: &'a [u8],
-    /// Scales from the superblock of the first group on.
-    pub super_scales: &'a [u8],
-    /// Place of the first group in its superblock.
-    pub first_group: usize,
+    /// Its scales.
+    pub own: &'a [u8],
+    /// Scales of its superblock.
+    pub shared: &'a [u8],
+}
+
+/// Where a group is: lines from the start of the tile.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The line with the scales of its superblock.
+    span: usize,
+    /// Which of the superblocks of the span.
+    super_idx: usize,
+    /// The line with its scales.
+    unit: usize,
+    /// Which of the groups of the unit.
+    idx: usize,
 }
 
 /// Bytes of the scales of one group in a tile.
@@ -64,6 +84,32 @@ pub(crate) const fn super_scale_bytes<F: QuantFormat>() -> usize {
     if F::SCALES.has_super() { 2 * TILE_ROWS * F::SCALES.n_halfs() } else { 0 }
 }
 
+/// Groups whose scales share a line.
+const fn groups_per_unit<F: QuantFormat>() -> usize {
+    size_of::<Line>() / group_scale_bytes::<F>()
+}
+
+/// Groups of a whole span: those of as many superblocks as have their scales in one line.
+const fn groups_per_span<F: QuantFormat>() -> usize {
+    match super_scale_bytes::<F>() {
+        0 => 2 * GROUPS_PER_SUPER,
+        bytes => size_of::<Line>() / bytes * GROUPS_PER_SUPER,
+    }
+}
+
+/// Lines before the first unit of a span.
+const fn span_head<F: QuantFormat>() -> usize {
+    if F::SCALES.has_super() { 1 } else { 0 }
+}
+
+/// Lines of the first `n_groups` groups of a span.
+const fn span_lines<F: QuantFormat>(n_groups: usize) -> usize {
+    if n_groups == 0 {
+        return 0;
+    }
+    span_head::<F>() + n_groups.div_ceil(groups_per_unit::<F>()) + n_groups * F::BITS
+}
+
 /// For each plane its bits, its first line in a group and the lowest code bit it holds.
 pub(crate) const fn planes(bits: usize) -> [(usize, usize, usize); 4] {
     [(bits & 8, 0, 0), (bits & 4, 0, 0), (bits & 2, bits & 4, bits & 4), (bits & 1, bits & 6, bits & 6)]
@@ -73,37 +119,40 @@ impl QuantizedLayout {
     /// The layout of tiles that hold these columns of the file, edges on multiples of 32.
     pub(super) fn new<F: QuantFormat>(columns: &Range<usize>) -> Self {
         let n_groups = columns.len() / GROUP_LEN;
-        let first_group = columns.start / GROUP_LEN % GROUPS_PER_SUPER;
-        let n_supers = (first_group + n_groups).div_ceil(GROUPS_PER_SUPER);
-        Self {
-            plane_lines: n_groups * F::BITS,
-            group_lines: (n_groups * group_scale_bytes::<F>()).div_ceil(size_of::<Line>()),
-            super_lines: (n_supers * super_scale_bytes::<F>()).div_ceil(size_of::<Line>()),
-            first_group,
-            bits: F::BITS,
-            group_bytes: group_scale_bytes::<F>(),
-            super_bytes: super_scale_bytes::<F>(),
-        }
+        let first_place = columns.start / GROUP_LEN % groups_per_span::<F>();
+        let in_first = n_groups.min(groups_per_span::<F>() - first_place);
+        let later = n_groups - in_first;
+        let (whole, rest) = (later / groups_per_span::<F>(), later % groups_per_span::<F>());
+        let n_lines = span_lines::<F>(in_first)
+            + whole * span_lines::<F>(groups_per_span::<F>())
+            + span_lines::<F>(rest);
+        Self { n_groups, first_place, n_lines }
     }
 
     /// Lines of a tile.
     pub(super) fn tile_lines(&self) -> usize {
-        self.plane_lines + self.group_lines + self.super_lines
+        self.n_lines
     }
 
-    /// The given groups of a tile.
-    pub(crate) fn part<'a>(&self, tile: &'a [Line], groups: &Range<usize>) -> TilePart<'a> {
-        let (planes, scales) = tile.split_at(self.plane_lines);
-        let (group_scales, super_scales) = scales.split_at(self.group_lines);
-        let group_scales: &[u8] = bytemuck::cast_slice(group_scales);
-        let super_scales: &[u8] = bytemuck::cast_slice(super_scales);
-        let place = self.first_group + groups.start;
-        TilePart {
-            planes: &planes[groups.start * self.bits..groups.end * self.bits],
-            group_scales: &group_scales[groups.start * self.group_bytes..groups.end * self.group_bytes],
-            super_scales: &super_scales[place / GROUPS_PER_SUPER * self.super_bytes..],
-            first_group: place % GROUPS_PER_SUPER,
-        }
+    /// The groups of a tile from one on.
+    pub(crate) fn part<'a>(&self, tile: &'a [Line], first_group: usize) -> TilePart<'a> {
+        TilePart { lines: tile, layout: *self, first_group }
+    }
+
+    #[inline(always)]
+    fn place<F: QuantFormat>(&self, group: usize) -> Place {
+        let per_span = groups_per_span::<F>();
+        let place = self.first_place + group;
+        let (span, in_span) = match place / per_span {
+            0 => (0, group),
+            spans => {
+                let before = span_lines::<F>(per_span - self.first_place);
+                (before + (spans - 1) * span_lines::<F>(per_span), place % per_span)
+            }
+        };
+        let per_unit = groups_per_unit::<F>();
+        let unit = span + span_head::<F>() + in_span / per_unit * (1 + per_unit * F::BITS);
+        Place { span, super_idx: place % per_span / GROUPS_PER_SUPER, unit, idx: in_span % per_unit }
     }
 
     /// Writes the given columns of a file row as row `lane` of the tile.
@@ -114,28 +163,54 @@ impl QuantizedLayout {
         lane: usize,
         tile: &mut [Line],
     ) {
-        let (planes, scales) = tile.split_at_mut(self.plane_lines);
-        let (group_scales, super_scales) = scales.split_at_mut(self.group_lines);
-        let group_scales: &mut [u8] = bytemuck::cast_slice_mut(group_scales);
-        let super_scales: &mut [u8] = bytemuck::cast_slice_mut(super_scales);
         let groups_per_block = F::TYPE.block_len() / GROUP_LEN;
-        for idx in 0..columns.len() / GROUP_LEN {
+        for idx in 0..self.n_groups {
             let file_group = columns.start / GROUP_LEN + idx;
             let block =
                 &bytes[file_group / groups_per_block * F::TYPE.block_bytes()..][..F::TYPE.block_bytes()];
             let group = F::group(block, file_group % groups_per_block);
-            put_codes(&group.codes, F::BITS, lane, &mut planes[idx * F::BITS..][..F::BITS]);
+            let place = self.place::<F>(idx);
+            put_codes(&group.codes, F::BITS, lane, &mut tile[place.planes::<F>()]);
             let halfs = [group.scales.d, group.scales.m];
-            let own = &mut group_scales[idx * group_scale_bytes::<F>()..][..group_scale_bytes::<F>()];
+            let own = &mut tile[place.unit].0[place.own::<F>()];
             if F::SCALES.has_super() {
                 own[lane] = group.scales.sub[0];
                 own[TILE_ROWS + lane] = group.scales.sub[1];
-                let idx = (self.first_group + idx) / GROUPS_PER_SUPER;
-                let shared = &mut super_scales[idx * super_scale_bytes::<F>()..][..super_scale_bytes::<F>()];
-                put_halfs(halfs, lane, shared);
+                put_halfs(halfs, lane, &mut tile[place.span].0[place.shared::<F>()]);
             } else {
                 put_halfs(halfs, lane, own);
             }
+        }
+    }
+}
+
+impl Place {
+    #[inline(always)]
+    fn planes<F: QuantFormat>(&self) -> Range<usize> {
+        let first = self.unit + 1 + self.idx * F::BITS;
+        first..first + F::BITS
+    }
+
+    #[inline(always)]
+    fn own<F: QuantFormat>(&self) -> Range<usize> {
+        self.idx * group_scale_bytes::<F>()..(self.idx + 1) * group_scale_bytes::<F>()
+    }
+
+    #[inline(always)]
+    fn shared<F: QuantFormat>(&self) -> Range<usize> {
+        self.super_idx * super_scale_bytes::<F>()..(self.super_idx + 1) * super_scale_bytes::<F>()
+    }
+}
+
+impl<'a> TilePart<'a> {
+    /// A group, counted from the first of the part.
+    #[inline(always)]
+    pub(crate) fn group<F: QuantFormat>(&self, group: usize) -> PackedGroup<'a> {
+        let place = self.layout.place::<F>(self.first_group + group);
+        PackedGroup {
+            planes: &self.lines[place.planes::<F>()],
+            own: &self.lines[place.unit].0[place.own::<F>()],
+            shared: &self.lines[place.span].0[place.shared::<F>()],
         }
     }
 }
@@ -210,20 +285,33 @@ mod tests {
         for lane in 0..TILE_ROWS {
             layout.pack_row::<F>(row(lane), columns, lane, &mut tile);
         }
-        let part = layout.part(&tile, &(0..columns.len() / GROUP_LEN));
+        let part = layout.part(&tile, 0);
         let groups_per_block = F::TYPE.block_len() / GROUP_LEN;
-        for (idx, lines) in part.planes.chunks_exact(F::BITS).enumerate() {
+        for idx in 0..columns.len() / GROUP_LEN {
             let file_group = columns.start / GROUP_LEN + idx;
-            let own = &part.group_scales[idx * group_scale_bytes::<F>()..];
-            let super_idx = (part.first_group + idx) / GROUPS_PER_SUPER;
-            let shared =
-                &part.super_scales[super_idx * super_scale_bytes::<F>()..][..super_scale_bytes::<F>()];
-            let own = &own[..group_scale_bytes::<F>()];
+            let packed = part.group::<F>(idx);
             for lane in 0..TILE_ROWS {
                 let block = &row(lane)[file_group / groups_per_block * F::TYPE.block_bytes()..];
                 let group = F::group(block, file_group % groups_per_block);
-                assert_eq!(codes_of_row(lines, F::BITS, lane), group.codes);
-                assert_eq!(scales_of_row::<F>(own, shared, lane), group.scales);
+                assert_eq!(codes_of_row(packed.planes, F::BITS, lane), group.codes);
+                assert_eq!(scales_of_row::<F>(packed.own, packed.shared, lane), group.scales);
+            }
+        }
+    }
+
+    /// Whole rows take at most 5 % more than in the file.
+    fn check_size<F: QuantFormat>(n_cols: usize) {
+        let layout = QuantizedLayout::new::<F>(&(0..n_cols));
+        let in_file = TILE_ROWS * F::TYPE.row_bytes(n_cols).expect("whole blocks");
+        let packed = layout.tile_lines() * size_of::<Line>();
+        assert!(100 * packed <= 105 * in_file, "{}: {packed} bytes for {in_file}", F::TYPE.name());
+    }
+
+    #[test]
+    fn packed_rows_are_hardly_larger_than_in_the_file() {
+        for weight_type in WeightType::ALL {
+            for n_cols in [768, 1536, 8960] {
+                with_format!(weight_type, Format => { quantized: check_size::<Format>(n_cols), float: (), });
             }
         }
     }
