@@ -24,7 +24,14 @@ fn run(rig: &Rig, steps: &[Step]) -> Vec<Vec<f32>> {
 
 /// One scalar thread, token by token, alone.
 fn expected(rig: &Rig) -> Vec<Vec<f32>> {
-    let plain = Setup { isa: Isa::Scalar, n_threads: 1, n_ranks: 1, kv_type: KvType::F16, link: Link::Table };
+    let plain = Setup {
+        isa: Isa::Scalar,
+        n_threads: 1,
+        n_ranks: 1,
+        kv_type: KvType::F16,
+        quantize: None,
+        link: Link::Table,
+    };
     run(&rig.with(plain), &in_pieces(&SEQUENCE, &[1]))
 }
 

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
-use paceline_domain::{KvType, group::BLOCK_POSITIONS};
+use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
 use paceline_telemetry::shutdown::ParentWatch;
 use tonic::transport::Uri;
 
@@ -32,6 +32,9 @@ pub struct Config {
     /// Blocks of 16 positions in each rank's KV pool [default: what GPUs have free; on CPUs the context, at least 1024]
     #[arg(long, env = "PACELINE_KV_BLOCKS")]
     pub kv_blocks: Option<u32>,
+    /// Matrices of plain numbers are quantized while they are loaded, to q8_0 or q4_k; as the shards are told
+    #[arg(long, env = "PACELINE_QUANTIZE", value_name = "TYPE")]
+    pub quantize: Option<Quantization>,
     /// Storage type of the KV cache
     #[arg(long, env = "PACELINE_KV_TYPE", value_enum, default_value_t = KvChoice::F16)]
     pub kv_type: KvChoice,

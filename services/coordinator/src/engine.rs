@@ -72,6 +72,10 @@ pub enum GroupStatus {
         n_ranks: usize,
         /// Blocks of the KV pool.
         n_kv_blocks: u32,
+        /// Bytes of weights that the ranks hold.
+        weight_bytes: u64,
+        /// Bytes that quantization at load has saved them.
+        saved_bytes: u64,
     },
 }
 
@@ -179,6 +183,7 @@ impl Engine {
                         threads = ready.threads,
                         weight_bytes = ready.weight_bytes,
                         kv_bytes = ready.kv_bytes,
+                        saved_bytes = ready.saved_bytes,
                         "rank ready"
                     );
                 }
@@ -188,7 +193,12 @@ impl Engine {
                 // Sequences are admitted by the size of the first pool, so a later group has no other.
                 self.spec.pool = PoolWish::Exactly(n_kv_blocks);
                 self.scheduler.begin_epoch(group.epoch(), n_kv_blocks);
-                self.status.send_replace(GroupStatus::Ready { n_ranks: group.n_ranks(), n_kv_blocks });
+                self.status.send_replace(GroupStatus::Ready {
+                    n_ranks: group.n_ranks(),
+                    n_kv_blocks,
+                    weight_bytes: group.ranks.iter().map(|ready| ready.weight_bytes).sum(),
+                    saved_bytes: group.ranks.iter().map(|ready| ready.saved_bytes).sum(),
+                });
                 self.group = Some(group);
             }
             Err(error) => {

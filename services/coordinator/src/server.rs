@@ -51,7 +51,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
     let (engine, status) = Engine::new(parts.group.clone(), parts.limits, events.clone());
     let engine = tokio::spawn(engine.run(inbox));
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    let ready = format!("\"address\":\"{address}\",\"model\":{}", json_string(&parts.served.model));
+    let quantize = config.quantize.map_or("null".into(), |quantization| json_string(quantization.name()));
+    let model = json_string(&parts.served.model);
+    let ready = format!("\"address\":\"{address}\",\"model\":{model},\"quantize\":{quantize}");
     let pool = Arc::new(OnceLock::new());
     tokio::spawn(announce(status.clone(), health_reporter, print, ready, pool.clone()));
 
@@ -135,6 +137,7 @@ impl Parts {
             group: GroupSpec {
                 shards: config.shards.clone(),
                 model: checkpoint.digest(),
+                quantize: config.quantize,
                 pool: sizes.pool,
                 kv_type: config.kv_type.into(),
                 max_rows: sizes.max_rows,
@@ -171,11 +174,14 @@ async fn announce(
     loop {
         let now = status.borrow_and_update().clone();
         match &now {
-            GroupStatus::Ready { n_ranks, n_kv_blocks } => {
+            GroupStatus::Ready { n_ranks, n_kv_blocks, weight_bytes, saved_bytes } => {
                 pool.get_or_init(|| *n_kv_blocks);
                 health.set_serving::<InferenceServer<InferenceService>>().await;
                 health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-                print.event(format_args!("{{\"event\":\"ready\",{ready},\"ranks\":{n_ranks}}}"));
+                print.event(format_args!(
+                    "{{\"event\":\"ready\",{ready},\"ranks\":{n_ranks},\"weight_bytes\":{weight_bytes},\
+                     \"saved_bytes\":{saved_bytes}}}"
+                ));
             }
             GroupStatus::Loading { rank, done_bytes, total_bytes } => print.event(format_args!(
                 "{{\"event\":\"loading\",\"rank\":{rank},\"done_bytes\":{done_bytes},\"total_bytes\":{total_bytes}}}"

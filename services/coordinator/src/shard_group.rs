@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use paceline_domain::{Digest, Epoch, KvType, StepPlan, StepResult, group::PROTOCOL_VERSION};
+use paceline_domain::{Digest, Epoch, KvType, Quantization, StepPlan, StepResult, group::PROTOCOL_VERSION};
 use paceline_model::DeviceRoom;
 use paceline_wire::{
     MAX_INTERNAL_MESSAGE_BYTES,
@@ -34,6 +34,8 @@ pub struct GroupSpec {
     pub shards: Vec<Uri>,
     /// The checkpoint they must have.
     pub model: Digest,
+    /// What they must make of its float matrices.
+    pub quantize: Option<Quantization>,
     /// What each rank's KV pool should be.
     pub pool: PoolWish,
     /// Storage type of the KV cache.
@@ -242,6 +244,7 @@ fn hello(rank: usize, spec: &GroupSpec, epoch: Epoch) -> Hello {
         epoch: epoch.0,
         model_digest: spec.model.0.to_vec(),
         seat: Some(seat),
+        quantize: spec.quantize.map_or("", Quantization::name).into(),
     }
 }
 

@@ -99,6 +99,7 @@ async fn form(doubles: &[Double], pool: PoolWish) -> Result<ShardGroup, FormErro
     let spec = GroupSpec {
         shards,
         model: Digest([7; 32]),
+        quantize: Some(Quantization::Q4_K),
         pool,
         kv_type: KvType::F16,
         max_rows: 32,
@@ -119,7 +120,7 @@ async fn the_pool_is_sized_by_what_the_shards_say() {
     for (rank, gpu) in gpus.iter().enumerate() {
         let seat =
             Seat { rank: rank as u32, n_ranks: 2, kv_type: "f16".into(), max_rows: 32, max_sampled_rows: 8 };
-        assert_eq!(gpu.hello().seat, Some(seat));
+        assert_eq!((gpu.hello().seat, gpu.hello().quantize.as_str()), (Some(seat), "q4_k"));
         assert_eq!(gpu.form().map(|form| form.n_kv_blocks), Some(200));
     }
 }

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::{
     event::Event,
     process::{Log, ServiceEnded, ServiceProcess, ServiceSpec},
-    progress::{Bar, Progress},
+    progress::{Bar, Progress, megabytes},
 };
 
 /// How long a child may take until it listens.
@@ -169,12 +169,26 @@ async fn ready(
                 let label = || format!("loading rank {rank} of {n_ranks}");
                 bars.entry(rank).or_insert_with(|| progress.bytes(&label(), total_bytes)).set(done_bytes);
             }
-            Event::Ready { address, .. } => {
+            Event::Ready { address, quantize, weight_bytes, saved_bytes, .. } => {
                 bars.values().for_each(Bar::finish);
+                if let Some(quantization) = quantize {
+                    progress.line(&quantized(&quantization, weight_bytes, saved_bytes));
+                }
                 return Ok(address);
             }
         }
     }
+}
+
+/// What quantization at load has brought, for people.
+pub fn quantized(quantization: &str, weight_bytes: u64, saved_bytes: u64) -> String {
+    let (weights, saved) = (megabytes(weight_bytes), megabytes(saved_bytes));
+    if saved_bytes == 0 {
+        return format!(
+            "--quantize {quantization}: nothing to quantize, the file has no fitting float matrix"
+        );
+    }
+    format!("weights quantized to {quantization} at load: {weights}, {saved} less than in the file")
 }
 
 /// The first of several processes to end.

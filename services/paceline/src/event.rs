@@ -33,6 +33,15 @@ pub enum Event {
         model: String,
         /// Ranks of the group.
         ranks: u32,
+        /// What float matrices became at load.
+        #[serde(default)]
+        quantize: Option<String>,
+        /// Bytes of weights that the ranks hold.
+        #[serde(default)]
+        weight_bytes: u64,
+        /// Bytes that quantization at load has saved them.
+        #[serde(default)]
+        saved_bytes: u64,
     },
 }
 
@@ -53,8 +62,13 @@ mod tests {
         assert_eq!(listening, Some(Event::Listening { address: "127.0.0.1:41234".into() }));
         let loading = Event::from_line(r#"{"event":"loading","rank":1,"done_bytes":1,"total_bytes":2}"#);
         assert_eq!(loading, Some(Event::Loading { rank: 1, done_bytes: 1, total_bytes: 2 }));
-        let ready = Event::from_line(r#"{"event":"ready","address":"a:1","model":"m","ranks":2}"#);
-        assert_eq!(ready, Some(Event::Ready { address: "a:1".into(), model: "m".into(), ranks: 2 }));
+        let ready = Event::from_line(
+            r#"{"event":"ready","address":"a:1","model":"m","quantize":"q8_0","ranks":2,"weight_bytes":7,"saved_bytes":5}"#,
+        );
+        let (address, model) = ("a:1".into(), "m".into());
+        let quantize = Some("q8_0".into());
+        let expected = Event::Ready { address, model, ranks: 2, quantize, weight_bytes: 7, saved_bytes: 5 };
+        assert_eq!(ready, Some(expected));
         let forming = Event::from_line(r#"{"event":"forming","problem":"no memory"}"#);
         assert_eq!(forming, Some(Event::Forming { problem: "no memory".into() }));
         assert_eq!(Event::from_line(r#"{"event":"resized"}"#), None);

@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use paceline_domain::Quantization;
 use paceline_shard::device::{DeviceChoice, GpuMemory};
 use paceline_wire::inference::{SamplingOptions, StopOptions};
 
@@ -111,6 +112,10 @@ pub struct ClusterOptions {
     /// How shards talk to each other: auto, shared-memory or tcp
     #[arg(long, value_name = "TRANSPORT")]
     pub transport: Option<String>,
+    /// Quantize matrices of plain numbers while they are loaded: q8_0 or q4_k (the output head gets q8_0, and so do rows
+    /// that are no multiple of 256)
+    #[arg(long, value_name = "TYPE")]
+    pub quantize: Option<Quantization>,
     /// Storage type of the KV cache: f16 or f32
     #[arg(long, value_name = "TYPE")]
     pub kv_type: Option<String>,
@@ -141,9 +146,15 @@ impl ClusterOptions {
         devices_of_ranks(&self.device, self.threads_per_rank().len())
     }
 
+    /// All services must be told the same.
+    fn quantize(&self) -> Option<String> {
+        self.quantize.map(|quantization| quantization.to_string())
+    }
+
     /// Arguments for every shard.
     pub fn shard_args(&self) -> Vec<OsString> {
         flags(&[
+            ("--quantize", self.quantize()),
             ("--isa", self.isa.clone()),
             ("--transport", self.transport.clone()),
             ("--gpu-memory", self.gpu_memory.map(|share| share.to_string())),
@@ -154,6 +165,7 @@ impl ClusterOptions {
     pub fn coordinator_args(&self) -> Vec<OsString> {
         let text = |value: Option<u32>| value.map(|value| value.to_string());
         flags(&[
+            ("--quantize", self.quantize()),
             ("--kv-type", self.kv_type.clone()),
             ("--kv-blocks", text(self.kv_blocks)),
             ("--context", text(self.context)),

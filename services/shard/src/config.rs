@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, thread};
 
 use clap::{Args, ValueEnum};
 use paceline_collectives::{BindSpec, Transport};
+use paceline_domain::Quantization;
 use paceline_kernels::Isa;
 use paceline_telemetry::shutdown::ParentWatch;
 
@@ -18,6 +19,9 @@ pub struct Config {
     /// GGUF file, or directory with config.json and safetensors
     #[arg(long, env = "PACELINE_MODEL")]
     pub model: PathBuf,
+    /// Quantize matrices of plain numbers while they are loaded, to q8_0 or q4_k; as the coordinator is told
+    #[arg(long, env = "PACELINE_QUANTIZE", value_name = "TYPE")]
+    pub quantize: Option<Quantization>,
     /// What to compute with.
     #[command(flatten)]
     pub device: DeviceOptions,

@@ -11,7 +11,7 @@ use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{
     AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
 };
-use paceline_domain::{ErrorKind, KvType, StepNumber, StepPlan, StepResult, StepTimings};
+use paceline_domain::{ErrorKind, KvType, Quantization, StepNumber, StepPlan, StepResult, StepTimings};
 use paceline_model::link::{Group, Route};
 use paceline_model::{
     Batch, Capacity, Decoder, Device, DeviceRoom, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan,
@@ -40,6 +40,8 @@ pub struct Machine {
     pub checkpoint: Arc<Checkpoint>,
     /// Its architecture.
     pub config: Arc<ModelConfig>,
+    /// What its float matrices become at load.
+    pub quantize: Option<Quantization>,
     /// What computes.
     pub device: Arc<dyn Device>,
     /// Compute threads of the CPU.
@@ -66,6 +68,7 @@ impl Machine {
             config: &self.config,
             plan: &plan,
             rank: seat.rank as usize,
+            quantize: self.quantize,
             capacity,
             progress: &|_| (),
         };
@@ -203,12 +206,17 @@ impl Executor {
             config: &machine.config,
             plan: &plan,
             rank,
+            quantize: machine.quantize,
             capacity,
             progress: &progress,
         };
         let mut decoder = Decoder::load(&spec, machine.device.as_ref())?;
         join(&mut decoder, collective.as_mut(), &group)?;
         let (weight_bytes, kv_bytes) = decoder.memory_bytes();
+        let saved_bytes = spec.saved_bytes();
+        if let Some(quantization) = machine.quantize {
+            tracing::info!(rank, %quantization, weight_bytes, saved_bytes, "weights quantized at load");
+        }
         let ready = proto::Ready {
             epoch: form.epoch,
             numerics: decoder.fingerprint().numerics,
@@ -217,6 +225,7 @@ impl Executor {
             threads: machine.n_threads as u32,
             weight_bytes: weight_bytes as u64,
             kv_bytes: kv_bytes as u64,
+            saved_bytes,
         };
         let message = Some(proto::shard_message::Message::Ready(ready));
         let _ = outbox.blocking_send(Ok(proto::ShardMessage { message }));

@@ -67,6 +67,7 @@ fn machine(config: &Config) -> anyhow::Result<Machine> {
     Ok(Machine {
         checkpoint: Arc::new(checkpoint),
         config: Arc::new(model),
+        quantize: config.quantize,
         device: device::choose(&config.device, cpu)?,
         n_threads: cpu.n_threads,
         transport: config.transport.into(),

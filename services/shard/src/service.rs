@@ -8,7 +8,7 @@ use std::{
 
 use futures_util::{Stream, StreamExt as _};
 use paceline_collectives::{AbortFlag, BindSpec, Endpoint};
-use paceline_domain::{ErrorKind, StepPlan, group::PROTOCOL_VERSION};
+use paceline_domain::{ErrorKind, Quantization, StepPlan, group::PROTOCOL_VERSION};
 use paceline_model::DeviceRoom;
 use paceline_wire::{
     shard::{
@@ -98,6 +98,16 @@ impl ShardService {
             let theirs: String = hello.model_digest.iter().map(|byte| format!("{byte:02x}")).collect();
             let message = format!(
                 "the coordinator serves model {theirs}, this shard has {own}: give both the same --model"
+            );
+            return Err(Status::failed_precondition(message));
+        }
+        let own = self.machine.quantize;
+        if hello.quantize != own.map_or("", Quantization::name) {
+            let theirs = if hello.quantize.is_empty() { "none" } else { &hello.quantize };
+            let message = format!(
+                "the coordinator serves weights with quantization {theirs}, this shard loads them with {}: give both the \
+                 same --quantize",
+                Quantization::name_or_none(own)
             );
             return Err(Status::failed_precondition(message));
         }

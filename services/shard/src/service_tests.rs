@@ -42,6 +42,7 @@ fn machine() -> Machine {
     Machine {
         config: Arc::new(ModelConfig::from_checkpoint(&checkpoint).expect("a configuration")),
         checkpoint: Arc::new(checkpoint),
+        quantize: Some(Quantization::Q8_0),
         device: Arc::new(Roomy),
         n_threads: 1,
         transport: Transport::Auto,
@@ -52,19 +53,24 @@ fn machine() -> Machine {
 type Session = (tokio::sync::mpsc::Sender<CoordinatorMessage>, Streaming<ShardMessage>);
 
 async fn hello(address: &str, machine: &Machine, epoch: u64) -> Session {
+    open(address, machine, epoch, "q8_0").await.expect("a session")
+}
+
+async fn open(address: &str, machine: &Machine, epoch: u64, quantize: &str) -> Result<Session, Status> {
     let seat = Seat { rank: 1, n_ranks: 2, kv_type: "f16".into(), max_rows: 32, max_sampled_rows: 8 };
     let hello = Hello {
         protocol: PROTOCOL_VERSION,
         epoch,
         model_digest: machine.checkpoint.digest().0.to_vec(),
         seat: Some(seat),
+        quantize: quantize.into(),
     };
     let (outbox, messages) = tokio::sync::mpsc::channel(4);
     let message = Some(coordinator_message::Message::Hello(hello));
     outbox.send(CoordinatorMessage { message }).await.expect("room in the channel");
     let mut client = ShardClient::connect(address.to_owned()).await.expect("a connection");
-    let response = client.session(ReceiverStream::new(messages)).await.expect("a session");
-    (outbox, response.into_inner())
+    let response = client.session(ReceiverStream::new(messages)).await?;
+    Ok((outbox, response.into_inner()))
 }
 
 async fn welcome(session: &mut Session) -> Welcome {
@@ -74,15 +80,31 @@ async fn welcome(session: &mut Session) -> Welcome {
     }
 }
 
-#[tokio::test]
-async fn welcome_says_what_there_is_room_for_and_a_later_session_ends_the_one_before() {
-    let machine = machine();
+async fn serve(machine: &Machine) -> String {
     let binding = BindSpec { host: "127.0.0.1".into(), port: 0, advertised_host: None };
     let service = ShardServer::new(ShardService::new(machine.clone(), binding));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = format!("http://{}", listener.local_addr().expect("an address"));
     tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpIncoming::from(listener)));
+    address
+}
 
+#[tokio::test]
+async fn other_weights_are_refused() {
+    let machine = machine();
+    let address = serve(&machine).await;
+    for (asked, shown) in [("", "none"), ("q4_k", "q4_k")] {
+        let error = open(&address, &machine, 5, asked).await.err().expect("must be refused");
+        assert_eq!(error.code(), tonic::Code::FailedPrecondition);
+        let wanted = format!("quantization {shown}, this shard loads them with q8_0");
+        assert!(error.message().contains(&wanted), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn welcome_says_what_there_is_room_for_and_a_later_session_ends_the_one_before() {
+    let machine = machine();
+    let address = serve(&machine).await;
     let mut first = hello(&address, &machine, 5).await;
     let said = welcome(&mut first).await;
     assert_eq!((said.memory_bytes, said.fixed_bytes, said.kv_block_bytes), (9_000, 200, 32));

@@ -7,6 +7,7 @@ use paceline_kernels::formats::{
     CodeLayout, GROUP_LEN, GROUPS_PER_SUPER, Group, ScaleLayout, code_layout, group_of_row,
 };
 use paceline_kernels::{ThreadPool, dequantize_row};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Output rows of a tile.
@@ -124,15 +125,15 @@ impl Planes {
     }
 }
 
-/// Rows of one tensor of the file, as bytes.
+/// Rows of one tensor, as bytes of the file or made of them.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
     /// Storage type.
     pub weight_type: WeightType,
     /// Rows.
     pub n_rows: usize,
-    /// Bytes of a whole row of the file.
-    pub row: &'a (dyn Fn(usize) -> &'a [u8] + Sync),
+    /// Bytes of a whole row.
+    pub row: &'a (dyn Fn(usize) -> Cow<'a, [u8]> + Sync),
 }
 
 /// How the rows of one or several tensors are put into tiles.
@@ -169,7 +170,7 @@ impl<'a> Arrangement<'a> {
     }
 
     /// The file's row that belongs into row `row` of tile `tile`, with its type.
-    fn row(&self, tile: usize, row: usize) -> Option<(WeightType, &'a [u8])> {
+    fn row(&self, tile: usize, row: usize) -> Option<(WeightType, Cow<'a, [u8]>)> {
         let (rows, at) = match self {
             Self::Gated(pair) => (&pair[row / 8], tile * 8 + row % 8),
             Self::Stacked(parts) => {
@@ -224,7 +225,7 @@ pub fn pack(arrangement: &Arrangement<'_>, columns: Range<usize>, pool: &ThreadP
     pool.run_pieces(&mut bytes, tile_bytes, &|tile, bytes| {
         for row in 0..TILE_ROWS {
             if let Some((weight_type, file_row)) = arrangement.row(tile, row) {
-                packer.row(weight_type, file_row, row, bytes);
+                packer.row(weight_type, &file_row, row, bytes);
             }
         }
     });

@@ -270,7 +270,7 @@ impl Model {
             max_output_rows: max_rows,
         };
         let (checkpoint, config) = (&self.checkpoint, &self.config);
-        let spec = LoadSpec { checkpoint, config, plan, rank, capacity, progress: &|_| () };
+        let spec = LoadSpec { checkpoint, config, plan, rank, quantize: None, capacity, progress: &|_| () };
         Decoder::load(&spec, device)
     }
 }

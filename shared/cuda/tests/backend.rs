@@ -230,7 +230,8 @@ fn a_peer_that_is_lost_is_an_error_in_time() {
     let (checkpoint, config) = (&rig.checkpoint, &rig.config);
     let join = |collective: &mut Threads, deadline: Duration| {
         let rank = collective.rank();
-        let spec = LoadSpec { checkpoint, config, plan: &plan, rank, capacity, progress: &|_| () };
+        let spec =
+            LoadSpec { checkpoint, config, plan: &plan, rank, quantize: None, capacity, progress: &|_| () };
         let mut decoder = Decoder::load(&spec, &linked).expect("loads");
         let abort = AbortFlag::new();
         let route = decoder.join(&mut Group { collective, connect_deadline: deadline, deadline, abort });

@@ -48,6 +48,7 @@ fn on_ranks<T: Send>(n_ranks: usize, each: impl Fn(&mut Logits<'_>) -> T + Sync)
             config: &config,
             plan: &plan,
             rank: collective.rank(),
+            quantize: None,
             capacity: Capacity {
                 kv_type: KvType::F16,
                 n_kv_blocks: 1,

@@ -169,7 +169,7 @@ impl Activations {
 }
 
 fn packed_of(file: &FileMatrix, columns: std::ops::Range<usize>) -> Packed {
-    let row = |row: usize| file.row(row);
+    let row = |row: usize| file.row(row).into();
     let rows = [Rows { weight_type: file.weight_type, n_rows: file.n_rows, row: &row }];
     pack(&Arrangement::Stacked(&rows), columns, &pool())
 }
@@ -271,7 +271,7 @@ fn a_row_has_the_same_bits_in_every_batch_and_kernel() {
 fn gated_products_are_silu_of_the_gate_times_up_in_operand_order() {
     let (n_features, n_cols, n_rows) = (21, 256, 5);
     let [gate, up] = [4, 5].map(|seed| FileMatrix::new(WeightType::Q4_K, n_features, n_cols, seed));
-    let (gate_row, up_row) = (|row: usize| gate.row(row), |row: usize| up.row(row));
+    let (gate_row, up_row) = (|row: usize| gate.row(row).into(), |row: usize| up.row(row).into());
     let rows = |row| Rows { weight_type: WeightType::Q4_K, n_rows: n_features, row };
     let packed = pack(&Arrangement::Gated([rows(&gate_row), rows(&up_row)]), 0..n_cols, &pool());
     let x = Activations::new(0, n_rows, n_cols);

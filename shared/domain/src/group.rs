@@ -2,10 +2,12 @@
 
 use std::fmt;
 
+use crate::Quantization;
+
 /// Positions in one KV block.
 pub const BLOCK_POSITIONS: usize = 16;
 /// Version of the messages between coordinator, shards and draft, and of what they mean.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Storage type of the KV cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -61,6 +63,8 @@ impl fmt::Debug for Digest {
 pub struct Fingerprint {
     /// Digest of the checkpoint: header, directory and samples of every tensor.
     pub model: Digest,
+    /// What its float matrices became at load.
+    pub quantize: Option<Quantization>,
     /// Storage type of the KV cache.
     pub kv_type: KvType,
     /// Version of the canonical summation orders.

@@ -8,12 +8,14 @@
 //! * [`step`] – what the coordinator asks of a group in one step, and what comes back
 //! * [`group`] – how a group of shards is described: model digest, fingerprint, KV geometry
 //! * [`weight_type`] – storage types of weights and their block sizes
+//! * [`quantization`] – what float weights may become at load
 //! * [`reduce_tree`] – the canonical summation tree over K that keeps bits equal for any number of ranks
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod group;
 pub mod ids;
+pub mod quantization;
 pub mod reduce_tree;
 pub mod request;
 pub mod sampling;
@@ -23,6 +25,7 @@ pub mod weight_type;
 pub use error::ErrorKind;
 pub use group::{Digest, Fingerprint, KvType};
 pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};
+pub use quantization::Quantization;
 pub use reduce_tree::ReduceTree;
 pub use request::{FinishReason, GenerateRequest, Prompt, StopRules, Usage};
 pub use sampling::{SampledToken, SamplingParams, TokenLogprob};

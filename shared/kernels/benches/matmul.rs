@@ -55,7 +55,8 @@ fn random_matrix(weight_type: WeightType, n_rows: usize, n_cols: usize, pool: &T
     // Bytes without the bit pattern of infinite or NaN numbers.
     let bytes: Vec<u8> = (0..n_rows * row_bytes).map(|i| ((i * 7919) >> 3) as u8 & 0x3b).collect();
     let spec = PackSpec::whole_rows(weight_type, n_rows, n_cols);
-    PackedMatrix::pack(&spec, &|row| &bytes[row * row_bytes..][..row_bytes], pool).expect("a valid matrix")
+    PackedMatrix::pack(&spec, &|row| bytes[row * row_bytes..][..row_bytes].into(), pool)
+        .expect("a valid matrix")
 }
 
 fn measure(pool: &ThreadPool, matrix: &PackedMatrix, isa: Isa, n_tokens: usize) {

@@ -48,7 +48,7 @@ impl Decoder {
 
     /// A decoder over a backend that was loaded from this specification.
     pub fn new(backend: Box<dyn Backend>, spec: &LoadSpec<'_>) -> Self {
-        let LoadSpec { checkpoint, config, plan, rank, capacity, .. } = *spec;
+        let LoadSpec { checkpoint, config, plan, rank, quantize, capacity, .. } = *spec;
         let share = plan.share(rank);
         let place = Place {
             rank,
@@ -69,7 +69,7 @@ impl Decoder {
             place,
             limits,
             last_position: Vec::new(),
-            fingerprint: fingerprint(checkpoint, capacity.kv_type, backend.device_numerics()),
+            fingerprint: fingerprint(checkpoint, quantize, capacity.kv_type, backend.device_numerics()),
             layers_done: Arc::new(AtomicU64::new(0)),
             backend,
         }

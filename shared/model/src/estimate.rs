@@ -1,10 +1,11 @@
 //! How much memory a model needs and how many bytes its ranks exchange, from shapes alone. Nothing is measured
 //! and nothing allocated.
 
-use paceline_domain::{KvType, WeightType, group::BLOCK_POSITIONS};
+use paceline_domain::{KvType, Quantization, WeightType, group::BLOCK_POSITIONS};
 
 use crate::cpu::kv_store::layer_shape;
 use crate::names::{Cut, Expected, Part, expected_tensors, shape};
+use crate::quantization::{WeightTypes, loaded_type};
 use crate::split::Slice;
 use crate::{ModelConfig, SplitPlan};
 use paceline_checkpoint::Format;
@@ -49,6 +50,16 @@ impl Dtype {
         };
         (n * bits).div_ceil(8 * per)
     }
+
+    /// The type of a matrix of plain numbers in a file; none where weights are quantized already.
+    pub fn float_type(self) -> Option<WeightType> {
+        match self {
+            Self::Bits(32) => Some(WeightType::F32),
+            Self::Bits(16) => Some(WeightType::BF16),
+            Self::Weight(kind) if !kind.is_quantized() => Some(kind),
+            Self::Bits(_) | Self::Weight(_) => None,
+        }
+    }
 }
 
 /// Memory a model needs, from its configuration alone.
@@ -56,7 +67,8 @@ impl Dtype {
 pub struct ConfigEstimate {
     /// Parameters, tied ones counted once.
     pub n_parameters: u64,
-    /// Bytes of all parameters in the asked type.
+    /// Bytes of all parameters in the asked type, or as they are after quantization at load. Then a tied head is counted
+    /// beside the embedding, which stays as it is.
     pub weight_bytes: u64,
     /// What the Model Memory Calculator of the Transformers guide ("Optimizing inference", section
     /// quantization) counts, in the asked type: the decoder without its output head, plus the rotary tables
@@ -68,8 +80,8 @@ pub struct ConfigEstimate {
 }
 
 impl ConfigEstimate {
-    /// Estimates for weights of one type.
-    pub fn new(config: &ModelConfig, dtype: Dtype) -> Self {
+    /// Estimates for weights of one type in the file, float matrices quantized at load.
+    pub fn new(config: &ModelConfig, dtype: Dtype, quantize: Option<Quantization>) -> Self {
         let tensors = expected_tensors(config, Format::Safetensors);
         let n_parameters = tensors.iter().map(Expected::n_elements).sum();
         let head: u64 =
@@ -78,7 +90,7 @@ impl ConfigEstimate {
         let rotary = (config.n_layers * rotary_layer) as u64;
         Self {
             n_parameters,
-            weight_bytes: dtype.bytes(n_parameters),
+            weight_bytes: loaded_bytes(config, dtype, quantize),
             guide_bytes: dtype.bytes(n_parameters - head + rotary),
             kv_bytes_per_1000_tokens: 1000 * kv_bytes_per_position(config),
         }
@@ -107,7 +119,7 @@ pub struct Capacity {
 /// Memory of one rank, and what it sends for each token of a pass.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MemoryEstimate {
-    /// Bytes of weights in the file's types, norms and biases in f32.
+    /// Bytes of weights as they are loaded, norms and biases in f32.
     pub weight_bytes: u64,
     /// Bytes of the embedding, which a device holds too; on CPUs its rows are looked up in the file.
     pub embedding_bytes: u64,
@@ -125,13 +137,13 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// Estimates one rank. `weight_type` tells the type of a tensor in the file.
+    /// Estimates one rank.
     pub fn new(
         config: &ModelConfig,
         plan: &SplitPlan,
         rank: usize,
         capacity: Capacity,
-        weight_type: &dyn Fn(&Expected) -> WeightType,
+        types: &WeightTypes<'_>,
     ) -> Self {
         let share = plan.share(rank);
         let kv_layer = layer_shape(config, share, capacity.kv_type, capacity.n_kv_blocks);
@@ -139,8 +151,8 @@ impl MemoryEstimate {
         let subtrees = plan.attention().tree.subtrees(rank).len() + plan.ffn().tree.subtrees(rank).len();
         let alone = plan.n_ranks() == 1;
         Self {
-            weight_bytes: weight_bytes(config, plan, rank, weight_type),
-            embedding_bytes: embedding_bytes(config, weight_type),
+            weight_bytes: weight_bytes(config, plan, rank, types),
+            embedding_bytes: embedding_bytes(config, types.in_file),
             kv_bytes_per_position: kv_block_bytes / BLOCK_POSITIONS as u64,
             kv_bytes: capacity.n_kv_blocks as u64 * kv_block_bytes,
             activation_bytes: crate::cpu::scratch::ScratchShape::new(config, plan, rank).bytes(&capacity),
@@ -223,23 +235,38 @@ fn kv_bytes_per_position(config: &ModelConfig) -> u64 {
     (2 * config.n_layers * config.kv_width() * KvType::F16.bytes()) as u64
 }
 
-fn weight_bytes(
+/// Bytes of a rank's slices as they are loaded.
+pub(crate) fn weight_bytes(
     config: &ModelConfig,
     plan: &SplitPlan,
     rank: usize,
-    weight_type: &dyn Fn(&Expected) -> WeightType,
+    types: &WeightTypes<'_>,
 ) -> u64 {
     let mut bytes = 0;
     for tensor in expected_tensors(config, Format::Gguf) {
         let slice = plan.slice(rank, tensor.cut, &tensor.shape);
-        bytes +=
-            slice_bytes(&slice, if tensor.shape.len() == 1 { WeightType::F32 } else { weight_type(&tensor) });
+        bytes += slice_bytes(&slice, types.loaded(&tensor));
         if config.tied_embeddings && tensor.part == Part::Embedding {
             let head = plan.slice(rank, Cut::VocabRows, &shape(config, Part::Head));
-            bytes += slice_bytes(&head, weight_type(&tensor));
+            bytes += slice_bytes(&head, types.loaded(&tensor));
         }
     }
     bytes
+}
+
+fn loaded_bytes(config: &ModelConfig, dtype: Dtype, quantize: Option<Quantization>) -> u64 {
+    let bytes = |tensor: &Expected| {
+        let n = tensor.n_elements();
+        let (in_file, Some(n_cols)) = (dtype.bytes(n), tensor.shape.get(1)) else { return dtype.bytes(n) };
+        let Some(float) = dtype.float_type().filter(|_| quantize.is_some()) else { return in_file };
+        let loaded = Dtype::Weight(loaded_type(quantize, tensor.part, float, *n_cols)).bytes(n);
+        match (tensor.part, config.tied_embeddings) {
+            (Part::Embedding, true) => in_file + loaded,
+            (Part::Embedding, false) => in_file,
+            _ => loaded,
+        }
+    };
+    expected_tensors(config, Format::Safetensors).iter().map(bytes).sum()
 }
 
 fn slice_bytes(slice: &Slice, weight_type: WeightType) -> u64 {
@@ -277,7 +304,8 @@ mod tests {
 
     #[test]
     fn mistral_7b_is_what_the_transformers_guide_states() {
-        let of = |name: &str| ConfigEstimate::new(&mistral_7b(), Dtype::from_name(name).expect("a type"));
+        let of =
+            |name: &str| ConfigEstimate::new(&mistral_7b(), Dtype::from_name(name).expect("a type"), None);
         assert_eq!(of("bfloat16").n_parameters, 7_241_732_096);
         assert_eq!(of("bfloat16").weight_bytes, 14_483_464_192);
         assert_eq!(two_digits_of_gib(of("bfloat16").guide_bytes), "13.74");
@@ -300,7 +328,8 @@ mod tests {
         let capacity = Capacity { kv_type: KvType::F16, n_kv_blocks: 64, max_rows: 8, max_output_rows: 8 };
         let of = |n_ranks: usize, rank: usize| {
             let plan = SplitPlan::new(&config, n_ranks).expect("plan");
-            MemoryEstimate::new(&config, &plan, rank, capacity, &|_| WeightType::BF16)
+            let types = WeightTypes { in_file: &|_| WeightType::BF16, quantize: None };
+            MemoryEstimate::new(&config, &plan, rank, capacity, &types)
         };
         let (one, norms) = (of(1, 0), (2 * 32 + 1) * 4096 * 4);
         // The embedding is looked up in the file, not held.

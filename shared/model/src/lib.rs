@@ -4,6 +4,7 @@
 //! # Layout
 //! * [`config`] – the shape of a decoder, checked; `config_gguf` and `config_json` read it
 //! * [`names`] – the one table of tensors: names, shapes, which dimension is cut
+//! * [`quantization`] – which matrices are quantized while they are loaded
 //! * [`split`] – which slice of every tensor each rank holds
 //! * [`estimate`] – memory and exchanged bytes from shapes alone
 //! * [`rope`] – frequencies of the rotary embedding
@@ -35,6 +36,7 @@ pub mod link;
 pub mod loader;
 pub mod logits;
 pub mod names;
+pub mod quantization;
 pub mod rope;
 pub mod split;
 pub mod synthetic;
@@ -50,4 +52,5 @@ pub use estimate::{Capacity, ConfigEstimate, DeviceFit, DeviceRoom, Dtype, Memor
 pub use fingerprint::fingerprint;
 pub use loader::{LoadProgress, LoadSpec};
 pub use logits::Logits;
+pub use quantization::WeightTypes;
 pub use split::{Share, SplitPlan};

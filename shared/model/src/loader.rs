@@ -4,11 +4,12 @@
 use std::sync::Arc;
 
 use paceline_checkpoint::{Checkpoint, TensorView};
-use paceline_domain::WeightType;
+use paceline_domain::{Quantization, WeightType};
 use paceline_kernels::{PackSpec, dequantize_row};
 
-use crate::estimate::Capacity;
+use crate::estimate::{Capacity, weight_bytes};
 use crate::names::{self, Cut, Part};
+use crate::quantization::{WeightTypes, loaded_type, types_in};
 use crate::split::RowParallel;
 use crate::weights::{
     AttentionRows, FfnRows, LayerWeights, MatrixRows, Packer, ProjectionRows, RowOrder, Weights, WeightsOf,
@@ -26,10 +27,22 @@ pub struct LoadSpec<'a> {
     pub plan: &'a SplitPlan,
     /// Whose slice to load.
     pub rank: usize,
+    /// What float matrices become.
+    pub quantize: Option<Quantization>,
     /// What to allocate.
     pub capacity: Capacity,
     /// Called as weights are packed.
     pub progress: &'a dyn Fn(LoadProgress),
+}
+
+impl LoadSpec<'_> {
+    /// Bytes of memory that quantization at load saves this rank: its matrices in the file's types less what they become.
+    pub fn saved_bytes(&self) -> u64 {
+        let in_file = &types_in(self.checkpoint);
+        let bytes =
+            |quantize| weight_bytes(self.config, self.plan, self.rank, &WeightTypes { in_file, quantize });
+        bytes(None).saturating_sub(bytes(self.quantize))
+    }
 }
 
 /// How far loading is, in bytes of the rank's slices in the file.
@@ -173,12 +186,15 @@ impl<'a> Loader<'a> {
         if slice.is_empty() {
             return Ok(None);
         }
+        // A whole table is one that rows are looked up in.
+        let quantize = self.spec.quantize.filter(|_| cut != Cut::Whole);
+        let weight_type = loaded_type(quantize, part, view.weight_type(), view.n_cols());
         let spec = match row_parallel(self.spec.plan, cut) {
             Some(columns) => {
                 let leaves = columns.tree.leaves(self.spec.rank);
-                PackSpec::cut_rows(view.weight_type(), slice.rows.len(), &columns.leaf_edges, leaves)
+                PackSpec::cut_rows(weight_type, slice.rows.len(), &columns.leaf_edges, leaves)
             }
-            None => PackSpec::whole_rows(view.weight_type(), slice.rows.len(), view.n_cols()),
+            None => PackSpec::whole_rows(weight_type, slice.rows.len(), view.n_cols()),
         };
         Ok(Some(MatrixRows { view, part, spec, first_row: slice.rows.start, order: self.order() }))
     }

@@ -1,8 +1,11 @@
 //! A rank's slices of all tensors, as rows of the file on their way in and as a backend's matrices afterwards. How a
 //! matrix lies in memory is decided by the backend's packer.
 
+use std::borrow::Cow;
+
 use paceline_checkpoint::TensorView;
 use paceline_kernels::PackSpec;
+use paceline_kernels::formats::requantize_row;
 
 use crate::ModelError;
 use crate::config::PairLayout;
@@ -92,7 +95,7 @@ pub struct FfnRows<'a> {
     pub down: MatrixRows<'a>,
 }
 
-/// A rank's slice of a matrix, as bytes of the memory-mapped file.
+/// A rank's slice of a matrix, as bytes of the memory-mapped file or made of them row by row.
 #[derive(Clone, Debug)]
 pub struct MatrixRows<'a> {
     pub(crate) view: TensorView<'a>,
@@ -121,19 +124,28 @@ impl<'a> MatrixRows<'a> {
         self.part
     }
 
-    /// Type, shape, owned columns and the leaves of their sums.
+    /// Type as it is loaded, shape, owned columns and the leaves of their sums.
     pub fn spec(&self) -> &PackSpec {
         &self.spec
     }
 
-    /// File bytes of a row of the slice, from 0: a whole row of the tensor, `spec().n_cols` columns, of which
-    /// `spec().k_range` belongs to the slice. Rows of rotated heads come in [`PairLayout::Half`] order.
+    /// Whether rows are quantized on their way from the file.
+    pub fn is_requantized(&self) -> bool {
+        self.spec.weight_type != self.view.weight_type()
+    }
+
+    /// Bytes of a row of the slice, from 0: a whole row of the tensor in the type of `spec()`, `spec().n_cols` columns, of
+    /// which `spec().k_range` belongs to the slice. They are the file's, or quantized here and now. Rows of rotated heads come in [`PairLayout::Half`] order.
     ///
     /// # Panics
     /// When there is no such row.
-    pub fn row(&self, row: usize) -> &'a [u8] {
+    pub fn row(&self, row: usize) -> Cow<'a, [u8]> {
         assert!(row < self.spec.n_rows, "row {row} of a slice of {}", self.spec.n_rows);
-        self.view.row(self.order.file_row(self.part, self.first_row + row))
+        let bytes = self.view.row(self.order.file_row(self.part, self.first_row + row));
+        if self.is_requantized() {
+            return requantize_row(self.view.weight_type(), bytes, self.spec.weight_type).into();
+        }
+        bytes.into()
     }
 }
 

@@ -24,7 +24,7 @@ fn decoder() -> Decoder {
     let capacity =
         Capacity { kv_type: KvType::F16, n_kv_blocks: 1, max_rows: N_ROWS, max_output_rows: N_ROWS };
     let (checkpoint, config, plan) = (&checkpoint, &config, &plan);
-    let spec = LoadSpec { checkpoint, config, plan, rank: 0, capacity, progress: &|_| () };
+    let spec = LoadSpec { checkpoint, config, plan, rank: 0, quantize: None, capacity, progress: &|_| () };
     Decoder::load(&spec, &Cpu { kernels: Kernels::detect(), n_threads: 2 }).expect("loads")
 }
 

@@ -5,7 +5,7 @@ mod support;
 
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Transport;
-use paceline_domain::KvType;
+use paceline_domain::{KvType, Quantization};
 use paceline_kernels::Isa;
 use paceline_model::config::Architecture;
 use paceline_model::synthetic::Synthetic;
@@ -15,8 +15,14 @@ use support::rig::{
 };
 
 const N_TOKENS: usize = 40;
-const PLAIN: Setup =
-    Setup { isa: Isa::Scalar, n_threads: 1, n_ranks: 1, kv_type: KvType::F16, link: Link::Table };
+const PLAIN: Setup = Setup {
+    isa: Isa::Scalar,
+    n_threads: 1,
+    n_ranks: 1,
+    kv_type: KvType::F16,
+    quantize: None,
+    link: Link::Table,
+};
 
 fn gguf(synthetic: &Synthetic) -> Rig {
     Rig::new(Checkpoint::from_gguf_bytes(synthetic.to_gguf().expect("bytes")).expect("a checkpoint"))
@@ -143,6 +149,32 @@ fn f32_kv_is_the_same_everywhere_too_and_not_f16() {
         assert_same_bits(&expected, &run(&rig, &in_pieces(&sequence, &[N_TOKENS])), "f32 KV");
     }
     assert_ne!(expected, run(&rig, &in_pieces(&sequence, &[1])));
+}
+
+/// Whole rows are quantized, whatever part of them a rank holds; either file format has the same rows.
+#[test]
+fn weights_quantized_at_load_are_the_same_everywhere_too() {
+    for synthetic in [models::mistral(), models::qwen2_f16(), models::llama_wide_f16()] {
+        let directory = tempfile::tempdir().expect("a directory");
+        synthetic.write_hugging_face(directory.path()).expect("written");
+        let rigs = [gguf(&synthetic), Rig::new(Checkpoint::open(directory.path()).expect("a checkpoint"))];
+        let sequence = tokens(1, N_TOKENS, synthetic.config.n_vocab);
+        let float = run(&rigs[0].with(PLAIN), &in_pieces(&sequence, &[1]));
+        for quantization in Quantization::ALL {
+            let quantize = Some(quantization);
+            let expected = run(&rigs[0].with(Setup { quantize, ..PLAIN }), &in_pieces(&sequence, &[1]));
+            assert_ne!(expected, float, "{quantization}");
+            for (rig, isa) in
+                rigs.iter().flat_map(|rig| Isa::available().into_iter().map(move |isa| (rig, isa)))
+            {
+                for (n_ranks, n_threads) in [(1, 2), (2, 1), (3, 2), (7, 1)] {
+                    let rig = rig.with(Setup { isa, n_ranks, n_threads, quantize, ..PLAIN });
+                    let found = run(&rig, &in_pieces(&sequence, &[17, 1, 30]));
+                    assert_same_bits(&expected, &found, &format!("{quantization}, {isa}, {n_ranks} ranks"));
+                }
+            }
+        }
+    }
 }
 
 /// Rows of llama's queries and keys are stored in another order in the two formats; the bits must not show it.

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex};
 
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Solo;
-use paceline_domain::{BlockId, ErrorKind, KvType, TokenId, WeightType};
+use paceline_domain::{BlockId, ErrorKind, KvType, Quantization, TokenId, WeightType};
 use paceline_kernels::Kernels;
 use paceline_model::names::check_tensors;
 use paceline_model::{
-    Batch, Capacity, Cpu, Decoder, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig, ModelError, SplitPlan,
+    Batch, Capacity, Cpu, Decoder, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig, ModelError,
+    SplitPlan, WeightTypes, quantization::types_in,
 };
 use support::models;
 
@@ -20,6 +21,19 @@ const CAPACITY: Capacity = Capacity { kv_type: KvType::F16, n_kv_blocks: 3, max_
 
 fn load(checkpoint: &Arc<Checkpoint>, n_ranks: usize, rank: usize) -> Result<Decoder, ModelError> {
     load_with(checkpoint, n_ranks, rank, &|_| ())
+}
+
+/// The same with float matrices quantized, and what that saves.
+fn load_quantized(
+    checkpoint: &Arc<Checkpoint>,
+    (n_ranks, rank): (usize, usize),
+    quantize: Option<Quantization>,
+) -> (Decoder, u64) {
+    let config = ModelConfig::from_checkpoint(checkpoint).expect("a configuration");
+    let plan = SplitPlan::new(&config, n_ranks).expect("a plan");
+    let (config, plan, progress) = (&config, &plan, &|_| ());
+    let spec = LoadSpec { checkpoint, config, plan, rank, quantize, capacity: CAPACITY, progress };
+    (Decoder::load(&spec, &cpu()).expect("loads"), spec.saved_bytes())
 }
 
 fn load_with(
@@ -30,7 +44,15 @@ fn load_with(
 ) -> Result<Decoder, ModelError> {
     let config = ModelConfig::from_checkpoint(checkpoint)?;
     let plan = SplitPlan::new(&config, n_ranks)?;
-    let spec = LoadSpec { checkpoint, config: &config, plan: &plan, rank, capacity: CAPACITY, progress };
+    let spec = LoadSpec {
+        checkpoint,
+        config: &config,
+        plan: &plan,
+        rank,
+        quantize: None,
+        capacity: CAPACITY,
+        progress,
+    };
     Decoder::load(&spec, &cpu())
 }
 
@@ -127,20 +149,39 @@ fn memory_is_as_estimated() {
     for (name, synthetic) in models::all() {
         let checkpoint = gguf(synthetic.to_gguf().expect("bytes"));
         let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
-        for n_ranks in [1, 3] {
+        let in_file = &types_in(&checkpoint);
+        for (n_ranks, rank) in [(1, 0), (3, 0), (3, 1), (3, 2)] {
             let plan = SplitPlan::new(&config, n_ranks).expect("a plan");
-            for rank in 0..n_ranks {
-                let weight_type = |tensor: &paceline_model::names::Expected| {
-                    checkpoint.tensor(&tensor.name).expect("a tensor").weight_type()
-                };
-                let estimate = MemoryEstimate::new(&config, &plan, rank, CAPACITY, &weight_type);
-                let (weights, kv) = load(&checkpoint, n_ranks, rank).expect("loads").memory_bytes();
-                assert_eq!(kv as u64, estimate.kv_bytes, "{name}, rank {rank} of {n_ranks}");
+            let place = format!("{name}, rank {rank} of {n_ranks}");
+            let mut in_float = None;
+            for quantize in [None, Some(Quantization::Q8_0), Some(Quantization::Q4_K)] {
+                let types = WeightTypes { in_file, quantize };
+                let estimate = MemoryEstimate::new(&config, &plan, rank, CAPACITY, &types);
+                let (decoder, saved) = load_quantized(&checkpoint, (n_ranks, rank), quantize);
+                let (weights, kv) = decoder.memory_bytes();
+                assert_eq!(kv as u64, estimate.kv_bytes, "{place}");
                 let ratio = weights as f64 / estimate.weight_bytes as f64;
-                assert!((0.95..1.1).contains(&ratio), "{name}, rank {rank} of {n_ranks}: ratio {ratio}");
+                assert!((0.95..1.1).contains(&ratio), "{place}, {quantize:?}: ratio {ratio}");
+                let before = *in_float.get_or_insert(estimate.weight_bytes);
+                assert_eq!(saved, before - estimate.weight_bytes, "{place}, {quantize:?}");
             }
         }
     }
+}
+
+/// Of a float model little is left, of a model that is quantized already everything.
+#[test]
+fn quantization_saves_what_it_should() {
+    let saved = |synthetic: paceline_model::synthetic::Synthetic, quantization| {
+        let checkpoint = gguf(synthetic.to_gguf().expect("bytes"));
+        let (decoder, saved) = load_quantized(&checkpoint, (1, 0), Some(quantization));
+        saved as f64 / (saved as f64 + decoder.memory_bytes().0 as f64)
+    };
+    let eight = saved(models::qwen2_f16(), Quantization::Q8_0);
+    assert!((0.42..0.5).contains(&eight), "q8_0 saves {eight} of float16");
+    let four = saved(models::llama_wide_f16(), Quantization::Q4_K);
+    assert!((0.6..0.72).contains(&four), "q4_k saves {four} of float16");
+    assert_eq!(saved(models::llama_wide(), Quantization::Q4_K), 0.0);
 }
 
 #[test]
@@ -153,6 +194,7 @@ fn a_decoder_needs_a_rank_of_the_plan_and_room() {
         config: &config,
         plan: &SplitPlan::new(&config, 1).expect("a plan"),
         rank: 0,
+        quantize: None,
         capacity: Capacity { max_rows: 0, ..CAPACITY },
         progress: &|_| (),
     };
@@ -189,7 +231,8 @@ fn a_bad_batch_is_refused_and_changes_nothing() {
 
 #[test]
 fn fingerprints_tell_models_and_kv_types_apart() {
-    let of = |checkpoint: &Arc<Checkpoint>, kv_type| paceline_model::fingerprint(checkpoint, kv_type, 0);
+    let of =
+        |checkpoint: &Arc<Checkpoint>, kv_type| paceline_model::fingerprint(checkpoint, None, kv_type, 0);
     let one = gguf(models::qwen2().to_gguf().expect("bytes"));
     let again = gguf(models::qwen2().to_gguf().expect("bytes"));
     let other = gguf(models::qwen2_f16().to_gguf().expect("bytes"));
@@ -197,4 +240,8 @@ fn fingerprints_tell_models_and_kv_types_apart() {
     assert_eq!(load(&one, 1, 0).expect("loads").fingerprint(), &of(&one, KvType::F16));
     assert_ne!(of(&one, KvType::F16), of(&other, KvType::F16));
     assert_ne!(of(&one, KvType::F16), of(&one, KvType::F32));
+    let quantized = |quantize| load_quantized(&other, (1, 0), quantize).0.fingerprint().clone();
+    let [eight, four] = Quantization::ALL.map(|quantization| quantized(Some(quantization)));
+    assert_ne!(eight, four);
+    assert!(![eight, four].contains(&quantized(None)));
 }

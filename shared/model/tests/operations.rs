@@ -113,7 +113,7 @@ fn with_spec<T>(n_ranks: usize, rank: usize, run: impl FnOnce(&LoadSpec<'_>) -> 
     let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
     let plan = SplitPlan::new(&config, n_ranks).expect("a plan");
     let (checkpoint, config, plan) = (&checkpoint, &config, &plan);
-    run(&LoadSpec { checkpoint, config, plan, rank, capacity: CAPACITY, progress: &|_| () })
+    run(&LoadSpec { checkpoint, config, plan, rank, quantize: None, capacity: CAPACITY, progress: &|_| () })
 }
 
 /// What a rank's backend is asked during a batch of two rows, and how many layers are counted.

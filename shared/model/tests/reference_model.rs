@@ -3,7 +3,7 @@
 mod support;
 
 use paceline_checkpoint::Checkpoint;
-use paceline_domain::KvType;
+use paceline_domain::{KvType, Quantization};
 use paceline_model::synthetic::Synthetic;
 use support::models;
 use support::reference::Reference;
@@ -69,6 +69,21 @@ fn quantized_weights_agree_but_for_the_quantization_of_activations() {
             cosine > 0.999 && difference < 0.2,
             "{name}: cosine {cosine}, largest difference {difference}"
         );
+    }
+}
+
+/// The reference multiplies with the float weights of the file.
+#[test]
+fn weights_quantized_at_load_stay_near_the_float_model() {
+    for synthetic in
+        [models::llama_tied_f32(), models::mistral(), models::qwen2_f16(), models::llama_wide_f16()]
+    {
+        let rig = from_safetensors(&synthetic);
+        for (quantization, least) in [(Quantization::Q8_0, 0.9995), (Quantization::Q4_K, 0.97)] {
+            let (_, cosine) = compare(&rig.with(Setup { quantize: Some(quantization), ..rig.setup }));
+            println!("seed {}, {quantization}: cosine {cosine}", synthetic.seed);
+            assert!(cosine > least, "seed {}, {quantization}: cosine {cosine}", synthetic.seed);
+        }
     }
 }
 

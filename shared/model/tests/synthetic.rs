@@ -61,7 +61,7 @@ fn both_formats_of_a_seed_are_the_same_model() {
             (directory.path().join(format!("{i}.gguf")), directory.path().join(i.to_string()));
         let written = model.write_gguf(&file, &quiet(2)).expect("written");
         model.write_directory(&folder, &quiet(2)).expect("written");
-        let n_parameters = ConfigEstimate::new(&model.config, Dtype::Bits(16)).n_parameters;
+        let n_parameters = ConfigEstimate::new(&model.config, Dtype::Bits(16), None).n_parameters;
         assert!((n_parameters..n_parameters + 100).contains(&written.n_parameters));
         let logits = |path: &Path| {
             let rig = Rig::new(Checkpoint::open(path).expect("a checkpoint"));

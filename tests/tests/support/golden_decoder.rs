@@ -29,6 +29,7 @@ impl GoldenDecoder {
             config: &config,
             plan: &SplitPlan::new(&config, 1).expect("a plan"),
             rank: 0,
+            quantize: None,
             capacity: Capacity {
                 kv_type,
                 n_kv_blocks: n_sequences * n_blocks,

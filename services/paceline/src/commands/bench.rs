@@ -11,8 +11,9 @@ use std::{num::NonZeroUsize, sync::Arc, thread};
 use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
+use paceline_domain::Quantization;
 use paceline_kernels::{Isa, Kernels};
-use paceline_model::{Cpu, Device, ModelConfig, names};
+use paceline_model::{Cpu, Device, ModelConfig, WeightTypes, names, quantization::types_in};
 use paceline_shard::device::{self, DeviceOptions};
 use serde_json::json;
 
@@ -23,7 +24,10 @@ use self::{
     spread::Spread,
 };
 use crate::{
-    answer::write_stdout, cluster::share_threads, interrupt::Interrupts, options::ModelPlaces,
+    answer::write_stdout,
+    cluster::{quantized, share_threads},
+    interrupt::Interrupts,
+    options::ModelPlaces,
     progress::Progress,
 };
 
@@ -58,6 +62,9 @@ pub struct BenchArgs {
     /// What to run: ppN, tgN, tgNxB, ppNdD, tgNdD, tgNxBdD
     #[arg(long, value_name = "SHAPES", value_delimiter = ',', default_value = "pp512,tg128,tg64x8,tg64x32")]
     shapes: Vec<Shape>,
+    /// Quantize matrices of plain numbers while they are loaded: q8_0 or q4_k
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     /// What to compute with.
     #[command(flatten)]
     device: DeviceOptions,
@@ -74,7 +81,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value = "512")]
     pass_rows: NonZeroUsize,
     /// Measure the machine alone, with 1 thread up to --threads
-    #[arg(long, conflicts_with_all = ["model", "shapes", "ranks", "repeat", "pass_rows"])]
+    #[arg(long, conflicts_with_all = ["model", "quantize", "shapes", "ranks", "repeat", "pass_rows"])]
     machine: bool,
     /// Do not measure the machine (as with GPUs); shares are then unknown
     #[arg(long, conflicts_with = "machine")]
@@ -103,7 +110,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
     }
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
-    let (device, pass_rows) = (args.device.clone(), args.pass_rows.get());
+    let (device, quantize, pass_rows) = (args.device.clone(), args.quantize, args.pass_rows.get());
     let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
     let work = move || {
         let checkpoint = Arc::new(Checkpoint::open(&path)?);
@@ -115,7 +122,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         // What CPUs can do says nothing of a GPU.
         let is_cpu = |device: &Arc<dyn Device>| device.name() == kernels.isa().name();
         let machine = if devices.iter().all(is_cpu) { machine } else { Machine::Unknown };
-        let job = Job { checkpoint, config, devices, shapes, n_repeats, pass_rows };
+        let job = Job { checkpoint, config, quantize, devices, shapes, n_repeats, pass_rows };
         let (measured, limits) = measure(&job, machine, n_threads)?;
         Ok(Report { model, job, n_threads, measured, limits }.show(format))
     };
@@ -241,6 +248,10 @@ impl Report {
             "{}, {weights:.2} GB of weights, {n_threads} threads, {n_ranks} ranks, {device}\n",
             self.model
         );
+        if let Some(quantization) = self.job.quantize {
+            let (weights, saved) = (self.measured.weight_bytes, self.measured.saved_bytes);
+            text += &format!("{}\n", quantized(quantization.name(), weights, saved));
+        }
         if let Some(limits) = &self.limits {
             let (read, products) = (limits.read_gb_per_s(), limits.int8_gop_per_s());
             text += &format!("this machine now: reads {read:.1} GB/s, {products:.0} int8 GOP/s\n");
@@ -265,6 +276,8 @@ impl Report {
             "read_gb_per_s": self.limits.map(|limits| rounded(limits.read_gb_per_s(), 2)),
             "int8_gop_per_s": self.limits.map(|limits| rounded(limits.int8_gop_per_s(), 1)),
             "weight_bytes": self.measured.weight_bytes,
+            "quantize": self.job.quantize.map(Quantization::name),
+            "saved_bytes": self.measured.saved_bytes,
             "isa": self.device(),
         });
         format!("{object}\n")
@@ -303,9 +316,9 @@ impl Products {
     fn of(job: &Job) -> Self {
         let (config, checkpoint) = (&job.config, &job.checkpoint);
         let mut products = Self::default();
+        let types = WeightTypes { in_file: &types_in(checkpoint), quantize: job.quantize };
         for tensor in names::expected_tensors(config, checkpoint.format()) {
-            let Some(view) = checkpoint.tensor(&tensor.name) else { continue };
-            if view.weight_type().is_quantized() {
+            if types.loaded(&tensor).is_quantized() {
                 let n: u64 = tensor.shape.iter().map(|length| *length as u64).product();
                 products.add(tensor.part, n, config);
             }

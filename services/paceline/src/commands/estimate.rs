@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::Args;
-use paceline_domain::group::BLOCK_POSITIONS;
+use paceline_domain::{Quantization, group::BLOCK_POSITIONS};
 use paceline_model::{
     DeviceFit, ModelConfig,
     estimate::{ConfigEstimate, Dtype, GIB},
@@ -22,7 +22,10 @@ use crate::{
   paceline estimate --config Mistral-7B-v0.1/config.json --dtype bfloat16
   paceline estimate --config config.json --dtype q4_k --json
   paceline estimate --config config.json --dtype bfloat16 --device-bytes 24GiB
+  paceline estimate --config config.json --dtype bfloat16 --quantize q4_k
 
+With --quantize, the output head gets 8 bits, rows that are no multiple of 256 get 8 bits instead of 4, and the embedding
+stays as it is in the file. The line `Transformers guide` is for --dtype.
 GB is 10^9 bytes, GiB is 2^30 bytes. The Transformers guide and its memory calculator print GiB under the name GB,
 and count rotary tables but not the output head; the line `Transformers guide` follows them.")]
 pub struct EstimateArgs {
@@ -32,6 +35,9 @@ pub struct EstimateArgs {
     /// Storage type of the weights: float32, bfloat16, float16, int8, int4, or a GGUF type such as q4_k
     #[arg(long, value_name = "TYPE", default_value = "bfloat16")]
     dtype: String,
+    /// Matrices of plain numbers are quantized while they are loaded: q8_0 or q4_k
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     #[command(flatten)]
     device: DeviceMemory,
     /// Write one JSON object, in bytes
@@ -49,13 +55,18 @@ pub fn estimate(args: &EstimateArgs) -> anyhow::Result<()> {
     })?;
     let json = read_json(&args.config)?;
     let config = ModelConfig::from_config_json(&json).with_context(|| args.config.display().to_string())?;
-    let estimate = ConfigEstimate::new(&config, dtype);
+    ensure!(
+        args.quantize.is_none() || dtype.float_type().is_some(),
+        "--quantize is for weights of plain numbers, --dtype {} has none",
+        args.dtype
+    );
+    let estimate = ConfigEstimate::new(&config, dtype, args.quantize);
     let fit = |usable_bytes| {
         let kv_block_bytes = estimate.kv_bytes_per_1000_tokens * BLOCK_POSITIONS as u64 / 1000;
         (DeviceFit::new(usable_bytes, estimate.weight_bytes, kv_block_bytes), usable_bytes)
     };
     let fit = args.device.usable_bytes().map(fit);
-    let dtype = &args.dtype;
+    let dtype = &args.quantize.map_or(args.dtype.clone(), |quantization| quantization.to_string());
     write_stdout(&if args.json { as_json(&estimate, dtype, fit) } else { as_text(&estimate, dtype, fit) })
 }
 

@@ -6,12 +6,13 @@ use std::{num::NonZeroUsize, ops::Range, sync::Arc};
 use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
-use paceline_domain::{KvType, WeightType, group::BLOCK_POSITIONS};
+use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
 use paceline_kernels::Kernels;
 use paceline_model::{
-    Cpu, Device, DeviceFit, LoadSpec, ModelConfig, SplitPlan,
+    Cpu, Device, DeviceFit, LoadSpec, ModelConfig, SplitPlan, WeightTypes,
     estimate::{Capacity, MemoryEstimate},
     names,
+    quantization::types_in,
 };
 use paceline_shard::device::{DeviceChoice, DeviceOptions, choose};
 use serde_json::{Value, json};
@@ -44,6 +45,9 @@ pub struct PlanArgs {
     /// Shards to split the model over
     #[arg(long, value_name = "N", default_value = "2")]
     ranks: NonZeroUsize,
+    /// Matrices of plain numbers are quantized while they are loaded: q8_0 or q4_k
+    #[arg(long, value_name = "TYPE")]
+    quantize: Option<Quantization>,
     /// Storage type of the KV cache: f16 or f32
     #[arg(long, value_name = "TYPE", default_value = "f16")]
     kv_type: String,
@@ -73,6 +77,8 @@ struct RankPlan {
     ffn: Range<usize>,
     vocab: Range<usize>,
     memory: MemoryEstimate,
+    /// Bytes that quantization at load saves.
+    saved_bytes: u64,
     gpu: Option<GpuPlan>,
 }
 
@@ -107,16 +113,13 @@ fn ranks(checkpoint: &Arc<Checkpoint>, args: &PlanArgs, capacity: Capacity) -> a
     let config = ModelConfig::from_checkpoint(checkpoint)?;
     names::check_tensors(&config, checkpoint)?;
     let plan = SplitPlan::new(&config, n_ranks)?;
-    let weight_type = |expected: &names::Expected| {
-        let name = names::name(expected.part, checkpoint.format(), expected.layer.unwrap_or_default());
-        checkpoint.tensor(&name).map_or(WeightType::F32, |tensor| tensor.weight_type())
-    };
+    let (in_file, quantize) = (&types_in(checkpoint), args.quantize);
     let device = args.device()?;
     let rank_plan = |rank: usize| {
         let share = plan.share(rank).clone();
-        let memory = MemoryEstimate::new(&config, &plan, rank, capacity, &weight_type);
+        let memory = MemoryEstimate::new(&config, &plan, rank, capacity, &WeightTypes { in_file, quantize });
         let progress = &|_| ();
-        let spec = LoadSpec { checkpoint, config: &config, plan: &plan, rank, capacity, progress };
+        let spec = LoadSpec { checkpoint, config: &config, plan: &plan, rank, quantize, capacity, progress };
         let gpu = match (&device, args.memory.usable_bytes()) {
             (Some(device), _) => GpuPlan::of(device.as_ref(), &spec),
             (None, usable_bytes) => usable_bytes.map(|usable_bytes| {
@@ -130,6 +133,7 @@ fn ranks(checkpoint: &Arc<Checkpoint>, args: &PlanArgs, capacity: Capacity) -> a
             ffn: share.ffn,
             vocab: share.vocab,
             memory,
+            saved_bytes: spec.saved_bytes(),
             gpu,
         }
     };
@@ -214,6 +218,10 @@ fn as_text(name: &str, args: &PlanArgs, ranks: &[RankPlan]) -> String {
         args.kv_type,
         total(MemoryEstimate::total_bytes),
     );
+    if let Some(quantization) = args.quantize {
+        let saved = ranks.iter().map(|rank| rank.saved_bytes).sum();
+        text += &format!("quantized to {quantization} at load, which saves {}\n", megabytes(saved));
+    }
     text += "sent per token: partial sums shown to the other ranks for each token of a pass, all layers\n";
     text += &format!(
         "top-k, top-p, min-p and log probabilities send {gather} B more to rank 0 for each sampled token\n"
@@ -232,6 +240,7 @@ fn as_json(name: &str, ranks: &[RankPlan]) -> String {
             "ffn": range(&plan.ffn),
             "vocab": range(&plan.vocab),
             "weight_bytes": plan.memory.weight_bytes,
+            "saved_bytes": plan.saved_bytes,
             "embedding_bytes": plan.memory.embedding_bytes,
             "kv_bytes_per_token": plan.memory.kv_bytes_per_position,
             "kv_bytes": plan.memory.kv_bytes,

@@ -147,6 +147,7 @@ mod tests {
             config: &config,
             plan: &plan,
             rank,
+            quantize: None,
             capacity,
             progress: &|_| (),
         };

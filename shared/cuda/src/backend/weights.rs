@@ -1,5 +1,6 @@
 //! A rank's weights on the device: what belongs together is one matrix, so that it is one launch. Nothing is launched here.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use paceline_domain::reduce_tree::maximal_subtrees;
@@ -168,7 +169,7 @@ impl<'a> GpuPacker<'a> {
     }
 }
 
-fn rows_of<'a>(spec: &PackSpec, row: &'a (dyn Fn(usize) -> &'a [u8] + Sync)) -> Rows<'a> {
+fn rows_of<'a>(spec: &PackSpec, row: &'a (dyn Fn(usize) -> Cow<'a, [u8]> + Sync)) -> Rows<'a> {
     Rows { weight_type: spec.weight_type, n_rows: spec.n_rows, row }
 }
 
@@ -202,7 +203,9 @@ impl Packer for GpuPacker<'_> {
     fn head(&mut self, rows: &MatrixRows<'_>) -> Result<GpuMatrix, ModelError> {
         match self.embedding {
             Some(embedding)
-                if rows.part() == Part::Embedding && rows.spec().n_rows == embedding.n_outputs =>
+                if rows.part() == Part::Embedding
+                    && !rows.is_requantized()
+                    && rows.spec().n_rows == embedding.n_outputs =>
             {
                 Ok(embedding)
             }

@@ -1,14 +1,17 @@
-//! What the blocks of every weight type mean: codes, scales, minimums, and the scalar dequantization.
+//! What the blocks of every weight type mean: codes, scales, minimums, and the scalar dequantization; `encode` makes
+//! blocks of plain numbers.
 //! It does not know how weights are repacked or multiplied.
 //!
 //! Every quantized type is seen the same way. A group of 32 columns holds unsigned codes `u` of `BITS` bits; a
 //! weight is `scale * (u - OFFSET) + min`, with one scale and one minimum for each 16 or 32 columns. Scales of
 //! K-quants are products of an f16 and a small integer, which f32 holds exactly.
 
+mod encode;
 mod float;
 mod k_quants;
 mod legacy;
 
+pub use encode::requantize_row;
 pub(crate) use float::{BF16, F16, F32, FloatFormat};
 pub(crate) use k_quants::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K};
 pub(crate) use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};

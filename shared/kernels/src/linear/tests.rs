@@ -80,7 +80,7 @@ impl FileMatrix {
 
     fn pack(&self, edges: &[usize], leaves: Range<usize>) -> PackedMatrix {
         let spec = PackSpec::cut_rows(self.weight_type, self.n_rows, edges, leaves);
-        PackedMatrix::pack(&spec, &|row| self.row(row), &pool(2)).unwrap()
+        PackedMatrix::pack(&spec, &|row| self.row(row).into(), &pool(2)).unwrap()
     }
 
     /// Column edges of `n_leaves` leaves that the type allows.
@@ -379,7 +379,7 @@ fn a_rank_without_leaves_or_rows_has_nothing_to_do() {
     let input = Input { n_rows: 0, quantized: Some(&rows), float: &[] };
     matmul(Kernels::detect(), &pool(1), input, [Product { matrix: &matrix, bias: None, out: &mut [] }]);
     let spec = PackSpec::whole_rows(WeightType::Q4_0, 0, 64);
-    let matrix = PackedMatrix::pack(&spec, &|row| file.row(row), &pool(1)).unwrap();
+    let matrix = PackedMatrix::pack(&spec, &|row| file.row(row).into(), &pool(1)).unwrap();
     assert!(product(Isa::detect(), &pool(1), &matrix, &[1.0; 128]).is_empty());
 }
 
@@ -390,7 +390,7 @@ fn what_cannot_be_packed_is_named() {
     let problem = |change: fn(&mut PackSpec)| {
         let mut spec = good.clone();
         change(&mut spec);
-        PackedMatrix::pack(&spec, &|row| file.row(row), &pool(1)).err().map(|error| error.to_string())
+        PackedMatrix::pack(&spec, &|row| file.row(row).into(), &pool(1)).err().map(|error| error.to_string())
     };
     let check = |change, expected: &str| {
         let message = problem(change).unwrap();

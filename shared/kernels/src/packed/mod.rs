@@ -19,6 +19,7 @@ use crate::error::KernelError;
 use crate::formats::with_format;
 use crate::pool::ThreadPool;
 use paceline_domain::WeightType;
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -51,11 +52,11 @@ pub struct PackedMatrix {
     lines: AlignedVec<Line>,
 }
 
-/// File bytes of a row.
-pub type RowBytes<'a, 'w> = &'a (dyn Fn(usize) -> &'w [u8] + Sync);
+/// Bytes of a row: those of the file, or others made of them. It is called once for each row, on any thread.
+pub type RowBytes<'a, 'w> = &'a (dyn Fn(usize) -> Cow<'w, [u8]> + Sync);
 
 impl PackedMatrix {
-    /// Packs the rows `row(0) .. row(n_rows - 1)`, each the bytes of a whole row of the file's tensor.
+    /// Packs the rows `row(0) .. row(n_rows - 1)`, each the bytes of a whole row of the tensor in the specified type.
     ///
     /// # Errors
     /// When the specification cannot be met or a row has the wrong length.
@@ -157,8 +158,8 @@ impl Packer<'_, '_> {
             }
             let columns: &Range<usize> = &self.spec.k_range;
             with_format!(self.spec.weight_type, Format => {
-                quantized: self.layout.pack_row::<Format>(bytes, columns, row - first, lines),
-                float: float::pack_row::<Format>(bytes, columns, row - first, lines),
+                quantized: self.layout.pack_row::<Format>(&bytes, columns, row - first, lines),
+                float: float::pack_row::<Format>(&bytes, columns, row - first, lines),
             });
         }
     }

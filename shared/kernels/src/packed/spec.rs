@@ -9,11 +9,11 @@ use std::ops::Range;
 /// Which part of a matrix is packed, and how its sums are cut.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PackSpec {
-    /// Storage type in the file.
+    /// Storage type of the rows that are packed.
     pub weight_type: WeightType,
     /// Output rows to pack.
     pub n_rows: usize,
-    /// Columns of a row in the file.
+    /// Columns of a whole row.
     pub n_cols: usize,
     /// Columns to pack.
     pub k_range: Range<usize>,

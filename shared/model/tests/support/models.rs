@@ -126,6 +126,11 @@ pub fn llama_wide() -> Synthetic {
     }
 }
 
+/// [`llama_wide`] in float16; its rows are whole superblocks, its feed-forward leaves (64 columns) are not.
+pub fn llama_wide_f16() -> Synthetic {
+    Synthetic { seed: 10, weight_type: |_, _| WeightType::F16, ..llama_wide() }
+}
+
 pub fn all() -> Vec<(&'static str, Synthetic)> {
     vec![
         ("llama tied f32", llama_tied_f32()),

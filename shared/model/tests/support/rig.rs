@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, Collective, Solo, Transport};
-use paceline_domain::{BlockId, KvType, TokenId};
+use paceline_domain::{BlockId, KvType, Quantization, TokenId};
 use paceline_kernels::{Isa, Kernels};
 use paceline_model::link::Group;
 use paceline_model::{Batch, Capacity, Cpu, Decoder, Device, LoadSpec, ModelConfig, SplitPlan};
@@ -30,6 +30,7 @@ pub struct Setup {
     pub n_threads: usize,
     pub n_ranks: usize,
     pub kv_type: KvType,
+    pub quantize: Option<Quantization>,
     pub link: Link,
 }
 
@@ -59,8 +60,14 @@ pub type AllLogits = Vec<Vec<Vec<f32>>>;
 impl Rig {
     pub fn new(checkpoint: Checkpoint) -> Self {
         let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
-        let setup =
-            Setup { isa: Isa::detect(), n_threads: 2, n_ranks: 1, kv_type: KvType::F16, link: Link::Table };
+        let setup = Setup {
+            isa: Isa::detect(),
+            n_threads: 2,
+            n_ranks: 1,
+            kv_type: KvType::F16,
+            quantize: None,
+            link: Link::Table,
+        };
         Self { checkpoint: Arc::new(checkpoint), config, setup }
     }
 
@@ -133,6 +140,7 @@ impl Rig {
             config: &self.config,
             plan,
             rank: collective.rank(),
+            quantize: self.setup.quantize,
             capacity,
             progress: &|_| (),
         };

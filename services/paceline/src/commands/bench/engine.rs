@@ -13,7 +13,9 @@ use std::{
 use anyhow::{Context as _, bail};
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{AbortFlag, BindSpec, Collective, Endpoint, GroupSpec, Transport, connect};
-use paceline_domain::{BlockId, Epoch, KvType, SamplingParams, TokenId, group::BLOCK_POSITIONS};
+use paceline_domain::{
+    BlockId, Epoch, KvType, Quantization, SamplingParams, TokenId, group::BLOCK_POSITIONS,
+};
 use paceline_model::{
     Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, link::Group, logits::Choice,
 };
@@ -32,6 +34,8 @@ pub struct Job {
     pub checkpoint: Arc<Checkpoint>,
     /// Its architecture.
     pub config: ModelConfig,
+    /// What its float matrices become at load.
+    pub quantize: Option<Quantization>,
     /// What each rank computes with.
     pub devices: Vec<Arc<dyn Device>>,
     /// Shapes, in this order.
@@ -48,6 +52,8 @@ pub struct Measured {
     pub seconds: Vec<Vec<f64>>,
     /// Bytes of packed weights of all ranks.
     pub weight_bytes: u64,
+    /// Bytes that quantization at load saves them.
+    pub saved_bytes: u64,
     /// Bytes of a cached position of all ranks.
     pub kv_bytes_per_position: u64,
 }
@@ -109,9 +115,10 @@ pub fn run(job: &Job) -> anyhow::Result<Measured> {
 fn combine(results: Vec<anyhow::Result<Measured>>) -> anyhow::Result<Measured> {
     let ranks = results.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
     let weight_bytes = ranks.iter().map(|rank| rank.weight_bytes).sum();
+    let saved_bytes = ranks.iter().map(|rank| rank.saved_bytes).sum();
     let kv_bytes_per_position = ranks.iter().map(|rank| rank.kv_bytes_per_position).sum();
     let first = ranks.into_iter().next().context("there is no rank")?;
-    Ok(Measured { seconds: first.seconds, weight_bytes, kv_bytes_per_position })
+    Ok(Measured { seconds: first.seconds, weight_bytes, saved_bytes, kv_bytes_per_position })
 }
 
 /// Room for the largest shape.
@@ -150,6 +157,7 @@ struct Rank<'a> {
     collective: Box<dyn Collective>,
     chosen: &'a Chosen,
     kv_positions: u64,
+    saved_bytes: u64,
     pass_rows: usize,
     n_vocab: usize,
     /// What comes next in each sequence.
@@ -173,6 +181,7 @@ impl<'a> Rank<'a> {
             config: &job.config,
             plan,
             rank: spec.rank,
+            quantize: job.quantize,
             capacity,
             progress: &|_| (),
         };
@@ -186,6 +195,7 @@ impl<'a> Rank<'a> {
             decoder,
             collective,
             chosen,
+            saved_bytes: load_spec.saved_bytes(),
             kv_positions: (capacity.n_kv_blocks * BLOCK_POSITIONS) as u64,
             pass_rows: job.pass_rows,
             n_vocab: job.config.n_vocab,
@@ -208,7 +218,8 @@ impl<'a> Rank<'a> {
         }
         let (weight_bytes, kv_bytes) = self.decoder.memory_bytes();
         let kv_bytes_per_position = kv_bytes as u64 / self.kv_positions;
-        Ok(Measured { seconds, weight_bytes: weight_bytes as u64, kv_bytes_per_position })
+        let (weight_bytes, saved_bytes) = (weight_bytes as u64, self.saved_bytes);
+        Ok(Measured { seconds, weight_bytes, saved_bytes, kv_bytes_per_position })
     }
 
     /// Touches every page that the shape will touch.

@@ -1,0 +1,107 @@
+//! `--quantize` as users meet it: the same tokens on any number of ranks, what it saves is told, and services that were
+//! told differently make no group.
+
+use std::path::PathBuf;
+use std::process::Output;
+
+use paceline::cluster::{Cluster, ClusterSpec};
+use paceline::process::Log;
+use paceline::progress::Progress;
+use paceline_domain::WeightType;
+use paceline_model::config::ModelConfig;
+use paceline_model::synthetic::{Synthetic, tiny_config};
+use paceline_tests::program::{paceline, run};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A model in safetensors whose rows are whole superblocks.
+fn model() -> (TempDir, String) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let config = ModelConfig { n_embd: 256, n_ff: 512, ..tiny_config() };
+    let synthetic = Synthetic { config, seed: 12, weight_type: |_, _| WeightType::BF16 };
+    synthetic.write_hugging_face(directory.path()).expect("written");
+    let path = directory.path().to_string_lossy().into_owned();
+    (directory, path)
+}
+
+fn success(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    (text(&output.stdout), text(&output.stderr))
+}
+
+async fn json(arguments: &[&str]) -> Value {
+    let (stdout, _) = success(&run(arguments).await);
+    serde_json::from_str(&stdout).expect("one JSON object")
+}
+
+#[tokio::test]
+async fn any_number_of_ranks_says_the_same_and_what_is_saved_is_told() {
+    let (_directory, model) = model();
+    let answer = async |ranks: &str, quantize: &[&str]| {
+        let sampling = ["--raw", "--json", "--temperature", "0", "--max-tokens", "24", "--ignore-eos"];
+        let arguments = [&["run", "--model", &model, "--ranks", ranks, "abcdefgh"], &sampling[..], quantize];
+        let (stdout, stderr) = success(&run(&arguments.concat()).await);
+        let json: Value = serde_json::from_str(&stdout).expect("one JSON object");
+        (json["tokens"].clone(), stderr)
+    };
+    for quantization in ["q8_0", "q4_k"] {
+        let (tokens, stderr) = answer("1", &["--quantize", quantization]).await;
+        let told = format!("weights quantized to {quantization} at load: ");
+        assert!(stderr.contains(&told) && stderr.contains("less than in the file"), "{stderr}");
+        assert_eq!(answer("3", &["--quantize", quantization]).await.0, tokens);
+    }
+    assert!(!answer("2", &[]).await.1.contains("quantized"));
+}
+
+#[tokio::test]
+async fn plan_bench_and_estimate_tell_the_sizes() {
+    let (directory, model) = model();
+    let plan = async |quantize: &[&str]| {
+        let arguments =
+            [&["plan", "--model", &model, "--ranks", "1", "--json", "--device", "cpu"], quantize].concat();
+        json(&arguments).await["ranks"][0].clone()
+    };
+    let (float, four) = (plan(&[]).await, plan(&["--quantize", "q4_k"]).await);
+    let bytes = |rank: &Value, name: &str| rank[name].as_u64().expect("bytes");
+    assert_eq!(bytes(&float, "saved_bytes"), 0);
+    assert_eq!(bytes(&four, "saved_bytes"), bytes(&float, "weight_bytes") - bytes(&four, "weight_bytes"));
+    assert!(bytes(&four, "weight_bytes") * 2 < bytes(&float, "weight_bytes"));
+
+    let shape = ["--shapes", "tg2", "--repeat", "1", "--no-machine", "--device", "cpu", "--json"];
+    let bench = json(&[&["bench", "--model", &model, "--quantize", "q4_k"], &shape[..]].concat()).await;
+    assert_eq!(bench["quantize"], "q4_k");
+    assert_eq!(bytes(&bench, "saved_bytes"), bytes(&four, "saved_bytes"));
+
+    let config = directory.path().join("config.json").to_string_lossy().into_owned();
+    let estimate = ["estimate", "--config", &config, "--quantize", "q4_k", "--json"];
+    let (plain, quantized) =
+        (json(&["estimate", "--config", &config, "--json"]).await, json(&estimate).await);
+    let saved = bytes(&plain, "weight_bytes") - bytes(&quantized, "weight_bytes");
+    assert_eq!(saved, bytes(&four, "saved_bytes"));
+    let refused = run(&[&estimate[..], &["--dtype", "q8_0"]].concat()).await;
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--quantize is for weights of plain numbers"));
+}
+
+#[tokio::test]
+async fn services_that_were_told_differently_make_no_group() {
+    let (_directory, model) = model();
+    let spec = ClusterSpec {
+        program: paceline(),
+        model: PathBuf::from(model),
+        model_name: "test-model".into(),
+        listen: "127.0.0.1:0".into(),
+        threads: vec![1, 1],
+        devices: Vec::new(),
+        shard_args: ["--quantize", "q8_0"].map(Into::into).to_vec(),
+        coordinator_args: Vec::new(),
+        env: Vec::new(),
+        log: Log::Keep,
+    };
+    let error = Cluster::start(&spec, &Progress::to_stderr()).await.expect_err("must be refused");
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("give both the same --quantize") && error.contains("FailedPrecondition"),
+        "{error}"
+    );
+}
