@@ -1,5 +1,5 @@
-//! `--quantize` as users meet it: the same tokens on any number of ranks, what it saves is told, and services that were
-//! told differently make no group.
+//! `--quantize` and `--kv-type q8` as users meet them: the same tokens on any number of ranks, sizes are told, and services
+//! that were told differently make no group.
 
 use std::path::PathBuf;
 use std::process::Output;
@@ -52,6 +52,33 @@ async fn any_number_of_ranks_says_the_same_and_what_is_saved_is_told() {
         assert_eq!(answer("3", &["--quantize", quantization]).await.0, tokens);
     }
     assert!(!answer("2", &[]).await.1.contains("quantized"));
+}
+
+#[tokio::test]
+async fn codes_in_the_kv_cache_are_the_same_on_any_number_of_ranks() {
+    let (directory, model) = model();
+    let answer = async |ranks: &str| {
+        let sampling = ["--raw", "--json", "--temperature", "0", "--max-tokens", "40", "--ignore-eos"];
+        let arguments =
+            [&["run", "--model", &model, "--ranks", ranks, "--kv-type", "q8", "abcd"], &sampling[..]];
+        json(&arguments.concat()).await["tokens"].clone()
+    };
+    assert_eq!(answer("1").await, answer("3").await);
+    let config = directory.path().join("config.json").to_string_lossy().into_owned();
+    let kv_bytes = async |kv_type: &str| {
+        let plan =
+            ["plan", "--model", &model, "--ranks", "1", "--json", "--device", "cpu", "--kv-type", kv_type];
+        let shape = ["--shapes", "tg2", "--repeat", "1", "--no-machine", "--device", "cpu", "--json"];
+        let bench = [&["bench", "--model", &model, "--kv-type", kv_type], &shape[..]].concat();
+        assert_eq!(json(&bench).await["kv_type"], kv_type);
+        let estimate = json(&["estimate", "--config", &config, "--json", "--kv-type", kv_type]).await;
+        let a_token = json(&plan).await["ranks"][0]["kv_bytes_per_token"].as_u64().expect("bytes");
+        assert_eq!(estimate["kv_bytes_per_1000_tokens"], 1000 * a_token);
+        a_token
+    };
+    assert_eq!(kv_bytes("q8").await * 64, kv_bytes("f16").await * 34);
+    let refused = run(&["run", "--model", &model, "--kv-type", "q5", "abcd"]).await;
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("f16, f32 or q8, not `q5`"));
 }
 
 #[tokio::test]

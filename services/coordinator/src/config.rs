@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
 use paceline_telemetry::shutdown::ParentWatch;
 use tonic::transport::Uri;
@@ -35,9 +35,9 @@ pub struct Config {
     /// Matrices of plain numbers are quantized while they are loaded, to q8_0 or q4_k; as the shards are told
     #[arg(long, env = "PACELINE_QUANTIZE", value_name = "TYPE")]
     pub quantize: Option<Quantization>,
-    /// Storage type of the KV cache
-    #[arg(long, env = "PACELINE_KV_TYPE", value_enum, default_value_t = KvChoice::F16)]
-    pub kv_type: KvChoice,
+    /// Storage type of the KV cache: f16, f32 or q8 (half of f16; on CPUs)
+    #[arg(long, env = "PACELINE_KV_TYPE", value_name = "TYPE", default_value_t = KvType::F16)]
+    pub kv_type: KvType,
     /// Most tokens of prompt and output together [default: the model's, at most 32768]
     #[arg(long, env = "PACELINE_CONTEXT")]
     pub context: Option<usize>,
@@ -59,23 +59,6 @@ pub struct Config {
     /// Shut down when standard input is closed, so that the process never outlives its parent
     #[arg(long)]
     pub exit_with_stdin: bool,
-}
-
-/// Names of KV types.
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs)]
-pub enum KvChoice {
-    F16,
-    F32,
-}
-
-impl From<KvChoice> for KvType {
-    fn from(choice: KvChoice) -> Self {
-        match choice {
-            KvChoice::F16 => Self::F16,
-            KvChoice::F32 => Self::F32,
-        }
-    }
 }
 
 /// Sizes that follow from flags and model together.

@@ -139,7 +139,7 @@ impl Parts {
                 model: checkpoint.digest(),
                 quantize: config.quantize,
                 pool: sizes.pool,
-                kv_type: config.kv_type.into(),
+                kv_type: config.kv_type,
                 max_rows: sizes.max_rows,
                 max_sampled_rows: sizes.max_sequences as u32,
                 n_vocab,

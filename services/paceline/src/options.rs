@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
-use paceline_domain::Quantization;
+use paceline_domain::{KvType, Quantization};
 use paceline_shard::device::{DeviceChoice, GpuMemory};
 use paceline_wire::inference::{SamplingOptions, StopOptions};
 
@@ -116,9 +116,9 @@ pub struct ClusterOptions {
     /// that are no multiple of 256)
     #[arg(long, value_name = "TYPE")]
     pub quantize: Option<Quantization>,
-    /// Storage type of the KV cache: f16 or f32
+    /// Storage type of the KV cache: f16, f32 or q8 (half of f16; on CPUs) [default: f16]
     #[arg(long, value_name = "TYPE")]
-    pub kv_type: Option<String>,
+    pub kv_type: Option<KvType>,
     /// Blocks of 16 positions in the KV pool [default: chosen by the coordinator]
     #[arg(long, value_name = "N")]
     pub kv_blocks: Option<u32>,
@@ -166,7 +166,7 @@ impl ClusterOptions {
         let text = |value: Option<u32>| value.map(|value| value.to_string());
         flags(&[
             ("--quantize", self.quantize()),
-            ("--kv-type", self.kv_type.clone()),
+            ("--kv-type", self.kv_type.map(|kv_type| kv_type.to_string())),
             ("--kv-blocks", text(self.kv_blocks)),
             ("--context", text(self.context)),
             ("--max-sequences", text(self.max_sequences)),

@@ -329,7 +329,7 @@ impl Rows {
 }
 
 fn kv_type(name: &str) -> Result<KvType, ExecutorError> {
-    KvType::from_name(name).ok_or_else(|| ExecutorError::Form(format!("KV type {name:?} is not f16 or f32")))
+    name.parse().map_err(ExecutorError::Form)
 }
 
 /// Ranks are done loading at different times; from then on they are together.

@@ -1,6 +1,7 @@
 //! How a group of shards is described: digests, numerics fingerprint, KV geometry.
 
 use std::fmt;
+use std::str::FromStr;
 
 use crate::Quantization;
 
@@ -17,14 +18,23 @@ pub enum KvType {
     F16,
     /// IEEE single precision.
     F32,
+    /// 8-bit codes with an IEEE half as scale for each [`KV_GROUP`] elements of a head, the last group of a head shorter.
+    Q8,
 }
 
+/// Elements of a head that share a scale in [`KvType::Q8`].
+pub const KV_GROUP: usize = 32;
+
 impl KvType {
-    /// Bytes of one element.
-    pub fn bytes(self) -> usize {
+    /// Every type.
+    pub const ALL: [Self; 3] = [Self::F16, Self::F32, Self::Q8];
+
+    /// Bytes of the keys or values of one head at one position, scales included.
+    pub fn row_bytes(self, n_elements: usize) -> usize {
         match self {
-            Self::F16 => 2,
-            Self::F32 => 4,
+            Self::F16 => 2 * n_elements,
+            Self::F32 => 4 * n_elements,
+            Self::Q8 => n_elements + 2 * n_elements.div_ceil(KV_GROUP),
         }
     }
 
@@ -33,12 +43,23 @@ impl KvType {
         match self {
             Self::F16 => "f16",
             Self::F32 => "f32",
+            Self::Q8 => "q8",
         }
     }
+}
 
-    /// The type with this name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        [Self::F16, Self::F32].into_iter().find(|kv_type| kv_type.name() == name)
+impl fmt::Display for KvType {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name())
+    }
+}
+
+impl FromStr for KvType {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|kv_type| kv_type.name() == name);
+        found.ok_or_else(|| format!("the KV cache is f16, f32 or q8, not `{name}`"))
     }
 }
 
@@ -73,4 +94,18 @@ pub struct Fingerprint {
     pub device_numerics: u32,
     /// [`PROTOCOL_VERSION`] of the process.
     pub protocol: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kv_types_have_names_and_sizes() {
+        for kv_type in KvType::ALL {
+            assert_eq!(kv_type.to_string().parse(), Ok(kv_type));
+        }
+        assert!("int8".parse::<KvType>().is_err_and(|error| error.contains("`int8`")));
+        assert_eq!(KvType::ALL.map(|kv_type| kv_type.row_bytes(80)), [160, 320, 86]);
+    }
 }

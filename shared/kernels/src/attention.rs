@@ -8,9 +8,11 @@
 //!
 //! # Layout
 //! * this file – arguments, the plan of tasks, and running it
-//! * `chunk` – scores, softmax and weighted values of one chunk; merging; the SIMD twins
+//! * `chunk` – scores, softmax and weighted values of one chunk, merging: scalar definitions
+//! * `tiles` – the SIMD twins of a chunk
 
 pub(crate) mod chunk;
+mod tiles;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -87,6 +89,10 @@ pub fn attention(
         }
         AnyKvBlocks::F32(blocks) => {
             let (attention, chunk) = (&kernels.attention, kernels.attention.chunk_f32);
+            Run { args, blocks, chunk, attention, heads, items }.run(pool, partials, out);
+        }
+        AnyKvBlocks::Q8(blocks) => {
+            let (attention, chunk) = (&kernels.attention, kernels.attention.chunk_q8);
             Run { args, blocks, chunk, attention, heads, items }.run(pool, partials, out);
         }
     }

@@ -43,6 +43,7 @@ const SCALAR: Kernels = Kernels {
     attention: AttentionKernels {
         chunk_f16: chunk::chunk_scalar::<u16>,
         chunk_f32: chunk::chunk_scalar::<f32>,
+        chunk_q8: chunk::chunk_scalar::<i8>,
         merge: chunk::merge_scalar,
     },
 };
@@ -62,6 +63,7 @@ const AVX2: Kernels = Kernels {
     attention: AttentionKernels {
         chunk_f16: chunk::chunk_avx2::<u16>,
         chunk_f32: chunk::chunk_avx2::<f32>,
+        chunk_q8: chunk::chunk_avx2::<i8>,
         merge: chunk::merge_avx2,
     },
 };
@@ -81,6 +83,7 @@ const AVX512: Kernels = Kernels {
     attention: AttentionKernels {
         chunk_f16: chunk::chunk_avx512::<u16>,
         chunk_f32: chunk::chunk_avx512::<f32>,
+        chunk_q8: chunk::chunk_avx512::<i8>,
         merge: chunk::merge_avx512,
     },
 };

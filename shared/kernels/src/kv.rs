@@ -2,13 +2,17 @@
 //! the coordinator's business; here a block is an index.
 //!
 //! Per block and head, keys are `[head_dim][16 positions]`, so that the lanes of a score are positions, and values
-//! are `[16 positions][head_dim rounded up to 16]`, so that the lanes of an output are its elements.
+//! are `[16 positions][head_dim rounded up to 16]`, so that the lanes of an output are its elements. 8-bit codes lie
+//! in the same way; their scales, of keys and of values, are `[groups of 32 elements][16 positions]`.
+
+use std::ops::Range;
 
 use paceline_domain::BlockId;
 use paceline_domain::KvType;
-use paceline_domain::group::BLOCK_POSITIONS;
+use paceline_domain::group::{BLOCK_POSITIONS, KV_GROUP};
 
 use crate::aligned::AlignedVec;
+use crate::formats::encode_group;
 use crate::pool::SharedSlice;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
@@ -41,6 +45,14 @@ pub struct KvLayer {
 enum Elements {
     F16 { keys: AlignedVec<u16>, values: AlignedVec<u16> },
     F32 { keys: AlignedVec<f32>, values: AlignedVec<f32> },
+    Q8 { keys: AlignedVec<i8>, values: AlignedVec<i8>, scales: Scales },
+}
+
+/// Scales of codes, IEEE halves.
+#[derive(Debug)]
+struct Scales {
+    keys: AlignedVec<u16>,
+    values: AlignedVec<u16>,
 }
 
 /// Where a token row stands: its position, and the blocks of its sequence.
@@ -68,6 +80,8 @@ pub struct NewKv<'a> {
 pub(crate) struct KvBlocks<'a, E> {
     keys: &'a [E],
     values: &'a [E],
+    /// Of keys and of values; none where elements are plain numbers.
+    scales: [&'a [u16]; 2],
     shape: KvShape,
 }
 
@@ -75,6 +89,7 @@ pub(crate) struct KvBlocks<'a, E> {
 pub(crate) enum AnyKvBlocks<'a> {
     F16(KvBlocks<'a, u16>),
     F32(KvBlocks<'a, f32>),
+    Q8(KvBlocks<'a, i8>),
 }
 
 /// Narrows f32 to IEEE halves, to nearest even; both slices have the same length.
@@ -88,7 +103,8 @@ impl KvShape {
 
     /// Bytes of one block: keys and values of all heads.
     pub fn block_bytes(&self) -> usize {
-        self.n_kv_heads * BLOCK_POSITIONS * (self.head_dim + self.value_dim()) * self.kv_type.bytes()
+        let row_bytes = |n_elements| self.kv_type.row_bytes(n_elements);
+        self.n_kv_heads * BLOCK_POSITIONS * (row_bytes(self.head_dim) + row_bytes(self.value_dim()))
     }
 
     fn key_len(&self) -> usize {
@@ -97,6 +113,10 @@ impl KvShape {
 
     fn value_len(&self) -> usize {
         BLOCK_POSITIONS * self.value_dim()
+    }
+
+    fn scales_len(&self) -> usize {
+        BLOCK_POSITIONS * self.head_dim.div_ceil(KV_GROUP)
     }
 
     /// Head `head` of block `block`, counted over all blocks.
@@ -119,6 +139,11 @@ impl KvLayer {
             KvType::F32 => {
                 Elements::F32 { keys: AlignedVec::zeroed(n_keys), values: AlignedVec::zeroed(n_values) }
             }
+            KvType::Q8 => {
+                let scales = || AlignedVec::zeroed(n_heads * shape.scales_len());
+                let (keys, values) = (AlignedVec::zeroed(n_keys), AlignedVec::zeroed(n_values));
+                Elements::Q8 { keys, values, scales: Scales { keys: scales(), values: scales() } }
+            }
         };
         Self { shape, elements }
     }
@@ -128,7 +153,8 @@ impl KvLayer {
         self.shape
     }
 
-    /// Writes the keys and values of token rows to their positions. Halves are rounded to nearest even.
+    /// Writes the keys and values of token rows to their positions. Halves are rounded to nearest even; codes are those of
+    /// `formats::encode_group`.
     ///
     /// # Panics
     /// When the arrays do not have the shape, a position is beyond its block table, or a block beyond the pool.
@@ -149,14 +175,24 @@ impl KvLayer {
                 let copy = |from: &[f32], to: &mut [f32]| to.copy_from_slice(from);
                 store(pool, new, KvMemory { keys, values, shape }, &copy);
             }
+            Elements::Q8 { keys, values, scales } => {
+                store_codes(pool, new, KvMemory { keys, values, shape }, scales);
+            }
         }
     }
 
     pub(crate) fn blocks(&self) -> AnyKvBlocks<'_> {
         let shape = self.shape;
         match &self.elements {
-            Elements::F16 { keys, values } => AnyKvBlocks::F16(KvBlocks { keys, values, shape }),
-            Elements::F32 { keys, values } => AnyKvBlocks::F32(KvBlocks { keys, values, shape }),
+            Elements::F16 { keys, values } => {
+                AnyKvBlocks::F16(KvBlocks { keys, values, scales: [&[]; 2], shape })
+            }
+            Elements::F32 { keys, values } => {
+                AnyKvBlocks::F32(KvBlocks { keys, values, scales: [&[]; 2], shape })
+            }
+            Elements::Q8 { keys, values, scales } => {
+                AnyKvBlocks::Q8(KvBlocks { keys, values, scales: [&scales.keys, &scales.values], shape })
+            }
         }
     }
 }
@@ -175,6 +211,24 @@ impl<'a, E> KvBlocks<'a, E> {
         let start = self.shape.head_idx(block, head) * self.shape.value_len();
         self.values[start..start + self.shape.value_len()].as_chunks().0
     }
+
+    /// Scales of the keys of one head in one block: `[groups][16 positions]`.
+    #[inline(always)]
+    pub(crate) fn key_scales(&self, block: BlockId, head: usize) -> &'a [[u16; LANES]] {
+        self.scales(0, block, head)
+    }
+
+    /// Scales of the values of one head in one block: `[groups][16 positions]`.
+    #[inline(always)]
+    pub(crate) fn value_scales(&self, block: BlockId, head: usize) -> &'a [[u16; LANES]] {
+        self.scales(1, block, head)
+    }
+
+    #[inline(always)]
+    fn scales(&self, which: usize, block: BlockId, head: usize) -> &'a [[u16; LANES]] {
+        let start = self.shape.head_idx(block, head) * self.shape.scales_len();
+        self.scales[which].get(start..start + self.shape.scales_len()).unwrap_or_default().as_chunks().0
+    }
 }
 
 struct KvMemory<'a, E> {
@@ -183,7 +237,29 @@ struct KvMemory<'a, E> {
     shape: KvShape,
 }
 
-/// One task per KV head: heads of a block are disjoint, whatever rows come twice.
+/// Where a row of one head goes.
+struct Place {
+    /// Row and head among the new ones.
+    from: Range<usize>,
+    /// Head of a block, counted over all blocks.
+    head_idx: usize,
+    /// Position in the block.
+    slot: usize,
+}
+
+/// One task per KV head: heads of a block are disjoint, whatever rows come twice. `put` is called for one `head_idx` by one
+/// task only.
+fn for_each_row(pool: &ThreadPool, rows: &[KvRow<'_>], shape: KvShape, put: &(dyn Fn(Place) + Sync)) {
+    pool.run(shape.n_kv_heads, &|head| {
+        for (row_idx, row) in rows.iter().enumerate() {
+            let block = row.block_table[row.position as usize / BLOCK_POSITIONS];
+            let slot = row.position as usize % BLOCK_POSITIONS;
+            let from = (row_idx * shape.n_kv_heads + head) * shape.head_dim;
+            put(Place { from: from..from + shape.head_dim, head_idx: shape.head_idx(block, head), slot });
+        }
+    });
+}
+
 fn store<E: Copy + Default + Send>(
     pool: &ThreadPool,
     new: &NewKv<'_>,
@@ -192,26 +268,50 @@ fn store<E: Copy + Default + Send>(
 ) {
     let KvMemory { keys, values, shape } = memory;
     let (keys, values) = (SharedSlice::new(keys), SharedSlice::new(values));
-    pool.run(shape.n_kv_heads, &|head| {
-        for (row_idx, row) in new.rows.iter().enumerate() {
-            let block = row.block_table[row.position as usize / BLOCK_POSITIONS];
-            let slot = row.position as usize % BLOCK_POSITIONS;
-            let from = (row_idx * shape.n_kv_heads + head) * shape.head_dim;
-            let from = from..from + shape.head_dim;
-            let head_idx = shape.head_idx(block, head);
-            let key_start = head_idx * shape.key_len();
-            // SAFETY: the keys of this head, which no other task touches.
-            let to = unsafe { keys.range_mut(key_start..key_start + shape.key_len()) };
-            let columns = to.as_chunks_mut::<LANES>().0.chunks_mut(LANES);
-            for (from, columns) in new.keys[from.clone()].chunks(LANES).zip(columns) {
-                let mut narrowed = [E::default(); LANES];
-                convert(from, &mut narrowed[..from.len()]);
-                columns.iter_mut().zip(narrowed).for_each(|(positions, element)| positions[slot] = element);
-            }
-            let value_start = head_idx * shape.value_len() + slot * shape.value_dim();
-            // SAFETY: the values of this head, which no other task touches.
-            let to = unsafe { values.range_mut(value_start..value_start + shape.head_dim) };
-            convert(&new.values[from], to);
+    for_each_row(pool, new.rows, shape, &|Place { from, head_idx, slot }| {
+        let key_start = head_idx * shape.key_len();
+        // SAFETY: the keys of this head, which no other task touches.
+        let to = unsafe { keys.range_mut(key_start..key_start + shape.key_len()) };
+        let columns = to.as_chunks_mut::<LANES>().0.chunks_mut(LANES);
+        for (from, columns) in new.keys[from.clone()].chunks(LANES).zip(columns) {
+            let mut narrowed = [E::default(); LANES];
+            convert(from, &mut narrowed[..from.len()]);
+            columns.iter_mut().zip(narrowed).for_each(|(positions, element)| positions[slot] = element);
+        }
+        let value_start = head_idx * shape.value_len() + slot * shape.value_dim();
+        // SAFETY: the values of this head, which no other task touches.
+        let to = unsafe { values.range_mut(value_start..value_start + shape.head_dim) };
+        convert(&new.values[from], to);
+    });
+}
+
+fn store_codes(pool: &ThreadPool, new: &NewKv<'_>, memory: KvMemory<'_, i8>, scales: &mut Scales) {
+    let KvMemory { keys, values, shape } = memory;
+    let (keys, values) = (SharedSlice::new(keys), SharedSlice::new(values));
+    let scales = [&mut scales.keys, &mut scales.values].map(|scales| SharedSlice::new(scales));
+    for_each_row(pool, new.rows, shape, &|Place { from, head_idx, slot }| {
+        let scales_at = head_idx * shape.scales_len();
+        let scales_at = scales_at..scales_at + shape.scales_len();
+        // SAFETY: the scales of this head, which no other task touches.
+        let key_scales = unsafe { scales[0].range_mut(scales_at.clone()) };
+        let key_start = head_idx * shape.key_len();
+        // SAFETY: the keys of this head, which no other task touches.
+        let to = unsafe { keys.range_mut(key_start..key_start + shape.key_len()) };
+        let groups = new.keys[from.clone()].chunks(KV_GROUP).zip(to.chunks_mut(KV_GROUP * LANES));
+        for ((from, columns), scales) in groups.zip(key_scales.as_chunks_mut::<LANES>().0) {
+            let mut codes = [0; KV_GROUP];
+            scales[slot] = encode_group(from, &mut codes).to_bits();
+            let columns = columns.as_chunks_mut::<LANES>().0;
+            columns.iter_mut().zip(codes).for_each(|(positions, code)| positions[slot] = code);
+        }
+        // SAFETY: the scales of this head, which no other task touches.
+        let value_scales = unsafe { scales[1].range_mut(scales_at) };
+        let value_start = head_idx * shape.value_len() + slot * shape.value_dim();
+        // SAFETY: the values of this head, which no other task touches.
+        let to = unsafe { values.range_mut(value_start..value_start + shape.head_dim) };
+        let groups = new.values[from].chunks(KV_GROUP).zip(to.chunks_mut(KV_GROUP));
+        for ((from, codes), scales) in groups.zip(value_scales.as_chunks_mut::<LANES>().0) {
+            scales[slot] = encode_group(from, codes).to_bits();
         }
     });
 }
@@ -284,6 +384,18 @@ mod tests {
                     wide(blocks.values(block, head).as_flattened()[value_at]),
                 )
             }
+            AnyKvBlocks::Q8(blocks) => {
+                let scale =
+                    |scales: &[[u16; LANES]]| half::f16::from_bits(scales[element / 32][slot]).to_f32();
+                let (key, value) = (
+                    blocks.keys(block, head)[element][slot],
+                    blocks.values(block, head).as_flattened()[value_at],
+                );
+                (
+                    f32::from(key) * scale(blocks.key_scales(block, head)),
+                    f32::from(value) * scale(blocks.value_scales(block, head)),
+                )
+            }
         }
     }
 
@@ -291,8 +403,10 @@ mod tests {
     fn rows_land_in_their_blocks() {
         let mut numbers = Numbers::new(12);
         let tables: [Vec<BlockId>; 2] = [[4, 0, 2].map(BlockId).to_vec(), [3, 1].map(BlockId).to_vec()];
-        for (kv_type, head_dim) in [(KvType::F16, 64), (KvType::F32, 20), (KvType::F16, 1), (KvType::F32, 33)]
-        {
+        let f16s = [64, 1].map(|head_dim| (KvType::F16, head_dim));
+        let f32s = [20, 33].map(|head_dim| (KvType::F32, head_dim));
+        let codes = [64, 1, 33, 80].map(|head_dim| (KvType::Q8, head_dim));
+        for (kv_type, head_dim) in f16s.into_iter().chain(f32s).chain(codes) {
             let shape = KvShape { n_blocks: 5, n_kv_heads: 3, head_dim, kv_type };
             let places = [(0, 0_u32), (0, 17), (1, 31), (0, 47), (1, 5)];
             let rows = places.map(|(table, position)| KvRow { position, block_table: &tables[table] });
@@ -303,16 +417,24 @@ mod tests {
                 let mut layer = KvLayer::new(shape);
                 let new = NewKv { rows: &rows, keys: &keys, values: &values };
                 layer.store(Kernels::for_isa(isa), &pool, &new);
-                let round = |x: f32| match kv_type {
-                    KvType::F16 => half::f16::from_f32(x).to_f32(),
-                    KvType::F32 => x,
+                let round = |numbers: &[f32], i: usize| match kv_type {
+                    KvType::F16 => half::f16::from_f32(numbers[i]).to_f32(),
+                    KvType::F32 => numbers[i],
+                    KvType::Q8 => {
+                        let head = &numbers[i / head_dim * head_dim..][..head_dim];
+                        let group = head.chunks(32).nth(i % head_dim / 32).expect("a group");
+                        let mut codes = [0; 32];
+                        let scale = encode_group(group, &mut codes).to_f32();
+                        assert!((f32::from(codes[i % head_dim % 32]) * scale - numbers[i]).abs() < 0.004);
+                        f32::from(codes[i % head_dim % 32]) * scale
+                    }
                 };
                 for i in 0..n {
                     let (row, head, element) = (i / head_dim / 3, i / head_dim % 3, i % head_dim);
                     let (table, position) = places[row];
                     let block = tables[table][position as usize / 16];
                     let got = stored(&layer, (block, head, position as usize % 16, element));
-                    assert_eq!(got, (round(keys[i]), round(values[i])), "{isa}");
+                    assert_eq!(got, (round(&keys, i), round(&values, i)), "{isa}");
                 }
                 let (untouched, _) = stored(&layer, (BlockId(2), 0, 14, 0));
                 assert_eq!(untouched, 0.0);
@@ -327,5 +449,10 @@ mod tests {
         let layer = KvLayer::new(shape);
         let AnyKvBlocks::F16(blocks) = layer.blocks() else { panic!("halves were asked for") };
         assert_eq!((blocks.keys.len() + blocks.values.len()) * 2, 7 * shape.block_bytes());
+        let shape = KvShape { kv_type: KvType::Q8, head_dim: 80, ..shape };
+        let layer = KvLayer::new(shape);
+        let AnyKvBlocks::Q8(blocks) = layer.blocks() else { panic!("codes were asked for") };
+        let scales = blocks.scales[0].len() + blocks.scales[1].len();
+        assert_eq!(blocks.keys.len() + blocks.values.len() + 2 * scales, 7 * shape.block_bytes());
     }
 }

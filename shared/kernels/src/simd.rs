@@ -52,11 +52,15 @@ pub(crate) trait Simd: Copy {
     /// Sixteen f32.
     type F32: Copy;
 
+    /// Asks for the cache line in which a place lies, if there is one; nothing is read.
+    fn prefetch<T>(self, place: Option<&T>);
     fn splat(self, x: f32) -> Self::F32;
     fn load(self, x: &[f32; LANES]) -> Self::F32;
     fn store(self, x: Self::F32, out: &mut [f32; LANES]);
     /// Sixteen IEEE halves, widened.
     fn load_f16(self, x: &[u16; LANES]) -> Self::F32;
+    /// Sixteen integers, as numbers.
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32;
     /// Narrowed to IEEE halves.
     fn store_f16(self, x: Self::F32, out: &mut [u16; LANES]);
 
@@ -166,6 +170,8 @@ mod tests {
         s.store_f16(s.load(&VALUES), &mut halves);
         let expected = VALUES.map(half::f16::from_f32);
         same(s.to_array(s.load_f16(&halves)), expected.map(half::f16::to_f32), "f16");
+        let bytes: [i8; LANES] = std::array::from_fn(|j| (17 * j) as i8);
+        same(s.to_array(s.load_i8(&bytes)), bytes.map(f32::from), "i8");
         let shifted: [f32; LANES] = std::array::from_fn(|j| 12_582_912.0 + 19.0 * j as f32 - 150.0);
         let (low, high) = s.two_powers(s.load(&shifted));
         let n = |j: usize| 19 * j as i32 - 150;

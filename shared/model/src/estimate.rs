@@ -75,13 +75,13 @@ pub struct ConfigEstimate {
     /// (cosine and sine of every position, and the frequencies) that each layer of its implementation holds.
     /// The guide prints it in GiB under the name GB.
     pub guide_bytes: u64,
-    /// Bytes of KV cache for 1,000 tokens in f16.
+    /// Bytes of KV cache for 1,000 tokens.
     pub kv_bytes_per_1000_tokens: u64,
 }
 
 impl ConfigEstimate {
     /// Estimates for weights of one type in the file, float matrices quantized at load.
-    pub fn new(config: &ModelConfig, dtype: Dtype, quantize: Option<Quantization>) -> Self {
+    pub fn new(config: &ModelConfig, dtype: Dtype, quantize: Option<Quantization>, kv_type: KvType) -> Self {
         let tensors = expected_tensors(config, Format::Safetensors);
         let n_parameters = tensors.iter().map(Expected::n_elements).sum();
         let head: u64 =
@@ -92,7 +92,7 @@ impl ConfigEstimate {
             n_parameters,
             weight_bytes: loaded_bytes(config, dtype, quantize),
             guide_bytes: dtype.bytes(n_parameters - head + rotary),
-            kv_bytes_per_1000_tokens: 1000 * kv_bytes_per_position(config),
+            kv_bytes_per_1000_tokens: 1000 * kv_bytes_per_position(config, kv_type),
         }
     }
 }
@@ -231,8 +231,8 @@ fn embedding_bytes(config: &ModelConfig, weight_type: &dyn Fn(&Expected) -> Weig
     embedding.map(|tensor| Dtype::Weight(weight_type(tensor)).bytes(tensor.n_elements())).sum()
 }
 
-fn kv_bytes_per_position(config: &ModelConfig) -> u64 {
-    (2 * config.n_layers * config.kv_width() * KvType::F16.bytes()) as u64
+fn kv_bytes_per_position(config: &ModelConfig, kv_type: KvType) -> u64 {
+    (2 * config.n_layers * config.n_kv_heads * kv_type.row_bytes(config.head_dim)) as u64
 }
 
 /// Bytes of a rank's slices as they are loaded.
@@ -304,8 +304,9 @@ mod tests {
 
     #[test]
     fn mistral_7b_is_what_the_transformers_guide_states() {
-        let of =
-            |name: &str| ConfigEstimate::new(&mistral_7b(), Dtype::from_name(name).expect("a type"), None);
+        let of = |name: &str| {
+            ConfigEstimate::new(&mistral_7b(), Dtype::from_name(name).expect("a type"), None, KvType::F16)
+        };
         assert_eq!(of("bfloat16").n_parameters, 7_241_732_096);
         assert_eq!(of("bfloat16").weight_bytes, 14_483_464_192);
         assert_eq!(two_digits_of_gib(of("bfloat16").guide_bytes), "13.74");

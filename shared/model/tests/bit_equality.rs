@@ -138,17 +138,44 @@ fn contexts_of_several_attention_chunks() {
     }
 }
 
+/// Long enough for several blocks, heads of one group of codes and of more, and a short last group.
 #[test]
-fn f32_kv_is_the_same_everywhere_too_and_not_f16() {
-    let rig = gguf(&models::llama_tied_q4_1());
-    let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
-    let setup = Setup { kv_type: KvType::F32, ..PLAIN };
-    let expected = run(&rig.with(setup), &in_pieces(&sequence, &[1]));
-    for isa in Isa::available() {
-        let rig = rig.with(Setup { isa, n_ranks: 2, ..setup });
-        assert_same_bits(&expected, &run(&rig, &in_pieces(&sequence, &[N_TOKENS])), "f32 KV");
+fn other_kv_types_are_the_same_everywhere_too_and_not_f16() {
+    let mut wide_heads = models::llama_tied_f32();
+    wide_heads.config.head_dim = 80;
+    for rig in [gguf(&models::llama_tied_q4_1()), gguf(&models::mistral()), gguf(&wide_heads)] {
+        let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
+        let f16 = run(&rig.with(PLAIN), &in_pieces(&sequence, &[1]));
+        for kv_type in [KvType::F32, KvType::Q8] {
+            let setup = Setup { kv_type, ..PLAIN };
+            let expected = run(&rig.with(setup), &in_pieces(&sequence, &[1]));
+            assert_ne!(expected, f16, "{kv_type}");
+            for isa in Isa::available() {
+                for (n_ranks, n_threads) in [(1, 2), (2, 1), (3, 2)] {
+                    let rig = rig.with(Setup { isa, n_ranks, n_threads, ..setup });
+                    for steps in [in_pieces(&sequence, &[N_TOKENS]), in_pieces(&sequence, &[17, 1, 30])] {
+                        let what = format!("{kv_type} KV, {isa}, {n_ranks} ranks");
+                        assert_same_bits(&expected, &run(&rig, &steps), &what);
+                    }
+                }
+            }
+            let crowd = in_a_crowd(&sequence, 7, rig.config.n_vocab);
+            let rig = rig.with(Setup { kv_type, ..rig.setup });
+            assert_same_bits(&expected, &run(&rig, &crowd), &format!("{kv_type} KV, 7 sequences"));
+        }
     }
-    assert_ne!(expected, run(&rig, &in_pieces(&sequence, &[1])));
+}
+
+/// Decoding across the edge of an attention chunk, with codes.
+#[test]
+fn codes_in_several_attention_chunks() {
+    let rig = gguf(&models::llama_tied_q4_1());
+    let sequence = tokens(3, 300, rig.config.n_vocab);
+    let setup = Setup { kv_type: KvType::Q8, ..PLAIN };
+    let expected = run(&rig.with(setup), &in_pieces(&sequence, &[300]));
+    let fast = rig.with(Setup { kv_type: KvType::Q8, ..rig.setup });
+    let found = run(&fast, &in_pieces(&sequence, &[250, 1, 1, 1, 1, 1, 1, 1, 1]));
+    assert_same_bits(&expected, &found, "decode across position 256");
 }
 
 /// Whole rows are quantized, whatever part of them a rank holds; either file format has the same rows.

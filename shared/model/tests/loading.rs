@@ -169,6 +169,24 @@ fn memory_is_as_estimated() {
     }
 }
 
+#[test]
+fn codes_take_half_of_the_cache_and_a_little() {
+    let checkpoint = gguf(models::qwen2().to_gguf().expect("bytes"));
+    let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
+    let plan = SplitPlan::new(&config, 2).expect("a plan");
+    let bytes = |kv_type| {
+        let capacity = Capacity { kv_type, ..CAPACITY };
+        let (checkpoint, config, plan, progress) = (&checkpoint, &config, &plan, &|_| ());
+        let spec = LoadSpec { checkpoint, config, plan, rank: 1, quantize: None, capacity, progress };
+        let held = Decoder::load(&spec, &cpu()).expect("loads").memory_bytes().1 as u64;
+        let types = WeightTypes { in_file: &types_in(checkpoint), quantize: None };
+        assert_eq!(held, MemoryEstimate::new(config, plan, 1, capacity, &types).kv_bytes, "{kv_type}");
+        held
+    };
+    assert_eq!(bytes(KvType::Q8) * 64, bytes(KvType::F16) * 34);
+    assert_eq!(bytes(KvType::F32), bytes(KvType::F16) * 2);
+}
+
 /// Of a float model little is left, of a model that is quantized already everything.
 #[test]
 fn quantization_saves_what_it_should() {

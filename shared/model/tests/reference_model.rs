@@ -93,3 +93,11 @@ fn f16_kv_costs_little() {
     let (difference, _) = compare(&rig.with(Setup { kv_type: KvType::F16, ..rig.setup }));
     assert!((1e-6..5e-3).contains(&difference), "a logit differs by {difference}");
 }
+
+#[test]
+fn q8_kv_costs_more_but_little() {
+    let rig = from_gguf(&models::llama_tied_f32());
+    let (difference, cosine) = compare(&rig.with(Setup { kv_type: KvType::Q8, ..rig.setup }));
+    println!("q8 KV: largest difference {difference}, cosine {cosine}");
+    assert!((1e-4..6e-2).contains(&difference) && cosine > 0.9998, "{difference}, cosine {cosine}");
+}

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use paceline_checkpoint::{Checkpoint, CheckpointError};
-use paceline_domain::WeightType;
+use paceline_domain::{KvType, WeightType};
 use paceline_model::synthetic::{Synthetic, Writing, built_in_shape, uniform};
 use paceline_model::{ConfigEstimate, Dtype, ModelError};
 use support::models;
@@ -61,7 +61,8 @@ fn both_formats_of_a_seed_are_the_same_model() {
             (directory.path().join(format!("{i}.gguf")), directory.path().join(i.to_string()));
         let written = model.write_gguf(&file, &quiet(2)).expect("written");
         model.write_directory(&folder, &quiet(2)).expect("written");
-        let n_parameters = ConfigEstimate::new(&model.config, Dtype::Bits(16), None).n_parameters;
+        let n_parameters =
+            ConfigEstimate::new(&model.config, Dtype::Bits(16), None, KvType::F16).n_parameters;
         assert!((n_parameters..n_parameters + 100).contains(&written.n_parameters));
         let logits = |path: &Path| {
             let rig = Rig::new(Checkpoint::open(path).expect("a checkpoint"));

@@ -11,7 +11,7 @@ use std::{num::NonZeroUsize, sync::Arc, thread};
 use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
-use paceline_domain::Quantization;
+use paceline_domain::{KvType, Quantization};
 use paceline_kernels::{Isa, Kernels};
 use paceline_model::{Cpu, Device, ModelConfig, WeightTypes, names, quantization::types_in};
 use paceline_shard::device::{self, DeviceOptions};
@@ -65,6 +65,9 @@ pub struct BenchArgs {
     /// Quantize matrices of plain numbers while they are loaded: q8_0 or q4_k
     #[arg(long, value_name = "TYPE")]
     quantize: Option<Quantization>,
+    /// Storage type of the KV cache: f16, f32 or q8
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
+    kv_type: KvType,
     /// What to compute with.
     #[command(flatten)]
     device: DeviceOptions,
@@ -81,7 +84,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value = "512")]
     pass_rows: NonZeroUsize,
     /// Measure the machine alone, with 1 thread up to --threads
-    #[arg(long, conflicts_with_all = ["model", "quantize", "shapes", "ranks", "repeat", "pass_rows"])]
+    #[arg(long, conflicts_with_all = ["model", "quantize", "kv_type", "shapes", "ranks", "repeat", "pass_rows"])]
     machine: bool,
     /// Do not measure the machine (as with GPUs); shares are then unknown
     #[arg(long, conflicts_with = "machine")]
@@ -110,7 +113,8 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
     }
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
-    let (device, quantize, pass_rows) = (args.device.clone(), args.quantize, args.pass_rows.get());
+    let (device, pass_rows) = (args.device.clone(), args.pass_rows.get());
+    let (quantize, kv_type) = (args.quantize, args.kv_type);
     let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
     let work = move || {
         let checkpoint = Arc::new(Checkpoint::open(&path)?);
@@ -122,7 +126,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         // What CPUs can do says nothing of a GPU.
         let is_cpu = |device: &Arc<dyn Device>| device.name() == kernels.isa().name();
         let machine = if devices.iter().all(is_cpu) { machine } else { Machine::Unknown };
-        let job = Job { checkpoint, config, quantize, devices, shapes, n_repeats, pass_rows };
+        let job = Job { checkpoint, config, quantize, devices, shapes, kv_type, n_repeats, pass_rows };
         let (measured, limits) = measure(&job, machine, n_threads)?;
         Ok(Report { model, job, n_threads, measured, limits }.show(format))
     };
@@ -243,9 +247,9 @@ impl Report {
 
     fn heading(&self) -> String {
         let (n_ranks, device, n_threads) = (self.job.devices.len(), self.device(), self.n_threads);
-        let weights = self.measured.weight_bytes as f64 / 1e9;
+        let (weights, kv_type) = (self.measured.weight_bytes as f64 / 1e9, self.job.kv_type);
         let mut text = format!(
-            "{}, {weights:.2} GB of weights, {n_threads} threads, {n_ranks} ranks, {device}\n",
+            "{}, {weights:.2} GB of weights, {kv_type} KV, {n_threads} threads, {n_ranks} ranks, {device}\n",
             self.model
         );
         if let Some(quantization) = self.job.quantize {
@@ -278,6 +282,7 @@ impl Report {
             "weight_bytes": self.measured.weight_bytes,
             "quantize": self.job.quantize.map(Quantization::name),
             "saved_bytes": self.measured.saved_bytes,
+            "kv_type": self.job.kv_type.name(),
             "isa": self.device(),
         });
         format!("{object}\n")

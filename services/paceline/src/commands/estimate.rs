@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use paceline_domain::{Quantization, group::BLOCK_POSITIONS};
+use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
 use paceline_model::{
     DeviceFit, ModelConfig,
     estimate::{ConfigEstimate, Dtype, GIB},
@@ -38,6 +38,9 @@ pub struct EstimateArgs {
     /// Matrices of plain numbers are quantized while they are loaded: q8_0 or q4_k
     #[arg(long, value_name = "TYPE")]
     quantize: Option<Quantization>,
+    /// Storage type of the KV cache: f16, f32 or q8
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
+    kv_type: KvType,
     #[command(flatten)]
     device: DeviceMemory,
     /// Write one JSON object, in bytes
@@ -60,17 +63,25 @@ pub fn estimate(args: &EstimateArgs) -> anyhow::Result<()> {
         "--quantize is for weights of plain numbers, --dtype {} has none",
         args.dtype
     );
-    let estimate = ConfigEstimate::new(&config, dtype, args.quantize);
+    let estimate = ConfigEstimate::new(&config, dtype, args.quantize, args.kv_type);
     let fit = |usable_bytes| {
         let kv_block_bytes = estimate.kv_bytes_per_1000_tokens * BLOCK_POSITIONS as u64 / 1000;
         (DeviceFit::new(usable_bytes, estimate.weight_bytes, kv_block_bytes), usable_bytes)
     };
     let fit = args.device.usable_bytes().map(fit);
     let dtype = &args.quantize.map_or(args.dtype.clone(), |quantization| quantization.to_string());
-    write_stdout(&if args.json { as_json(&estimate, dtype, fit) } else { as_text(&estimate, dtype, fit) })
+    write_stdout(&if args.json {
+        as_json(&estimate, dtype, fit)
+    } else {
+        as_text(&estimate, (dtype, args.kv_type), fit)
+    })
 }
 
-fn as_text(estimate: &ConfigEstimate, dtype: &str, fit: Option<(DeviceFit, u64)>) -> String {
+fn as_text(
+    estimate: &ConfigEstimate,
+    (dtype, kv_type): (&str, KvType),
+    fit: Option<(DeviceFit, u64)>,
+) -> String {
     let size = |bytes: u64| {
         format!("{:>9.2} GB (10^9 bytes) {:>9.2} GiB (2^30 bytes)", bytes as f64 / 1e9, bytes as f64 / GIB)
     };
@@ -79,7 +90,7 @@ fn as_text(estimate: &ConfigEstimate, dtype: &str, fit: Option<(DeviceFit, u64)>
     [
         format!("parameters          {:>9.3} billion\n", estimate.n_parameters as f64 / 1e9),
         format!("weights, {dtype:<10} {}\n", size(estimate.weight_bytes)),
-        format!("KV cache, f16       {} per 1000 tokens\n", size(kv)),
+        format!("KV cache, {kv_type:<9} {} per 1000 tokens\n", size(kv)),
         format!("Transformers guide  {guide:>9.2} GiB, printed there as {guide:.2} GB\n"),
         fit.map_or(String::new(), |(fit, usable)| {
             format!("on one GPU          {}\n", fit_text(&fit, usable))

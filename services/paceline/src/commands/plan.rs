@@ -3,7 +3,6 @@
 
 use std::{num::NonZeroUsize, ops::Range, sync::Arc};
 
-use anyhow::Context as _;
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
@@ -48,9 +47,9 @@ pub struct PlanArgs {
     /// Matrices of plain numbers are quantized while they are loaded: q8_0 or q4_k
     #[arg(long, value_name = "TYPE")]
     quantize: Option<Quantization>,
-    /// Storage type of the KV cache: f16 or f32
-    #[arg(long, value_name = "TYPE", default_value = "f16")]
-    kv_type: String,
+    /// Storage type of the KV cache: f16, f32 or q8
+    #[arg(long, value_name = "TYPE", default_value_t = KvType::F16)]
+    kv_type: KvType,
     /// Tokens that the KV pool holds
     #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_POOL_TOKENS)]
     kv_tokens: usize,
@@ -93,13 +92,11 @@ enum GpuPlan {
 /// # Errors
 /// When the model cannot be had or read, or cannot be split that way.
 pub async fn plan(args: &PlanArgs, places: &ModelPlaces) -> anyhow::Result<()> {
-    let kv_type = KvType::from_name(&args.kv_type)
-        .with_context(|| format!("--kv-type `{}` is not known; known are f16, f32", args.kv_type))?;
     let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
     let (path, name) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let checkpoint = Arc::new(Checkpoint::open(&path)?);
     let capacity = Capacity {
-        kv_type,
+        kv_type: args.kv_type,
         n_kv_blocks: args.kv_tokens.div_ceil(BLOCK_POSITIONS),
         max_rows: args.max_rows,
         max_output_rows: args.max_sequences,

@@ -189,9 +189,14 @@ mod tests {
 
     #[test]
     fn what_no_kernel_can_run_is_an_error_before_anything_is_loaded() {
-        let capacity = Capacity { kv_type: KvType::F32, ..CAPACITY };
-        let errors =
-            with_spec(1, capacity, |spec| MemoryNeed::of(spec).expect_err("must be refused").to_string());
-        assert!(errors[0].contains("--kv-type f16"), "{errors:?}");
+        for kv_type in [KvType::F32, KvType::Q8] {
+            let capacity = Capacity { kv_type, ..CAPACITY };
+            let errors =
+                with_spec(1, capacity, |spec| MemoryNeed::of(spec).expect_err("must be refused").to_string());
+            assert!(
+                errors[0].contains(kv_type.name()) && errors[0].contains("use --kv-type f16"),
+                "{errors:?}"
+            );
+        }
     }
 }

@@ -1,12 +1,16 @@
 //! One chunk of attention: scores, softmax and weighted values of up to 16 queries of one KV head, and the merging
 //! of two chunks. Every query has its own accumulators and its own order; sharing is only of loads.
+//!
+//! Where elements are codes, a score sums each group of 32 elements on its own, then adds `sum * scale` of the groups in
+//! order; the weight of a value is multiplied with the value's scale before the value is.
 
 use paceline_domain::BlockId;
-use paceline_domain::group::BLOCK_POSITIONS;
+use paceline_domain::group::KV_GROUP;
 
+use super::tiles::chunk;
 use super::{CHUNK, MAX_QUERIES};
 use crate::kv::KvBlocks;
-use crate::math::exp::{exp_f32, exp_lanes};
+use crate::math::exp::exp_f32;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{LANES, Simd, fold_lanes, greater, max_lanes};
@@ -19,6 +23,7 @@ pub(crate) type Scores = [[f32; CHUNK]; MAX_QUERIES];
 pub(crate) struct AttentionKernels {
     pub(crate) chunk_f16: ChunkKernel<u16>,
     pub(crate) chunk_f32: ChunkKernel<f32>,
+    pub(crate) chunk_q8: ChunkKernel<i8>,
     pub(crate) merge: MergeKernel,
 }
 
@@ -53,8 +58,8 @@ pub(crate) struct Partials<'a> {
     /// Sum of `exp(score - max)`, per query.
     pub(crate) sum: &'a mut [f32],
     /// Values weighted by `exp(score - max)`: `[n_queries, value_dim]`.
-    values: &'a mut [f32],
-    value_dim: usize,
+    pub(super) values: &'a mut [f32],
+    pub(super) value_dim: usize,
 }
 
 impl<'a> Partials<'a> {
@@ -79,13 +84,16 @@ impl<'a> Partials<'a> {
         &self.values[query * self.value_dim..(query + 1) * self.value_dim]
     }
 
-    fn values_mut(&mut self, query: usize) -> &mut [f32] {
+    pub(super) fn values_mut(&mut self, query: usize) -> &mut [f32] {
         &mut self.values[query * self.value_dim..(query + 1) * self.value_dim]
     }
 }
 
 /// An element of the KV cache.
 pub(crate) trait KvElement: Copy {
+    /// Whether it is a code, which means something with its group's scale only.
+    const IS_CODE: bool = false;
+
     fn widen(self) -> f32;
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F32;
 }
@@ -114,14 +122,39 @@ impl KvElement for u16 {
     }
 }
 
+impl KvElement for i8 {
+    const IS_CODE: bool = true;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+
+    #[inline(always)]
+    fn load<S: Simd>(s: S, from: &[i8; LANES]) -> S::F32 {
+        s.load_i8(from)
+    }
+}
+
+/// Scalar definition of a score, before it is scaled.
+fn score_scalar<E: KvElement>(q: &[f32], keys: &[[E; LANES]], scales: &[[u16; LANES]], lane: usize) -> f32 {
+    let dot = |q: &[f32], keys: &[[E; LANES]]| {
+        q.iter().zip(keys).fold(0.0_f32, |sum, (q, key)| q.mul_add(key[lane].widen(), sum))
+    };
+    if !E::IS_CODE {
+        return dot(q, keys);
+    }
+    let groups = q.chunks(KV_GROUP).zip(keys.chunks(KV_GROUP)).zip(scales);
+    groups.fold(0.0, |score, ((q, keys), scales)| dot(q, keys).mul_add(scales[lane].widen(), score))
+}
+
 /// Scalar definition of a chunk.
 pub(crate) fn chunk_scalar<E: KvElement>(
     args: &ChunkArgs<'_, E>,
     scores: &mut Scores,
     out: &mut Partials<'_>,
 ) {
-    let keys = |position: usize| args.blocks.keys(args.block_table[position / LANES], args.kv_head);
-    let values = |position: usize| args.blocks.values(args.block_table[position / LANES], args.kv_head);
+    let block = |position: usize| (args.block_table[position / LANES], args.kv_head);
     for (i, query) in args.queries.iter().enumerate() {
         let positions = query.start..query.end;
         out.values_mut(i).fill(0.0);
@@ -133,11 +166,9 @@ pub(crate) fn chunk_scalar<E: KvElement>(
         let mut max = [f32::NEG_INFINITY; LANES];
         for position in positions.clone() {
             let lane = position % LANES;
-            let mut score = 0.0_f32;
-            for (q, key) in query.q.iter().zip(keys(position)) {
-                score = q.mul_add(key[lane].widen(), score);
-            }
-            scores[i][position] = score * args.scale;
+            let (block, head) = block(position);
+            let (keys, scales) = (args.blocks.keys(block, head), args.blocks.key_scales(block, head));
+            scores[i][position] = score_scalar(query.q, keys, scales, lane) * args.scale;
             max[lane] = greater(scores[i][position], max[lane]);
         }
         let max = max_lanes(max);
@@ -147,10 +178,13 @@ pub(crate) fn chunk_scalar<E: KvElement>(
             sum[position % LANES] += scores[i][position];
         }
         for position in positions {
-            let columns = values(position).as_flattened();
-            let row = &columns[position % LANES * out.value_dim..];
-            for (value, v) in out.values_mut(i).iter_mut().zip(row) {
-                *value = scores[i][position].mul_add(v.widen(), *value);
+            let (slot, (block, head)) = (position % LANES, block(position));
+            let scales = args.blocks.value_scales(block, head);
+            let row = &args.blocks.values(block, head).as_flattened()[slot * out.value_dim..];
+            for (e, (value, v)) in out.values_mut(i).iter_mut().zip(row).enumerate() {
+                let weight = scores[i][position];
+                let weight = if E::IS_CODE { weight * scales[e / KV_GROUP][slot].widen() } else { weight };
+                *value = weight.mul_add(v.widen(), *value);
             }
         }
         out.max[i] = max;
@@ -200,220 +234,10 @@ fn merge<S: Simd>(s: S, state: &mut Partials<'_>, later: &Partials<'_>) {
     }
 }
 
-/// A chunk in tiles of up to `T` queries by `T` registers.
-#[inline(always)]
-fn chunk<S: Simd, E: KvElement, const T: usize>(
-    s: S,
-    args: &ChunkArgs<'_, E>,
-    scores: &mut Scores,
-    out: &mut Partials<'_>,
-) {
-    let tiles = args.queries.chunks(T);
-    for (tile, (queries, scores)) in tiles.zip(scores.chunks_mut(T)).enumerate() {
-        let scores = &mut scores[..queries.len()];
-        match queries.len() {
-            1 => score_tile::<S, E, 1, T>(s, args, queries, scores),
-            2 => score_tile::<S, E, 2, T>(s, args, queries, scores),
-            3 if T > 2 => score_tile::<S, E, 3, T>(s, args, queries, scores),
-            4 if T > 2 => score_tile::<S, E, 4, T>(s, args, queries, scores),
-            n => unreachable!("invariant: a tile of at most {T} queries has {n}"),
-        }
-        for (i, (query, scores)) in queries.iter().zip(&mut *scores).enumerate() {
-            let i = tile * T + i;
-            (out.max[i], out.sum[i]) = softmax(s, query, scores);
-            out.values_mut(i).fill(0.0);
-        }
-        weigh_values::<S, E, T>(s, args, (tile * T, queries, scores), out);
-    }
-}
-
-/// Scores of N queries with every block one of them sees, B blocks at a time. Lanes are positions; scores of
-/// positions that a query does not see are garbage.
-#[inline(always)]
-fn score_tile<S: Simd, E: KvElement, const N: usize, const B: usize>(
-    s: S,
-    args: &ChunkArgs<'_, E>,
-    queries: &[Query<'_>],
-    scores: &mut [[f32; CHUNK]],
-) {
-    let Some((start, end)) = seen_by_any(queries) else { return };
-    let (first, last) = (start / BLOCK_POSITIONS, (end - 1) / BLOCK_POSITIONS);
-    let scale = s.splat(args.scale);
-    let mut block = first;
-    while block <= last {
-        let mut acc = [[s.splat(0.0); B]; N];
-        // Past the end the last block is worked on again, and not stored.
-        let mut keys = [&[] as &[[E; LANES]]; B];
-        for b in 0..B {
-            keys[b] = args.blocks.keys(args.block_table[(block + b).min(last)], args.kv_head);
-        }
-        for d in 0..keys[0].len() {
-            let mut key = [s.splat(0.0); B];
-            for b in 0..B {
-                key[b] = E::load(s, &keys[b][d]);
-            }
-            for n in 0..N {
-                let q = s.splat(queries[n].q[d]);
-                for b in 0..B {
-                    acc[n][b] = s.fma(q, key[b], acc[n][b]);
-                }
-            }
-        }
-        for n in 0..N {
-            let scores = scores[n].as_chunks_mut::<LANES>().0;
-            for b in 0..B.min(last + 1 - block) {
-                s.store(s.mul(acc[n][b], scale), &mut scores[block + b]);
-            }
-        }
-        block += B;
-    }
-}
-
-/// From the first to the last position that one of the queries sees.
-#[inline(always)]
-fn seen_by_any(queries: &[Query<'_>]) -> Option<(usize, usize)> {
-    let seen = queries.iter().filter(|query| query.start < query.end);
-    seen.map(|query| (query.start, query.end)).reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)))
-}
-
-/// Scores to `exp(score - max)`; gives the maximum and the sum.
-#[inline(always)]
-fn softmax<S: Simd>(s: S, query: &Query<'_>, scores: &mut [f32; CHUNK]) -> (f32, f32) {
-    let (start, end) = (query.start, query.end);
-    if start >= end {
-        return (f32::NEG_INFINITY, 0.0);
-    }
-    let blocks = start / LANES..(end - 1) / LANES + 1;
-    scores[blocks.start * LANES..start].fill(f32::NEG_INFINITY);
-    scores[end..blocks.end * LANES].fill(f32::NEG_INFINITY);
-    let scores = &mut scores.as_chunks_mut::<LANES>().0[blocks];
-    let mut max = s.splat(f32::NEG_INFINITY);
-    for block in scores.iter() {
-        max = s.greater(s.load(block), max);
-    }
-    let max = max_lanes(s.to_array(max));
-    let mut sum = s.splat(0.0);
-    for block in scores {
-        // Masked lanes give +0, which changes no bit of a sum of exponentials.
-        let p = exp_lanes(s, s.sub(s.load(block), s.splat(max)));
-        sum = s.add(sum, p);
-        s.store(p, block);
-    }
-    (max, fold_lanes(s.to_array(sum)))
-}
-
-/// Adds the weighted values of a tile's queries: first the positions that only some see, each query alone, then
-/// those all see, together, then again those that only some see. So every query has its order of positions.
-#[inline(always)]
-fn weigh_values<S: Simd, E: KvElement, const T: usize>(
-    s: S,
-    args: &ChunkArgs<'_, E>,
-    (first_query, queries, weights): (usize, &[Query<'_>], &[[f32; CHUNK]]),
-    out: &mut Partials<'_>,
-) {
-    let weighted = |n: usize, positions| Weighted { weights: &weights[n..], positions };
-    let start = queries.iter().map(|query| query.start).max().unwrap_or(0);
-    let end = queries.iter().map(|query| query.end).min().unwrap_or(0);
-    let dim = out.value_dim;
-    for (n, query) in queries.iter().enumerate() {
-        let before = if start < end { query.start..start } else { query.start..query.end };
-        let values = out.values_mut(first_query + n);
-        value_rows::<S, E, 1, T>(s, args, weighted(n, before), values);
-    }
-    if start >= end {
-        return;
-    }
-    let values = &mut out.values[first_query * dim..(first_query + queries.len()) * dim];
-    match queries.len() {
-        1 => value_rows::<S, E, 1, T>(s, args, weighted(0, start..end), values),
-        2 => value_rows::<S, E, 2, T>(s, args, weighted(0, start..end), values),
-        3 if T > 2 => value_rows::<S, E, 3, T>(s, args, weighted(0, start..end), values),
-        4 if T > 2 => value_rows::<S, E, 4, T>(s, args, weighted(0, start..end), values),
-        n => unreachable!("invariant: a tile of at most {T} queries has {n}"),
-    }
-    for (n, query) in queries.iter().enumerate() {
-        let values = out.values_mut(first_query + n);
-        value_rows::<S, E, 1, T>(s, args, weighted(n, end..query.end), values);
-    }
-}
-
-/// Positions whose values are added up, and their weights, per query.
-struct Weighted<'a> {
-    weights: &'a [[f32; CHUNK]],
-    positions: std::ops::Range<usize>,
-}
-
-/// `values[n] += weights[n][j] * v[j]` for the positions j in order, up to T registers of columns at a time.
-#[inline(always)]
-fn value_rows<S: Simd, E: KvElement, const N: usize, const T: usize>(
-    s: S,
-    args: &ChunkArgs<'_, E>,
-    weighted: Weighted<'_>,
-    values: &mut [f32],
-) {
-    if weighted.positions.is_empty() {
-        return;
-    }
-    let n_columns = values.len() / N / LANES;
-    let values = values.as_chunks_mut::<LANES>().0;
-    let mut column = 0;
-    while column + T <= n_columns {
-        value_tile::<S, E, N, T>(s, args, &weighted, values, column);
-        column += T;
-    }
-    while column < n_columns {
-        value_tile::<S, E, N, 1>(s, args, &weighted, values, column);
-        column += 1;
-    }
-}
-
-#[inline(always)]
-fn value_tile<S: Simd, E: KvElement, const N: usize, const C: usize>(
-    s: S,
-    args: &ChunkArgs<'_, E>,
-    Weighted { weights, positions }: &Weighted<'_>,
-    values: &mut [[f32; LANES]],
-    column: usize,
-) {
-    let n_columns = values.len() / N;
-    let mut acc = [[s.splat(0.0); C]; N];
-    for n in 0..N {
-        for c in 0..C {
-            acc[n][c] = s.load(&values[n * n_columns + column + c]);
-        }
-    }
-    let mut position = positions.start;
-    while position < positions.end {
-        let block = position / BLOCK_POSITIONS;
-        let rows = args.blocks.values(args.block_table[block], args.kv_head);
-        let block_end = positions.end.min((block + 1) * BLOCK_POSITIONS);
-        for j in position..block_end {
-            let start = j % BLOCK_POSITIONS * n_columns + column;
-            let row = &rows[start..start + C];
-            let mut v = [s.splat(0.0); C];
-            for c in 0..C {
-                v[c] = E::load(s, &row[c]);
-            }
-            for n in 0..N {
-                let weight = s.splat(weights[n][j]);
-                for c in 0..C {
-                    acc[n][c] = s.fma(weight, v[c], acc[n][c]);
-                }
-            }
-        }
-        position = block_end;
-    }
-    for n in 0..N {
-        for c in 0..C {
-            s.store(acc[n][c], &mut values[n * n_columns + column + c]);
-        }
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) fn chunk_avx2<E: KvElement>(args: &ChunkArgs<'_, E>, scores: &mut Scores, out: &mut Partials<'_>) {
-    chunk::<Avx2, E, 2>(Avx2::token(), args, scores, out);
+    chunk::<Avx2, E, 2, 2>(Avx2::token(), args, scores, out);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -423,7 +247,7 @@ pub(crate) fn chunk_avx512<E: KvElement>(
     scores: &mut Scores,
     out: &mut Partials<'_>,
 ) {
-    chunk::<Avx512, E, 4>(Avx512::token(), args, scores, out);
+    chunk::<Avx512, E, 6, 4>(Avx512::token(), args, scores, out);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -154,7 +154,11 @@ impl Case {
                 assert_same_bits(&got, &expected, &format!("{isa}, {n_threads} threads"));
             }
         }
-        let tolerance = if self.shape.kv_type == KvType::F32 { 1.0e-5 } else { 4.0e-3 };
+        let tolerance = match self.shape.kv_type {
+            KvType::F32 => 1.0e-5,
+            KvType::F16 => 4.0e-3,
+            KvType::Q8 => 3.0e-2,
+        };
         for (i, (got, expected)) in expected.iter().zip(self.naive()).enumerate() {
             let difference = (f64::from(*got) - expected).abs();
             assert!(difference < tolerance, "output {i} is {got}, not {expected}");
@@ -168,7 +172,7 @@ fn shape(n_kv_heads: usize, head_dim: usize, kv_type: KvType) -> KvShape {
 
 #[test]
 fn grouped_heads_over_several_chunks() {
-    for kv_type in [KvType::F16, KvType::F32] {
+    for kv_type in KvType::ALL {
         Case::new(1, shape(3, 64, kv_type), &[0, 0, 0, 1, 1, 1, 2, 2, 2], &[600, 1, 17]).check();
         Case::new(2, shape(2, 128, kv_type), &[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1], &[257, 300]).check();
     }
@@ -195,6 +199,7 @@ fn heads_of_any_size() {
     for (seed, head_dim) in [1, 7, 16, 24, 33, 80, 96].into_iter().enumerate() {
         Case::new(seed as u64, shape(2, head_dim, KvType::F32), &[0, 1], &[50, 3]).check();
         Case::new(seed as u64, shape(1, head_dim, KvType::F16), &[0, 0, 0], &[290]).check();
+        Case::new(seed as u64, shape(2, head_dim, KvType::Q8), &[0, 1, 1], &[270, 5]).check();
     }
 }
 
@@ -230,16 +235,31 @@ fn large_scores_do_not_overflow() {
 
 #[test]
 fn infinities_and_nan_stay_in_their_rows() {
-    let mut case = Case::new(9, shape(1, 32, KvType::F16), &[0, 0], &[40]);
-    let clean = case.run_alone(Isa::Scalar);
-    let wild = Numbers::new(10).wild_values(64);
-    case.q[64..128].copy_from_slice(&wild);
-    let expected = case.run_alone(Isa::Scalar);
-    for isa in Isa::available() {
-        let got = case.run(isa, 2, 3);
-        assert_same_bits(&got, &expected, isa.name());
-        assert_same_bits(&got[..64], &clean[..64], isa.name());
-        assert_same_bits(&got[128..], &clean[128..], isa.name());
+    for kv_type in KvType::ALL {
+        let mut case = Case::new(9, shape(1, 32, kv_type), &[0, 0], &[40]);
+        let clean = case.run_alone(Isa::Scalar);
+        let wild = Numbers::new(10).wild_values(64);
+        case.q[64..128].copy_from_slice(&wild);
+        let expected = case.run_alone(Isa::Scalar);
+        for isa in Isa::available() {
+            let got = case.run(isa, 2, 3);
+            assert_same_bits(&got, &expected, isa.name());
+            assert_same_bits(&got[..64], &clean[..64], isa.name());
+            assert_same_bits(&got[128..], &clean[128..], isa.name());
+        }
+    }
+}
+
+#[test]
+fn wild_keys_and_values_are_the_same_everywhere() {
+    for kv_type in KvType::ALL {
+        let mut case = Case::new(11, shape(1, 48, kv_type), &[0, 0, 0], &[300]);
+        case.keys[0][48 * 20..48 * 24].copy_from_slice(&Numbers::new(12).wild_values(48 * 4));
+        case.values[0][48 * 270..48 * 272].copy_from_slice(&Numbers::new(13).wild_values(48 * 2));
+        let expected = case.run_alone(Isa::Scalar);
+        for isa in Isa::available() {
+            assert_same_bits(&case.run(isa, 2, 3), &expected, isa.name());
+        }
     }
 }
 
@@ -256,6 +276,10 @@ fn the_twins_in_the_tables_are_the_named_ones() {
         let isa = if name.ends_with("avx2") { Isa::Avx2 } else { Isa::Avx512 };
         same(twin as usize, Kernels::for_isa(isa).attention.chunk_f16 as usize, name);
     }
+    for (name, twin) in crate::testing::twins!(chunk::chunk_avx2, chunk::chunk_avx512; Chunk<i8>) {
+        let isa = if name.ends_with("avx2") { Isa::Avx2 } else { Isa::Avx512 };
+        same(twin as usize, Kernels::for_isa(isa).attention.chunk_q8 as usize, name);
+    }
 }
 
 proptest! {
@@ -267,10 +291,9 @@ proptest! {
         group in 1..8_usize,
         head_dim in prop::sample::select(vec![4_usize, 16, 40, 64]),
         lens in prop::collection::vec(1..560_usize, 1..4),
-        half_precision in any::<bool>(),
+        kv_type in prop::sample::select(KvType::ALL.to_vec()),
         window in prop::option::of(1..700_u32),
     ) {
-        let kv_type = if half_precision { KvType::F16 } else { KvType::F32 };
         let kv_of_head: Vec<usize> = (0..n_kv_heads * group).map(|head| head / group).collect();
         let mut case = Case::new(seed, shape(n_kv_heads, head_dim, kv_type), &kv_of_head, &lens);
         case.window = window;

@@ -48,13 +48,25 @@ pub fn requantize_row(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8>
 
 /// f16 scale, signed bytes.
 fn encode_q8_0(weights: &[Weights], block: &mut [u8]) {
-    let largest = weights[0].iter().fold(0.0_f32, |largest, weight| largest.max(weight.abs()));
-    let scale = half_of(if all_finite(weights) { largest / 127.0 } else { f32::NAN });
+    let (scale, codes) = block.split_at_mut(2);
+    scale.copy_from_slice(&encode_group(&weights[0], bytemuck::cast_slice_mut(codes)).to_le_bytes());
+}
+
+/// Codes -127 to 127 of up to 32 numbers, and their scale: the largest magnitude / 127 as the nearest half. NaN and
+/// zeros where a number is not finite.
+pub(crate) fn encode_group(values: &[f32], codes: &mut [i8]) -> f16 {
+    // Magnitudes compare as integers do, what is not finite above all.
+    let largest = values.iter().map(|value| value.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+    let largest = f32::from_bits(largest);
+    let scale = half_of(if largest.is_finite() { largest / 127.0 } else { f32::NAN });
     let inverse = inverse_of(scale.to_f32());
-    block[..2].copy_from_slice(&scale.to_le_bytes());
-    for (weight, code) in weights[0].iter().zip(&mut block[2..]) {
-        *code = rounded((weight * inverse).clamp(-127.0, 127.0)) as u8;
+    for (value, code) in values.iter().zip(codes) {
+        let scaled = value * inverse;
+        let scaled = if scaled > -127.0 { scaled } else { -127.0 };
+        let scaled = if scaled < 127.0 { scaled } else { 127.0 };
+        *code = if inverse > 0.0 { rounded(scaled) as i8 } else { 0 };
     }
+    scale
 }
 
 /// f16 `d`, f16 `m`, 12 bytes of 6-bit scales and minimums, 128 bytes of nibbles.

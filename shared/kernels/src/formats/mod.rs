@@ -11,6 +11,7 @@ mod float;
 mod k_quants;
 mod legacy;
 
+pub(crate) use encode::encode_group;
 pub use encode::requantize_row;
 pub(crate) use float::{BF16, F16, F32, FloatFormat};
 pub(crate) use k_quants::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K};

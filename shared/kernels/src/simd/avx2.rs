@@ -39,6 +39,13 @@ impl Simd for Avx2 {
     type F32 = (__m256, __m256);
 
     #[inline(always)]
+    fn prefetch<T>(self, place: Option<&T>) {
+        let Some(place) = place else { return };
+        // SAFETY: a prefetch reads nothing that a program can see, at any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) };
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::F32 {
         // SAFETY: the token proves that the CPU has the features.
         let half = unsafe { _mm256_set1_ps(x) };
@@ -73,6 +80,17 @@ impl Simd for Avx2 {
         let high = unsafe { _mm_loadu_si128(high.as_ptr().cast()) };
         let halves = (low, high);
         halves!(_mm256_cvtph_ps(halves))
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F32 {
+        // SAFETY: the token proves the features; the array has sixteen bytes.
+        let bytes = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+        // SAFETY: the token proves that the CPU has the features.
+        let upper = unsafe { _mm_srli_si128::<8>(bytes) };
+        let bytes = (bytes, upper);
+        let integers = halves!(_mm256_cvtepi8_epi32(bytes));
+        halves!(_mm256_cvtepi32_ps(integers))
     }
 
     #[inline(always)]

@@ -21,6 +21,13 @@ impl Simd for Avx512 {
     type F32 = __m512;
 
     #[inline(always)]
+    fn prefetch<T>(self, place: Option<&T>) {
+        let Some(place) = place else { return };
+        // SAFETY: a prefetch reads nothing that a program can see, at any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) };
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: the token proves that the CPU has the features; the same in every method below.
         unsafe { _mm512_set1_ps(x) }
@@ -56,6 +63,16 @@ impl Simd for Avx512 {
         let halves = unsafe { _mm256_loadu_si256(x.as_ptr().cast()) };
         // SAFETY: the token.
         unsafe { _mm512_cvtph_ps(halves) }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> __m512 {
+        // SAFETY: the token; the array has sixteen bytes.
+        let bytes = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+        // SAFETY: the token.
+        let integers = unsafe { _mm512_cvtepi8_epi32(bytes) };
+        // SAFETY: the token.
+        unsafe { _mm512_cvtepi32_ps(integers) }
     }
 
     #[inline(always)]

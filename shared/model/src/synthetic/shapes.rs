@@ -65,12 +65,13 @@ impl Qwen25 {
 mod tests {
     use super::*;
     use crate::{ConfigEstimate, Dtype};
+    use paceline_domain::KvType;
 
     #[test]
     fn shapes_have_the_published_numbers_of_parameters() {
         let parameters = |name: &str| {
             let config = built_in_shape(name).expect("is known").checked().expect("is in range");
-            ConfigEstimate::new(&config, Dtype::Bits(16), None).n_parameters
+            ConfigEstimate::new(&config, Dtype::Bits(16), None, KvType::F16).n_parameters
         };
         assert_eq!(parameters("qwen2.5-0.5b"), 494_032_768);
         assert_eq!(parameters("qwen2.5-1.5b"), 1_543_714_304);

@@ -40,6 +40,8 @@ pub struct Job {
     pub devices: Vec<Arc<dyn Device>>,
     /// Shapes, in this order.
     pub shapes: Vec<Shape>,
+    /// Storage type of the KV cache.
+    pub kv_type: KvType,
     /// Measurements of each.
     pub n_repeats: usize,
     /// Rows of one pass over a prompt; longer prompts take several passes.
@@ -76,8 +78,7 @@ pub fn run(job: &Job) -> anyhow::Result<Measured> {
         .collect::<Result<Vec<_>, _>>()
         .context("ranks cannot be joined")?;
     let peers: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address().clone()).collect();
-    let (abort, chosen) =
-        (AbortFlag::new(), Chosen::new(capacity(&job.shapes, job.pass_rows).max_output_rows));
+    let (abort, chosen) = (AbortFlag::new(), Chosen::new(capacity(job).max_output_rows));
     let results: Vec<anyhow::Result<Measured>> = thread::scope(|scope| {
         let start = |(rank, endpoint): (usize, Endpoint)| {
             let spec = GroupSpec {
@@ -122,7 +123,11 @@ fn combine(results: Vec<anyhow::Result<Measured>>) -> anyhow::Result<Measured> {
 }
 
 /// Room for the largest shape.
-fn capacity(shapes: &[Shape], pass_rows: usize) -> Capacity {
+fn capacity(job: &Job) -> Capacity {
+    Capacity { kv_type: job.kv_type, ..capacity_in_f16(&job.shapes, job.pass_rows) }
+}
+
+fn capacity_in_f16(shapes: &[Shape], pass_rows: usize) -> Capacity {
     let blocks = |shape: &Shape| shape.n_sequences() * shape.n_positions().div_ceil(BLOCK_POSITIONS);
     let most = |of: &dyn Fn(&Shape) -> usize| shapes.iter().map(of).max().unwrap_or(1);
     Capacity {
@@ -175,7 +180,7 @@ impl<'a> Rank<'a> {
         spec: &GroupSpec,
         chosen: &'a Chosen,
     ) -> anyhow::Result<Self> {
-        let capacity = capacity(&job.shapes, job.pass_rows);
+        let capacity = capacity(job);
         let load_spec = LoadSpec {
             checkpoint: &job.checkpoint,
             config: &job.config,
@@ -325,7 +330,7 @@ mod tests {
         let tables = block_tables(shapes[1]);
         let blocks: Vec<u32> = tables.concat().into_iter().map(|block| block.0).collect();
         assert_eq!(blocks, (0..9).collect::<Vec<_>>());
-        let capacity = capacity(&shapes, 512);
+        let capacity = capacity_in_f16(&shapes, 512);
         assert_eq!((capacity.n_kv_blocks, capacity.max_rows, capacity.max_output_rows), (9, 40, 3));
     }
 }
