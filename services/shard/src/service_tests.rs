@@ -94,7 +94,7 @@ async fn other_weights_are_refused() {
     let machine = machine();
     let address = serve(&machine).await;
     for (asked, shown) in [("", "none"), ("q4_k", "q4_k")] {
-        let error = open(&address, &machine, 5, asked).await.err().expect("must be refused");
+        let error = open(&address, &machine, 5, asked).await.expect_err("must be refused");
         assert_eq!(error.code(), tonic::Code::FailedPrecondition);
         let wanted = format!("quantization {shown}, this shard loads them with q8_0");
         assert!(error.message().contains(&wanted), "{error}");

@@ -15,6 +15,9 @@ use crate::simd::{LANES, Simd, fold_lanes, max_lanes};
 const CHUNK_BLOCKS: usize = CHUNK / BLOCK_POSITIONS;
 /// Blocks between what is worked on and what is asked for.
 const AHEAD: usize = 4;
+/// For each of B blocks its elements, a register at a time.
+type Registers<'a, E, const B: usize> = [&'a [[E; LANES]]; B];
+
 /// Registers of values that share a scale.
 const GROUP_REGISTERS: usize = KV_GROUP / LANES;
 
@@ -131,7 +134,7 @@ fn score_tile<S: Simd, E: KvElement, const N: usize, const B: usize>(
 fn key_group<S: Simd, E: KvElement, const N: usize, const B: usize>(
     s: S,
     queries: &[Query<'_>],
-    (keys, next): (&[&[[E; LANES]]; B], &[&[[E; LANES]]; B]),
+    (keys, next): (&Registers<'_, E, B>, &Registers<'_, E, B>),
     dims: std::ops::Range<usize>,
 ) -> [[S::F32; B]; N] {
     let mut acc = [[s.splat(0.0); B]; N];
