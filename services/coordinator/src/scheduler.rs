@@ -252,6 +252,7 @@ impl Scheduler {
             n_kept_blocks: if is_new { 0 } else { sequence.blocks.len() as u32 },
             new_blocks: if is_new { sequence.blocks.clone() } else { Vec::new() },
             n_sampled: u32::from(end == sequence.tokens.len()),
+            runs_ahead: false,
         }
     }
 

@@ -22,6 +22,7 @@ use tonic::Status;
 use tracing::{Span, field, info_span};
 
 use crate::{
+    ahead::LastSamples,
     sampler::Sampler,
     sequences::{PlanError, Sequences},
 };
@@ -162,7 +163,7 @@ fn serve(
 ) -> Result<(), ExecutorError> {
     let mut executor = Executor::form(machine, place, outbox)?;
     while let Ok(traced) = plans.recv() {
-        let result = executor.step(&traced)?;
+        let result = executor.step(traced)?;
         let message = proto::shard_message::Message::Result((&result).into());
         if outbox.blocking_send(Ok(proto::ShardMessage { message: Some(message) })).is_err() {
             break;
@@ -179,6 +180,7 @@ struct Executor {
     collective: Box<dyn Collective>,
     sequences: Sequences,
     sampler: Sampler,
+    last_samples: LastSamples,
 }
 
 impl Executor {
@@ -237,10 +239,11 @@ impl Executor {
             collective,
             sequences: Sequences::new(form.n_kv_blocks),
             sampler: Sampler::new(form.vocabulary_tokens as usize),
+            last_samples: LastSamples::default(),
         })
     }
 
-    fn step(&mut self, traced: &TracedPlan) -> Result<StepResult, ExecutorError> {
+    fn step(&mut self, mut traced: TracedPlan) -> Result<StepResult, ExecutorError> {
         let plan = &traced.plan;
         if plan.epoch.0 != self.epoch || plan.step.0 != self.last_step.0 + 1 {
             return Err(ExecutorError::Order(format!(
@@ -249,10 +252,13 @@ impl Executor {
             )));
         }
         let started = Instant::now();
-        let span = self.span(traced);
+        let span = self.span(&traced);
         let _entered = span.enter();
+        self.last_samples.fill(&mut traced.plan, self.collective.as_mut())?;
+        let plan = &traced.plan;
         self.sequences.begin(plan)?;
         let samples = self.forward_and_sample(plan)?;
+        self.last_samples.replace(plan, &samples);
         self.last_step = plan.step;
         let stats = self.collective.take_stats();
         let timings = StepTimings {

@@ -7,10 +7,12 @@
 //! * [`server`] – listens, and ends cleanly
 //! * [`service`] – the gRPC session: handshake, then plans in and results out
 //! * [`executor`] – the thread that owns model, KV memory and collective
+//! * [`ahead`] – tokens that plans leave open, because the step before samples them
 //! * [`sequences`] – what a shard knows of each sequence
 //! * [`sampler`] – from logits of all ranks to tokens on rank 0
 #![forbid(unsafe_code)]
 
+pub mod ahead;
 pub mod config;
 pub mod device;
 pub mod executor;

@@ -209,6 +209,7 @@ mod tests {
             new_blocks: vec![BlockId(id as u32)],
             n_kept_blocks: 0,
             n_sampled,
+            runs_ahead: false,
         }
     }
 

@@ -170,6 +170,7 @@ mod tests {
             new_blocks: new_blocks.iter().copied().map(BlockId).collect(),
             n_kept_blocks,
             n_sampled: 1,
+            runs_ahead: false,
         }
     }
 

@@ -42,7 +42,7 @@ pub trait Collective: Send {
     /// A peer that is late, gone or disagrees, or the abort flag.
     fn barrier(&mut self) -> Result<(), CollectiveError>;
 
-    /// Gives every rank the bytes of rank 0; all ranks bring as many. For small things, once in a group's life.
+    /// Gives every rank the bytes of rank 0; all ranks bring as many. For small things.
     ///
     /// # Errors
     /// A peer that is late, gone or disagrees, or the abort flag.

@@ -29,5 +29,7 @@ pub use quantization::Quantization;
 pub use reduce_tree::ReduceTree;
 pub use request::{FinishReason, GenerateRequest, Prompt, StopRules, Usage};
 pub use sampling::{SampledToken, SamplingParams, TokenLogprob};
-pub use step::{SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings};
+pub use step::{
+    SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings, UNKNOWN_TOKEN,
+};
 pub use weight_type::WeightType;

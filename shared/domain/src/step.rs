@@ -34,7 +34,13 @@ pub struct SequenceChunk {
     /// How many of the last tokens are followed by a sampled token: 0 inside a prompt, 1 for decode,
     /// 1 + proposals for verification.
     pub n_sampled: u32,
+    /// The chunk's only token is the one that the step before samples for this sequence; the plan was made before it
+    /// was known, and `tokens` has [`UNKNOWN_TOKEN`] in its place.
+    pub runs_ahead: bool,
 }
+
+/// Stands for a token that only the ranks know.
+pub const UNKNOWN_TOKEN: TokenId = TokenId(0);
 
 /// Everything a group does in one step.
 #[derive(Clone, PartialEq, Debug)]
@@ -45,7 +51,7 @@ pub struct StepPlan {
     pub step: StepNumber,
     /// Sequences that end before this step.
     pub closes: Vec<SequenceId>,
-    /// Sequences that begin in this step.
+    /// Sequences that begin in this step, after its closes; one that was closed may begin again.
     pub opens: Vec<SequenceOpen>,
     /// The work, in row order.
     pub chunks: Vec<SequenceChunk>,

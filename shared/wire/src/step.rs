@@ -99,6 +99,7 @@ impl From<&SequenceChunk> for shard::SequenceChunk {
             n_kept_blocks: chunk.n_kept_blocks,
             new_blocks: blocks(&chunk.new_blocks),
             n_sampled: chunk.n_sampled,
+            runs_ahead: chunk.runs_ahead,
         }
     }
 }
@@ -114,6 +115,12 @@ impl TryFrom<shard::SequenceChunk> for SequenceChunk {
                 chunk.sequence
             )));
         }
+        if chunk.runs_ahead && n_tokens != 1 {
+            return Err(ProtocolError(format!(
+                "sequence {}: {n_tokens} tokens in place of the one sampled before",
+                chunk.sequence
+            )));
+        }
         Ok(Self {
             sequence: SequenceId(chunk.sequence),
             start_pos: chunk.start_pos,
@@ -121,6 +128,7 @@ impl TryFrom<shard::SequenceChunk> for SequenceChunk {
             n_kept_blocks: chunk.n_kept_blocks,
             new_blocks: block_ids(chunk.new_blocks),
             n_sampled: chunk.n_sampled,
+            runs_ahead: chunk.runs_ahead,
         })
     }
 }
@@ -232,6 +240,8 @@ impl TryFrom<shard::Result> for StepResult {
 
 #[cfg(test)]
 mod tests {
+    use paceline_domain::UNKNOWN_TOKEN;
+
     use super::*;
 
     fn plan() -> StepPlan {
@@ -259,6 +269,7 @@ mod tests {
                 n_kept_blocks: 1,
                 new_blocks: vec![BlockId(8)],
                 n_sampled: 1,
+                runs_ahead: false,
             }],
         }
     }
@@ -266,6 +277,9 @@ mod tests {
     #[test]
     fn a_plan_survives_the_wire() {
         assert_eq!(StepPlan::try_from(shard::Plan::from(&plan())), Ok(plan()));
+        let mut ahead = plan();
+        (ahead.chunks[0].tokens, ahead.chunks[0].runs_ahead) = (vec![UNKNOWN_TOKEN], true);
+        assert_eq!(StepPlan::try_from(shard::Plan::from(&ahead)), Ok(ahead));
     }
 
     #[test]
@@ -290,6 +304,10 @@ mod tests {
         wire.chunks[0].n_sampled = 3;
         let error = StepPlan::try_from(wire).expect_err("3 of 2");
         assert!(error.0.contains("cannot sample 3"), "{error}");
+        let mut wire = shard::Plan::from(&plan());
+        wire.chunks[0].runs_ahead = true;
+        let error = StepPlan::try_from(wire).expect_err("2 tokens ahead");
+        assert!(error.0.contains("2 tokens in place"), "{error}");
     }
 
     #[test]
