@@ -3,11 +3,17 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
-use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
+use paceline_domain::{
+    KvType, Quantization,
+    group::{BLOCK_POSITIONS, max_sampled_rows},
+};
 use paceline_telemetry::shutdown::ParentWatch;
 use tonic::transport::Uri;
 
-use crate::pool::{MAX_BLOCKS, PoolBounds, PoolWish};
+use crate::{
+    pool::{MAX_BLOCKS, PoolBounds, PoolWish},
+    scheduler::ItlBound,
+};
 
 /// Longest context served unless `--context` says otherwise, in tokens.
 const DEFAULT_CONTEXT: usize = 32_768;
@@ -47,6 +53,13 @@ pub struct Config {
     /// Most sequences that run at the same time
     #[arg(long, env = "PACELINE_MAX_SEQUENCES", default_value_t = 64)]
     pub max_sequences: usize,
+    /// Milliseconds that decoding sequences may wait between two tokens while prompts are read, as far as the smallest
+    /// parts of prompts allow [default: about twice the time without prompts]
+    #[arg(long, env = "PACELINE_ITL_BOUND_MS")]
+    pub itl_bound_ms: Option<u32>,
+    /// Milliseconds a step may be expected to take for the next one to be sent before it is done; 0 always waits
+    #[arg(long, env = "PACELINE_RUN_AHEAD_BELOW_MS", default_value_t = 30)]
+    pub run_ahead_below_ms: u32,
     /// Most tokens (prompt and output) that wait for a place before requests are refused
     #[arg(long, env = "PACELINE_MAX_QUEUED_TOKENS", default_value_t = 1_000_000)]
     pub max_queued_tokens: u64,
@@ -70,6 +83,8 @@ pub struct Sizes {
     pub pool: PoolWish,
     /// Most token rows in one step.
     pub max_rows: u32,
+    /// Most token rows in one step that are followed by a sampled token.
+    pub max_sampled_rows: u32,
     /// Most running sequences.
     pub max_sequences: usize,
 }
@@ -85,6 +100,16 @@ impl Config {
         let from_path =
             || self.model.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned());
         self.model_name.clone().unwrap_or_else(from_path)
+    }
+
+    /// How long decoding sequences may wait between two tokens while prompts are read.
+    pub fn itl_bound(&self) -> ItlBound {
+        self.itl_bound_ms.map_or(ItlBound::Twice, |ms| ItlBound::Millis(f64::from(ms)))
+    }
+
+    /// Steps above this are not followed by one that was sent before they were done: little would be hidden.
+    pub fn run_ahead_below(&self) -> Duration {
+        Duration::from_millis(self.run_ahead_below_ms.into())
     }
 
     /// How long one collective may wait.
@@ -114,6 +139,9 @@ impl Config {
         if n_kv_blocks == 0 || n_kv_blocks > MAX_BLOCKS {
             problems.push(format!("--kv-blocks is {n_kv_blocks}; it must be from 1 to {MAX_BLOCKS}"));
         }
+        if self.itl_bound_ms == Some(0) {
+            problems.push("--itl-bound-ms is 0; it must be at least 1".into());
+        }
         if !(1..=16_384).contains(&self.max_rows) {
             problems.push(format!("--max-rows is {}; it must be from 1 to 16384", self.max_rows));
         }
@@ -131,7 +159,14 @@ impl Config {
             problems.push(format!("--collective-deadline-ms is {given}; it must be from 10 to 600000"));
         }
         anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
-        Ok(Sizes { context, pool, max_rows: self.max_rows, max_sequences: self.max_sequences })
+        let max_sampled_rows = max_sampled_rows(self.max_rows as usize, self.max_sequences) as u32;
+        Ok(Sizes {
+            context,
+            pool,
+            max_rows: self.max_rows,
+            max_sampled_rows,
+            max_sequences: self.max_sequences,
+        })
     }
 }
 
@@ -167,11 +202,23 @@ mod tests {
 
     #[test]
     fn all_problems_are_reported_together() {
-        let flags =
-            ["--context", "9999", "--kv-blocks", "0", "--max-rows", "0", "--collective-deadline-ms", "1"];
+        let flags = [
+            ["--context", "9999"],
+            ["--kv-blocks", "0"],
+            ["--max-rows", "0"],
+            ["--itl-bound-ms", "0"],
+            ["--collective-deadline-ms", "1"],
+        ]
+        .concat();
         let message = config(&flags).sizes(512).unwrap_err().to_string();
-        for flag in ["--context", "--kv-blocks", "--max-rows", "--max-sequences", "--collective-deadline-ms"]
-        {
+        for flag in [
+            "--context",
+            "--kv-blocks",
+            "--max-rows",
+            "--max-sequences",
+            "--itl-bound-ms",
+            "--collective-deadline-ms",
+        ] {
             assert!(message.contains(flag), "{flag} in {message}");
         }
     }

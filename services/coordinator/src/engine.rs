@@ -2,11 +2,11 @@
 //! When a rank fails it forms the group anew and every live request goes on from its tokens.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepPlan, StepResult};
+use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepNumber, StepPlan, StepResult};
 use paceline_telemetry::context;
 use paceline_wire::inference as proto;
 use tokio::sync::{mpsc, watch};
@@ -46,6 +46,8 @@ pub struct Submission {
     pub output: Output,
     /// Where chunks go; holds all of them, so that sending never waits.
     pub sender: mpsc::Sender<Result<proto::GenerateResponse, Status>>,
+    /// Whose it is.
+    pub tenant: String,
     /// Its share of the token budget.
     pub place: Place,
     /// The request's span.
@@ -86,7 +88,9 @@ struct Active {
     span: Span,
 }
 
+/// A step whose ranks have not all answered.
 struct InFlight {
+    step: StepNumber,
     n_missing: usize,
     from_rank_0: Option<StepResult>,
     started: Instant,
@@ -99,7 +103,10 @@ pub struct Engine {
     scheduler: Scheduler,
     requests: HashMap<SequenceId, Active>,
     group: Option<ShardGroup>,
-    in_flight: Option<InFlight>,
+    /// Oldest first.
+    in_flight: VecDeque<InFlight>,
+    /// How many were logged.
+    n_preemptions: u64,
     last_epoch: Epoch,
     /// What the bits of the last group depended on beside the model, by rank.
     device_numerics: Option<Vec<u32>>,
@@ -121,7 +128,8 @@ impl Engine {
             scheduler: Scheduler::new(limits),
             requests: HashMap::new(),
             group: None,
-            in_flight: None,
+            in_flight: VecDeque::new(),
+            n_preemptions: 0,
             last_epoch: first_epoch(),
             device_numerics: None,
             form_delay: Duration::ZERO,
@@ -136,7 +144,7 @@ impl Engine {
         self.form_group();
         loop {
             self.drop_abandoned();
-            self.start_step();
+            self.start_steps();
             match inbox.recv().await {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Rank(event)) => self.rank_event(event),
@@ -222,11 +230,12 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, output, sender, place, span } = submission;
+        let Submission { request, output, sender, tenant, place, span } = submission;
         let sequence = self.scheduler.submit(NewSequence {
             prompt: request.prompt.tokens().to_vec(),
             max_tokens: request.stop.max_tokens,
             sampling: request.sampling,
+            tenant,
         });
         self.requests.insert(sequence, Active { output, sender, _place: place, span });
     }
@@ -244,19 +253,48 @@ impl Engine {
         });
     }
 
-    fn start_step(&mut self) {
-        let Some(group) = &self.group else { return };
-        let Some(plan) = self.scheduler.plan() else { return };
-        let now = Instant::now();
+    /// Sends steps until the next one needs an answer first.
+    fn start_steps(&mut self) {
+        // Whoever has proposals gives them to `Scheduler::propose` before each of these plans.
+        while let Some(group) = &self.group
+            && let Some(plan) = self.scheduler.plan()
+        {
+            let span = self.step_span(&plan);
+            group.send(&plan, context::to_headers(&span));
+            let n_missing = group.n_ranks();
+            let now = Instant::now();
+            self.note_scheduled(&plan, now);
+            self.note_preemptions();
+            let step = plan.step;
+            self.in_flight.push_back(InFlight {
+                step,
+                n_missing,
+                from_rank_0: None,
+                started: now,
+                _span: span,
+            });
+        }
+    }
+
+    fn note_preemptions(&mut self) {
+        let n_preemptions = self.scheduler.counters().n_preemptions;
+        if n_preemptions > self.n_preemptions {
+            tracing::info!(n_preemptions, "a sequence gave up its blocks to an older one");
+            self.n_preemptions = n_preemptions;
+        }
+    }
+
+    fn note_scheduled(&mut self, plan: &StepPlan, now: Instant) {
         for chunk in &plan.chunks {
             if let Some(request) = self.requests.get_mut(&chunk.sequence) {
                 request.output.clock.scheduled.get_or_insert(now);
             }
         }
-        let span = self.step_span(&plan);
-        group.send(&plan, context::to_headers(&span));
-        self.in_flight =
-            Some(InFlight { n_missing: group.n_ranks(), from_rank_0: None, started: now, _span: span });
+        for open in &plan.opens {
+            if let Some(request) = self.requests.get_mut(&open.sequence) {
+                request.output.note_cached(open.cached_tokens.len() as u32);
+            }
+        }
     }
 
     /// The step's span: child of its first request's, linked to the others'. Numbers are signed because OTLP has no
@@ -286,7 +324,7 @@ impl Engine {
         if let Some(problem) = failure {
             tracing::warn!(rank = event.rank, n_ranks, problem, "group lost; forming it anew");
             self.group = None;
-            self.in_flight = None;
+            self.in_flight.clear();
             self.status.send_replace(GroupStatus::Forming(Some(problem)));
             self.form_delay = REFORM_DELAYS.0;
             self.form_group();
@@ -294,31 +332,37 @@ impl Engine {
     }
 
     fn answer(&mut self, rank: usize, result: StepResult) -> Result<(), String> {
+        // Each rank answers in order, but one may be ahead of another.
         let in_flight = self
             .in_flight
-            .as_mut()
+            .iter_mut()
+            .find(|in_flight| in_flight.step == result.step)
             .ok_or_else(|| format!("an answer to step {} nobody asked for", result.step))?;
-        in_flight.n_missing -= 1;
         tracing::trace!(rank, step = result.step.0, timings = ?result.timings, "rank answered");
+        in_flight.n_missing = in_flight.n_missing.checked_sub(1).ok_or("one rank answered twice")?;
         if rank == 0 {
             in_flight.from_rank_0 = Some(result);
         }
-        if in_flight.n_missing > 0 {
-            return Ok(());
+        while let Some(done) = self.in_flight.pop_front_if(|oldest| oldest.n_missing == 0) {
+            self.step_done(done)?;
         }
-        let done = self.in_flight.take().expect("invariant: checked above");
+        Ok(())
+    }
+
+    fn step_done(&mut self, done: InFlight) -> Result<(), String> {
         let result = done.from_rank_0.ok_or("rank 0 gave no answer")?;
         tracing::debug!(
             step = result.step.0,
             elapsed_us = done.started.elapsed().as_micros() as u64,
             "step done"
         );
-        let commits = self.scheduler.apply(result).map_err(|error| error.to_string())?;
+        let applied = self.scheduler.apply(result).map_err(|error| error.to_string())?;
         let now = Instant::now();
-        commits.into_iter().for_each(|commit| self.commit(commit, now));
+        applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
         Ok(())
     }
 
+    /// Tokens of a step that follow the end of their request find no request any more.
     fn commit(&mut self, commit: Commit, now: Instant) {
         let Some(request) = self.requests.get_mut(&commit.sequence) else { return };
         let pushed = request.output.push(&commit.sampled, now);

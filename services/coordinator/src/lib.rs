@@ -9,7 +9,8 @@
 //! * [`admission`] – a place in the queue, or a refusal at once
 //! * [`engine`] – the one event loop
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
-//! * [`ledger`] – pure: who holds which KV blocks
+//! * [`ledger`] – pure: who holds which KV blocks, and which hold a known prefix
+//! * [`prefix`] – pure: names of token prefixes
 //! * [`pool`] – pure: how many KV blocks a group has
 //! * [`shard_group`] – one stream to each rank
 //! * [`output`] – tokens of one request to text, stop rules, chunks
@@ -21,6 +22,7 @@ pub mod engine;
 pub mod ledger;
 pub mod output;
 pub mod pool;
+pub mod prefix;
 pub mod scheduler;
 pub mod server;
 pub mod service;

@@ -27,6 +27,7 @@ pub struct Output {
     end_tokens: HashSet<TokenId>,
     n_prompt: u32,
     n_tokens: u32,
+    n_cached: Option<u32>,
     next_index: u64,
     /// Moments, set by the engine.
     pub clock: Clock,
@@ -55,6 +56,7 @@ impl Output {
             end_tokens,
             n_prompt: request.prompt.tokens().len() as u32,
             n_tokens: 0,
+            n_cached: None,
             next_index: 0,
             clock: Clock { arrived, scheduled: None, first_token: None },
         }
@@ -65,6 +67,12 @@ impl Output {
         let index = self.next_index;
         self.next_index += 1;
         proto::GenerateResponse { index, event: Some(event) }
+    }
+
+    /// The first so many tokens were in the prefix cache when it began; what is found later, when it goes on after a
+    /// pause, does not count.
+    pub fn note_cached(&mut self, n_tokens: u32) {
+        self.n_cached.get_or_insert(n_tokens.min(self.n_prompt));
     }
 
     /// Takes a committed token.
@@ -142,6 +150,6 @@ impl Output {
 
     /// Tokens counted so far.
     pub fn usage(&self) -> Usage {
-        Usage { n_prompt: self.n_prompt, n_completion: self.n_tokens, n_cached: 0 }
+        Usage { n_prompt: self.n_prompt, n_completion: self.n_tokens, n_cached: self.n_cached.unwrap_or(0) }
     }
 }

@@ -1,23 +1,67 @@
 //! Which tokens of which sequences run in the next step. Pure: events in, plans out; no clock, no randomness, no
-//! IO. Continuous batching: sequences join and leave between any two steps, decode rows go first, prompts fill
-//! what is left of the row budget.
+//! IO. Continuous batching: sequences join and leave between any two steps, decode rows go first, then proposals to
+//! verify, then prompts. The step after the one in flight is planned ahead when nothing forbids it.
+//!
+//! # Layout
+//! * `sequence` – one sequence: its tokens, and what of them the shards have
+//! * `waiting` – who is next
+//! * `admit` – a place and the first blocks; cached prefixes
+//! * `blocks` – more blocks as sequences grow; who gives up its own
+//! * [`plan`] – a step
+//! * [`budget`] – how many rows of prompts a step takes, and whose
+//! * [`step_time`] – how long steps take
+//! * [`apply`] – what a result changes
 
-use std::collections::{BTreeMap, VecDeque};
+mod admit;
+pub mod apply;
+mod blocks;
+pub mod budget;
+pub mod plan;
+mod sequence;
+pub mod step_time;
+mod waiting;
 
-use paceline_domain::{
-    BlockId, Epoch, SampledToken, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber,
-    StepPlan, StepResult, TokenId, group::BLOCK_POSITIONS,
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
 };
 
-use crate::ledger::BlockLedger;
+use paceline_domain::{
+    Digest, Epoch, SamplingParams, SequenceId, StepNumber, TokenId, group::BLOCK_POSITIONS,
+};
+
+use crate::{ledger::BlockLedger, prefix::PrefixKey};
+
+pub use apply::{Applied, Commit, ResultMismatch, Verified};
+pub use budget::ItlBound;
+
+use plan::InFlight;
+use sequence::Sequence;
+use step_time::StepTimes;
+use waiting::Waiting;
+
+/// Steps that may be without an answer.
+pub const MAX_STEPS_IN_FLIGHT: usize = 2;
+/// How often a sequence may lose its blocks to an older one. From then on it gets all blocks it can ever need with
+/// its place.
+pub const MAX_PREEMPTIONS: u32 = 3;
 
 /// What bounds every plan, beside the KV pool.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Limits {
-    /// Most token rows in one step.
+    /// Most token rows in one step; not below `max_sequences`.
     pub max_rows: u32,
+    /// Most rows with a sampled token in one step; not below `max_sequences`.
+    pub max_sampled_rows: u32,
     /// Most running sequences.
     pub max_sequences: usize,
+    /// How long decoding sequences may wait between two tokens while prompts are read.
+    pub itl_bound: ItlBound,
+    /// The step after one that takes longer is not planned ahead: there is little to hide, and new requests would
+    /// wait for two steps.
+    pub run_ahead_below: Duration,
+    /// The model that computes keys and values.
+    pub model: Digest,
 }
 
 /// A sequence to be run.
@@ -29,47 +73,29 @@ pub struct NewSequence {
     pub max_tokens: u32,
     /// How its tokens are chosen.
     pub sampling: SamplingParams,
+    /// Whose it is; prefixes are shared inside a tenant only.
+    pub tenant: String,
 }
 
-/// A token that is now part of its sequence.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Commit {
-    /// Whose.
-    pub sequence: SequenceId,
-    /// The token.
-    pub sampled: SampledToken,
+/// Whether steps of a sequence may be planned before its last token is known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Pace {
+    /// They may.
+    #[default]
+    RunAhead,
+    /// Each token is needed to plan the next step: for a grammar, or to propose what follows.
+    StepByStep,
 }
 
-/// A result that does not answer the plan in flight: the group is beyond use.
-#[derive(thiserror::Error, Clone, PartialEq, Eq, Debug)]
-#[error("rank 0 answered with {found}; the plan in flight wants {wanted}")]
-pub struct ResultMismatch {
-    /// What the plan asked for.
-    pub wanted: String,
-    /// What came.
-    pub found: String,
-}
-
-#[derive(Debug)]
-struct Sequence {
-    /// Prompt and all committed tokens.
-    tokens: Vec<TokenId>,
-    n_prompt: usize,
-    max_tokens: usize,
-    sampling: SamplingParams,
-    /// Tokens whose keys and values the shards have; 0 until the sequence was opened in this epoch.
-    n_computed: usize,
-    blocks: Vec<BlockId>,
-}
-
-impl Sequence {
-    fn n_blocks_needed(&self) -> usize {
-        blocks_for(self.n_prompt + self.max_tokens)
-    }
-
-    fn n_pending(&self) -> usize {
-        self.tokens.len() - self.n_computed
-    }
+/// What happened since the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Tokens of sequences that got a place, and those of them found in the prefix cache.
+    pub n_opened_tokens: u64,
+    /// See `n_opened_tokens`.
+    pub n_cached_tokens: u64,
+    /// Sequences that lost their place to an older one.
+    pub n_preemptions: u64,
 }
 
 /// Blocks that hold this many positions. The last token of a sequence is never run through the model, but a
@@ -83,30 +109,43 @@ pub fn blocks_for(n_positions: usize) -> usize {
 pub struct Scheduler {
     limits: Limits,
     ledger: BlockLedger,
+    times: StepTimes,
     epoch: Epoch,
     next_step: StepNumber,
     next_sequence: u64,
-    waiting: VecDeque<SequenceId>,
+    next_age: u64,
+    waiting: Waiting,
+    /// Oldest place first.
     running: Vec<SequenceId>,
     sequences: BTreeMap<SequenceId, Sequence>,
+    /// Sequences that shards have open and the next plan closes.
     closes: Vec<SequenceId>,
-    in_flight: Option<StepPlan>,
+    in_flight: VecDeque<InFlight>,
+    counters: Counters,
 }
 
 impl Scheduler {
     /// No sequences, no group and no blocks yet: call [`Self::begin_epoch`] before planning.
+    ///
+    /// # Panics
+    /// When a step has fewer rows than running sequences need.
     pub fn new(limits: Limits) -> Self {
+        let least = limits.max_rows.min(limits.max_sampled_rows) as usize;
+        assert!(limits.max_sequences <= least, "invariant: each sequence can decode in every step");
         Self {
             limits,
             ledger: BlockLedger::new(0),
+            times: StepTimes::default(),
             epoch: Epoch(0),
             next_step: StepNumber(1),
             next_sequence: 1,
-            waiting: VecDeque::new(),
+            next_age: 1,
+            waiting: Waiting::default(),
             running: Vec::new(),
             sequences: BTreeMap::new(),
             closes: Vec::new(),
-            in_flight: None,
+            in_flight: VecDeque::new(),
+            counters: Counters::default(),
         }
     }
 
@@ -115,23 +154,21 @@ impl Scheduler {
         blocks_for(n_tokens) <= n_kv_blocks as usize
     }
 
-    /// A new group: its KV memory is empty, so every sequence starts again from its tokens.
+    /// A new group: its KV memory is empty, so every sequence starts again from its tokens, and what steps in flight
+    /// sampled was never heard of.
     ///
     /// # Panics
     /// When its pool is of another size than that of the first group: sequences were admitted by that one.
     pub fn begin_epoch(&mut self, epoch: Epoch, n_kv_blocks: u32) {
-        if self.ledger.n_blocks() == 0 {
-            self.ledger = BlockLedger::new(n_kv_blocks);
-        }
-        assert_eq!(self.ledger.n_blocks(), n_kv_blocks as usize, "invariant: the pool keeps its size");
+        let n_before = self.ledger.n_blocks();
+        assert!(n_before == 0 || n_before == n_kv_blocks as usize, "invariant: the pool keeps its size");
+        self.ledger = BlockLedger::new(n_kv_blocks);
         self.epoch = epoch;
         self.next_step = StepNumber(1);
-        self.in_flight = None;
+        self.in_flight.clear();
         self.closes.clear();
+        self.sequences.values_mut().for_each(Sequence::forget_epoch);
         for id in std::mem::take(&mut self.running).into_iter().rev() {
-            let sequence = self.sequences.get_mut(&id).expect("invariant: running sequences exist");
-            self.ledger.give_back(&std::mem::take(&mut sequence.blocks));
-            sequence.n_computed = 0;
             self.waiting.push_front(id);
         }
     }
@@ -139,42 +176,62 @@ impl Scheduler {
     /// Puts a sequence at the end of the queue.
     ///
     /// # Panics
-    /// When its prompt is empty or it could never fit: admission has checked that.
+    /// When its prompt is empty, it may generate nothing or it could never fit: all this was checked before.
     pub fn submit(&mut self, new: NewSequence) -> SequenceId {
         let n_tokens = new.prompt.len() + new.max_tokens as usize;
         let fits = Self::could_fit(self.ledger.n_blocks() as u32, n_tokens);
-        assert!(!new.prompt.is_empty() && fits, "invariant: admitted");
+        assert!(!new.prompt.is_empty() && new.max_tokens > 0 && fits, "invariant: admitted");
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
-        let sequence = Sequence {
-            n_prompt: new.prompt.len(),
-            tokens: new.prompt,
-            max_tokens: new.max_tokens as usize,
-            sampling: new.sampling,
-            n_computed: 0,
-            blocks: Vec::new(),
-        };
-        self.sequences.insert(id, sequence);
-        self.waiting.push_back(id);
+        let root = PrefixKey::root(&new.tenant, &self.limits.model);
+        self.sequences.insert(id, Sequence::new(new, root));
+        self.waiting.push(id);
         id
     }
 
     /// Ends a sequence, finished or not; its blocks are free for the next plan. Unknown ids are ignored.
     pub fn finish(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.remove(&id) else { return };
+        let Some(mut sequence) = self.sequences.remove(&id) else { return };
         self.ledger.give_back(&sequence.blocks);
-        if sequence.n_computed > 0 {
+        if sequence.close() {
             self.closes.push(id);
         }
-        self.waiting.retain(|waiting| *waiting != id);
+        self.waiting.remove(id);
         self.running.retain(|running| *running != id);
+    }
+
+    /// Whether steps of this sequence may be planned ahead; from the start they may. Unknown ids are ignored.
+    pub fn set_pace(&mut self, id: SequenceId, pace: Pace) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.pace = pace;
+        }
+    }
+
+    /// Tokens that may follow the last one of a sequence: its next step verifies as many of them as it has room for,
+    /// from the first on. They never change what is generated. Ignored for a sequence that does not
+    /// wait for exactly its next token; see [`Self::open_to_proposals`].
+    pub fn propose(&mut self, id: SequenceId, tokens: Vec<TokenId>) {
+        if let Some(sequence) = self.sequences.get_mut(&id).filter(|sequence| sequence.n_proposals() > 0) {
+            sequence.proposals = tokens;
+            sequence.proposals.truncate(sequence.n_proposals());
+        }
+    }
+
+    /// Running sequences that would decode in the next plan and whose tokens are all known, and how many proposals
+    /// each can use.
+    pub fn open_to_proposals(&self) -> impl Iterator<Item = (SequenceId, usize)> {
+        let room = |id: &SequenceId| (*id, self.sequences[id].n_proposals());
+        self.running.iter().map(room).filter(|(_, n)| *n > 0)
+    }
+
+    /// Prompt and committed tokens of a sequence.
+    pub fn tokens(&self, id: SequenceId) -> Option<&[TokenId]> {
+        self.sequences.get(&id).map(|sequence| sequence.tokens.as_slice())
     }
 
     /// Tokens (prompt and output still allowed) of sequences that have no place yet.
     pub fn n_waiting_tokens(&self) -> u64 {
-        let tokens =
-            |id| self.sequences.get(id).map_or(0, |one: &Sequence| (one.n_prompt + one.max_tokens) as u64);
-        self.waiting.iter().map(tokens).sum()
+        self.waiting.iter().map(|id| self.sequences[&id].n_limit as u64).sum()
     }
 
     /// Sequences that are running and waiting.
@@ -182,119 +239,29 @@ impl Scheduler {
         (self.running.len(), self.waiting.len())
     }
 
-    /// Blocks nobody holds.
+    /// Blocks nobody holds, cached ones included.
     pub fn n_free_blocks(&self) -> usize {
         self.ledger.n_free()
     }
 
-    /// The next step, or `None` while one is in flight or when there is nothing to do.
-    pub fn plan(&mut self) -> Option<StepPlan> {
-        if self.in_flight.is_some() {
-            return None;
-        }
-        self.admit();
-        if self.running.is_empty() && self.closes.is_empty() {
-            return None;
-        }
-        let mut plan = StepPlan {
-            epoch: self.epoch,
-            step: self.next_step,
-            closes: std::mem::take(&mut self.closes),
-            opens: Vec::new(),
-            chunks: Vec::new(),
-        };
-        let mut rows_left = self.limits.max_rows as usize;
-        let is_decode = |id: &SequenceId| self.sequences[id].n_pending() == 1;
-        let (decodes, prefills): (Vec<_>, Vec<_>) = self.running.iter().copied().partition(is_decode);
-        for id in decodes.into_iter().chain(prefills) {
-            if rows_left == 0 {
-                break;
-            }
-            let chunk = self.chunk(id, rows_left, &mut plan.opens);
-            rows_left -= chunk.tokens.len();
-            plan.chunks.push(chunk);
-        }
-        self.next_step = StepNumber(self.next_step.0 + 1);
-        self.in_flight = Some(plan.clone());
-        Some(plan)
+    /// How long steps take, as far as they were measured.
+    pub fn step_times(&self) -> &StepTimes {
+        &self.times
     }
 
-    /// Gives waiting sequences their place, oldest first, while there are places and blocks.
-    fn admit(&mut self) {
-        while self.running.len() < self.limits.max_sequences {
-            let Some(id) = self.waiting.front().copied() else { break };
-            let sequence = self.sequences.get_mut(&id).expect("invariant: waiting sequences exist");
-            let Some(blocks) = self.ledger.take(sequence.n_blocks_needed()) else { break };
-            sequence.blocks = blocks;
-            self.waiting.pop_front();
-            self.running.push(id);
-        }
+    /// What happened so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
     }
 
-    fn chunk(&self, id: SequenceId, rows_left: usize, opens: &mut Vec<SequenceOpen>) -> SequenceChunk {
-        let sequence = &self.sequences[&id];
-        let is_new = sequence.n_computed == 0;
-        if is_new {
-            opens.push(SequenceOpen {
-                sequence: id,
-                sampling: sequence.sampling.clone(),
-                n_prompt: sequence.n_prompt as u32,
-                cached_tokens: Vec::new(),
-                cached_blocks: Vec::new(),
-            });
-        }
-        let start = sequence.n_computed;
-        let end = sequence.tokens.len().min(start + rows_left);
-        SequenceChunk {
-            sequence: id,
-            start_pos: start as u32,
-            tokens: sequence.tokens[start..end].to_vec(),
-            n_kept_blocks: if is_new { 0 } else { sequence.blocks.len() as u32 },
-            new_blocks: if is_new { sequence.blocks.clone() } else { Vec::new() },
-            n_sampled: u32::from(end == sequence.tokens.len()),
-            runs_ahead: false,
-        }
-    }
-
-    /// Takes rank 0's answer to the plan in flight. Tokens of sequences that were finished meanwhile are dropped.
-    ///
-    /// # Errors
-    /// When it is not the answer to that plan.
-    pub fn apply(&mut self, result: StepResult) -> Result<Vec<Commit>, ResultMismatch> {
-        let Some(plan) = self.in_flight.take() else {
-            return Err(ResultMismatch { wanted: "nothing".into(), found: format!("step {}", result.step) });
-        };
-        let wanted: Vec<_> =
-            plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).map(|chunk| chunk.sequence).collect();
-        let found: Vec<_> = result.samples.iter().map(|samples| samples.sequence).collect();
-        if (plan.epoch, plan.step) != (result.epoch, result.step) || wanted != found {
-            return Err(ResultMismatch {
-                wanted: format!("epoch {} step {} samples of {wanted:?}", plan.epoch, plan.step),
-                found: format!("epoch {} step {} samples of {found:?}", result.epoch, result.step),
-            });
-        }
-        for chunk in &plan.chunks {
-            match self.sequences.get_mut(&chunk.sequence) {
-                Some(sequence) => sequence.n_computed = chunk.start_pos as usize + chunk.tokens.len(),
-                // Finished while its first chunk was in flight: the shards have it open by now.
-                None if plan.opens.iter().any(|open| open.sequence == chunk.sequence) => {
-                    self.closes.push(chunk.sequence);
-                }
-                None => {}
-            }
-        }
-        let mut commits = Vec::new();
-        for samples in result.samples {
-            let Some(sequence) = self.sequences.get_mut(&samples.sequence) else { continue };
-            for sampled in samples.tokens {
-                sequence.tokens.push(sampled.token);
-                commits.push(Commit { sequence: samples.sequence, sampled });
-            }
-        }
-        Ok(commits)
+    fn sequence(&mut self, id: SequenceId) -> &mut Sequence {
+        self.sequences.get_mut(&id).expect("invariant: waiting and running sequences exist")
     }
 }
 
 #[cfg(test)]
-#[path = "scheduler_tests.rs"]
+mod properties;
+#[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod toy_group;

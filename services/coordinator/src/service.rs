@@ -19,7 +19,7 @@ use paceline_wire::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
 use tracing::{Instrument as _, Span, field, info_span};
 
 use crate::{
@@ -32,6 +32,10 @@ use crate::{
 
 /// Most token ids that Detokenize takes.
 const MAX_DETOKENIZE: usize = 1 << 20;
+/// Metadata that says whose a request is. Tenants share no cached prefixes.
+const TENANT: &str = "x-tenant";
+/// Longest name of a tenant, in bytes.
+const MAX_TENANT_BYTES: usize = 128;
 
 /// Answers clients.
 pub struct InferenceService {
@@ -61,6 +65,19 @@ fn random<const N: usize>() -> Result<[u8; N], Status> {
     Ok(bytes)
 }
 
+/// Whose a request is; empty when it does not say.
+fn tenant(metadata: &MetadataMap) -> Result<String, Status> {
+    let Some(value) = metadata.get(TENANT) else { return Ok(String::new()) };
+    let problem = |problem: &str| bad_request(&[(TENANT.into(), format!("metadata {TENANT} {problem}"))]);
+    match value.to_str() {
+        Ok(name) if name.len() > MAX_TENANT_BYTES => {
+            Err(problem(&format!("has {} bytes; at most {MAX_TENANT_BYTES} are taken", name.len())))
+        }
+        Ok(name) => Ok(name.to_owned()),
+        Err(_) => Err(problem("is not printable ASCII")),
+    }
+}
+
 impl InferenceService {
     fn span(&self, request: &Request<GenerateRequest>) -> Span {
         let operation = match request.get_ref().input {
@@ -84,6 +101,7 @@ impl InferenceService {
     async fn submit(
         &self,
         request: GenerateRequest,
+        tenant: String,
         span: Span,
     ) -> Result<ReceiverStream<Result<GenerateResponse, Status>>, Status> {
         let arrived = Instant::now();
@@ -117,7 +135,7 @@ impl InferenceService {
             seed: request.sampling.seed,
         };
         let _ = sender.try_send(Ok(output.chunk(Chunk::Started(started))));
-        let submission = Box::new(Submission { request, output, sender, place, span });
+        let submission = Box::new(Submission { request, output, sender, tenant, place, span });
         self.events
             .send(Event::Submit(submission))
             .await
@@ -135,8 +153,8 @@ impl Inference for InferenceService {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let span = self.span(&request);
-        let request = request.into_inner();
-        let submit = self.submit(request, span.clone());
+        let tenant = tenant(request.metadata())?;
+        let submit = self.submit(request.into_inner(), tenant, span.clone());
         submit.instrument(span).await.map(Response::new)
     }
 

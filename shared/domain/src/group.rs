@@ -7,6 +7,8 @@ use crate::Quantization;
 
 /// Positions in one KV block.
 pub const BLOCK_POSITIONS: usize = 16;
+/// Proposals that all sequences together can have verified in one step.
+const MAX_PROPOSALS: usize = 64;
 /// Version of the messages between coordinator, shards and draft, and of what they mean.
 pub const PROTOCOL_VERSION: u32 = 3;
 
@@ -61,6 +63,11 @@ impl FromStr for KvType {
         let found = Self::ALL.into_iter().find(|kv_type| kv_type.name() == name);
         found.ok_or_else(|| format!("the KV cache is f16, f32 or q8, not `{name}`"))
     }
+}
+
+/// Most rows of a step that are followed by a sampled token: one for each sequence, and proposals to verify.
+pub fn max_sampled_rows(max_rows: usize, max_sequences: usize) -> usize {
+    max_sequences.saturating_add(MAX_PROPOSALS).min(max_rows)
 }
 
 /// A 256-bit digest (BLAKE3).

@@ -77,7 +77,7 @@ pub struct SequenceSamples {
 /// Where the time of a step went on one rank.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct StepTimings {
-    /// Microseconds from the plan's arrival to the end of sampling.
+    /// Microseconds from the end of the step before, or the plan's arrival if that is later, to the end of sampling.
     pub total_us: u64,
     /// Microseconds of it spent waiting for peers in collectives.
     pub collective_wait_us: u64,

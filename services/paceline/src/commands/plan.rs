@@ -5,7 +5,10 @@ use std::{num::NonZeroUsize, ops::Range, sync::Arc};
 
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
-use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
+use paceline_domain::{
+    KvType, Quantization,
+    group::{BLOCK_POSITIONS, max_sampled_rows},
+};
 use paceline_kernels::Kernels;
 use paceline_model::{
     Cpu, Device, DeviceFit, LoadSpec, ModelConfig, SplitPlan, WeightTypes,
@@ -99,7 +102,7 @@ pub async fn plan(args: &PlanArgs, places: &ModelPlaces) -> anyhow::Result<()> {
         kv_type: args.kv_type,
         n_kv_blocks: args.kv_tokens.div_ceil(BLOCK_POSITIONS),
         max_rows: args.max_rows,
-        max_output_rows: args.max_sequences,
+        max_output_rows: max_sampled_rows(args.max_rows, args.max_sequences),
     };
     let ranks = tokio::task::block_in_place(|| ranks(&checkpoint, args, capacity))?;
     write_stdout(&if args.json { as_json(&name, &ranks) } else { as_text(&name, args, &ranks) })

@@ -1,0 +1,136 @@
+//! What a step's result changes: tokens are committed, full blocks of them become known to the prefix cache.
+
+use paceline_domain::{
+    SampledToken, SequenceChunk, SequenceId, SequenceSamples, StepNumber, StepPlan, StepResult,
+};
+
+use super::Scheduler;
+
+/// A token that is now part of its sequence.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Commit {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// The token.
+    pub sampled: SampledToken,
+}
+
+/// What became of proposals.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verified {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// Proposals that were verified.
+    pub n_proposed: usize,
+    /// Those of them, from the first on, that were sampled.
+    pub n_accepted: usize,
+}
+
+/// What a result has changed.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Applied {
+    /// New tokens, those of one sequence in order.
+    pub commits: Vec<Commit>,
+    /// One for each sequence with proposals that is still there.
+    pub verified: Vec<Verified>,
+}
+
+/// A result that does not answer the oldest plan in flight: the group is beyond use.
+#[derive(thiserror::Error, Clone, PartialEq, Eq, Debug)]
+#[error("rank 0 answered with {found}; the plan in flight wants {wanted}")]
+pub struct ResultMismatch {
+    /// What the plan asked for.
+    pub wanted: String,
+    /// What came.
+    pub found: String,
+}
+
+impl Scheduler {
+    /// Takes rank 0's answer to the oldest plan in flight. Of a chunk that samples several tokens it takes as many as
+    /// there are: the proposals that were sampled and one more. Tokens of sequences that were finished meanwhile are
+    /// dropped.
+    ///
+    /// # Errors
+    /// When it is not the answer to that plan.
+    pub fn apply(&mut self, result: StepResult) -> Result<Applied, ResultMismatch> {
+        let Some(in_flight) = self.in_flight.pop_front() else {
+            return Err(ResultMismatch { wanted: "nothing".into(), found: format!("step {}", result.step) });
+        };
+        check(&in_flight.plan, &result)?;
+        self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3);
+        let mut samples = result.samples.into_iter();
+        let mut applied = Applied::default();
+        for chunk in &in_flight.plan.chunks {
+            let tokens =
+                if chunk.n_sampled > 0 { samples.next().map(|samples| samples.tokens) } else { None };
+            self.settle(in_flight.plan.step, chunk, tokens.unwrap_or_default(), &mut applied);
+        }
+        Ok(applied)
+    }
+
+    fn settle(
+        &mut self,
+        step: StepNumber,
+        chunk: &SequenceChunk,
+        sampled: Vec<SampledToken>,
+        applied: &mut Applied,
+    ) {
+        let id = chunk.sequence;
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if chunk.n_sampled > 0 {
+            let n_known = chunk.start_pos as usize + chunk.tokens.len() - chunk.n_sampled as usize + 1;
+            assert_eq!(sequence.tokens.len(), n_known, "invariant: steps are answered in order");
+            sequence.n_unknown -= 1;
+            // They were meant for what is no longer the end.
+            sequence.proposals.clear();
+        }
+        // It may have lost its place, and even have another one, since the plan was made; its tokens are good.
+        let has_kept_place = sequence.opened_at.is_some_and(|opened| opened <= step);
+        if has_kept_place {
+            sequence.n_computed =
+                chunk.start_pos as usize + chunk.tokens.len() - chunk.n_sampled as usize + sampled.len();
+        }
+        if chunk.n_sampled > 1 {
+            let (n_proposed, n_accepted) = (chunk.n_sampled as usize - 1, sampled.len() - 1);
+            applied.verified.push(Verified { sequence: id, n_proposed, n_accepted });
+            if has_kept_place {
+                sequence.is_verifying = false;
+                sequence.n_planned = sequence.n_computed;
+            }
+        }
+        sequence.tokens.extend(sampled.iter().map(|sampled| sampled.token));
+        applied.commits.extend(sampled.into_iter().map(|sampled| Commit { sequence: id, sampled }));
+        if has_kept_place {
+            for (block, key) in sequence.publish() {
+                self.ledger.publish(block, key);
+            }
+        }
+    }
+}
+
+/// Whether the result answers the plan: the same step, and for each chunk with sampled rows the proposals that were
+/// sampled and at most one more.
+fn check(plan: &StepPlan, result: &StepResult) -> Result<(), ResultMismatch> {
+    let sampling: Vec<_> = plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).collect();
+    let wanted: Vec<_> = sampling.iter().map(|chunk| (chunk.sequence, chunk.n_sampled)).collect();
+    let found: Vec<_> =
+        result.samples.iter().map(|samples| (samples.sequence, samples.tokens.len())).collect();
+    let is_answer = (plan.epoch, plan.step) == (result.epoch, result.step)
+        && sampling.len() == result.samples.len()
+        && sampling.iter().zip(&result.samples).all(|(chunk, samples)| answers(chunk, samples));
+    if is_answer {
+        return Ok(());
+    }
+    Err(ResultMismatch {
+        wanted: format!("epoch {} step {} samples of {wanted:?}", plan.epoch, plan.step),
+        found: format!("epoch {} step {} samples of {found:?}", result.epoch, result.step),
+    })
+}
+
+fn answers(chunk: &SequenceChunk, samples: &SequenceSamples) -> bool {
+    let proposals = &chunk.tokens[chunk.tokens.len() - chunk.n_sampled as usize + 1..];
+    let Some((_, accepted)) = samples.tokens.split_last() else { return false };
+    samples.sequence == chunk.sequence
+        && accepted.len() <= proposals.len()
+        && accepted.iter().zip(proposals).all(|(sampled, proposed)| sampled.token == *proposed)
+}

@@ -1,0 +1,149 @@
+//! One step: decode rows first, then proposals to verify, then prompts, within one budget of rows.
+
+use paceline_domain::{SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepPlan};
+
+use super::{
+    MAX_STEPS_IN_FLIGHT, Scheduler,
+    budget::{MIN_CHUNK, prefill_rows, share},
+    sequence::Next,
+    step_time::Load,
+};
+
+/// A plan that was not answered yet.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pub(super) plan: StepPlan,
+    pub(super) load: Load,
+    predicted_ms: Option<f64>,
+}
+
+/// A step while it is put together.
+#[derive(Default)]
+struct Draft {
+    opens: Vec<SequenceOpen>,
+    chunks: Vec<SequenceChunk>,
+    load: Load,
+}
+
+impl Scheduler {
+    /// The next step, or `None` while it needs an answer first or when there is nothing to do.
+    pub fn plan(&mut self) -> Option<StepPlan> {
+        if !self.may_plan() {
+            return None;
+        }
+        self.admit();
+        let mut draft = Draft::default();
+        self.add_decodes(&mut draft);
+        self.add_prompts(&mut draft);
+        let only_closes = draft.chunks.is_empty();
+        if only_closes && (self.closes.is_empty() || !self.in_flight.is_empty()) {
+            return None;
+        }
+        let plan = StepPlan {
+            epoch: self.epoch,
+            step: self.next_step,
+            // Last, because who lost its place in this plan is among them.
+            closes: std::mem::take(&mut self.closes),
+            opens: draft.opens,
+            chunks: draft.chunks,
+        };
+        self.next_step = StepNumber(self.next_step.0 + 1);
+        let predicted_ms = self.times.predict(draft.load);
+        self.in_flight.push_back(InFlight { plan: plan.clone(), load: draft.load, predicted_ms });
+        Some(plan)
+    }
+
+    fn may_plan(&self) -> bool {
+        let Some(last) = self.in_flight.back() else { return true };
+        let below_ms = self.limits.run_ahead_below.as_secs_f64() * 1e3;
+        let is_short = last.predicted_ms.is_some_and(|ms| ms < below_ms);
+        let is_known = |id: &SequenceId| !self.sequences[id].needs_its_token();
+        self.in_flight.len() < MAX_STEPS_IN_FLIGHT && is_short && self.running.iter().all(is_known)
+    }
+
+    /// One row for each sequence that has read its prompt, and its proposals as far as there is room. All that are
+    /// short of blocks get theirs before anything is added, oldest first: who loses its place is not in the step.
+    fn add_decodes(&mut self, draft: &mut Draft) {
+        let mut decoding = Vec::new();
+        let mut has_prompts = false;
+        for id in self.running.clone() {
+            let sequence = &self.sequences[&id];
+            let (next, n_planned) = (sequence.next(), sequence.n_planned);
+            let decodes = matches!(next, Next::Known(1) | Next::Ahead);
+            if decodes && sequence.has_place() && self.grow(id, n_planned + 1) {
+                decoding.push(id);
+            }
+            has_prompts |= matches!(next, Next::Known(2..));
+        }
+        let n_reserved = decoding.len() + if has_prompts { MIN_CHUNK } else { 0 };
+        let n_rows_left = (self.limits.max_rows as usize).saturating_sub(n_reserved);
+        // Each running sequence may have one sampled row anyway.
+        let n_sampled_left = self.limits.max_sampled_rows as usize - self.running.len();
+        let mut n_left = n_rows_left.min(n_sampled_left);
+        for id in decoding {
+            let mut proposals = std::mem::take(&mut self.sequence(id).proposals);
+            proposals.truncate(n_left);
+            if !proposals.is_empty() {
+                proposals.truncate(self.grow_if_free(id, proposals.len()));
+            }
+            n_left -= proposals.len();
+            let open = self.open(id);
+            let chunk = match proposals.as_slice() {
+                [] => self.sequence(id).chunk(id, 1),
+                proposals => self.sequence(id).verification(id, proposals),
+            };
+            draft.add(open, chunk);
+        }
+    }
+
+    /// Parts of prompts, as many rows as the time between tokens allows.
+    fn add_prompts(&mut self, draft: &mut Draft) {
+        let mut prompts = Vec::new();
+        for id in self.running.clone() {
+            let sequence = &self.sequences[&id];
+            let is_new = sequence.opened_at.is_none();
+            if !matches!(sequence.next(), Next::Known(n) if n > 1 || is_new)
+                || (is_new && self.awaits_prefix(id))
+            {
+                continue;
+            }
+            if is_new {
+                self.use_cached(id);
+            }
+            prompts.push(id);
+        }
+        let Some(first) = prompts.first() else { return };
+        let start = self.sequences[first].n_planned;
+        let pending = |id: &SequenceId| self.sequences[id].tokens.len() - self.sequences[id].n_planned;
+        let wanted: Vec<usize> = prompts.iter().map(pending).collect();
+        let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
+        let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, start, n_rows_left);
+        for (id, n) in prompts.into_iter().zip(share(n_rows, &wanted)).filter(|(_, n)| *n > 0) {
+            let open = self.open(id);
+            let chunk = self.sequence(id).chunk(id, n);
+            draft.add(open, chunk);
+        }
+    }
+
+    /// What the shards must know of a sequence they do not know yet.
+    fn open(&mut self, id: SequenceId) -> Option<SequenceOpen> {
+        let step = self.next_step;
+        let sequence = self.sequence(id);
+        if sequence.opened_at.is_some() {
+            return None;
+        }
+        let n_tokens = sequence.tokens.len() as u64;
+        let open = sequence.open(id, step);
+        self.counters.n_opened_tokens += n_tokens;
+        self.counters.n_cached_tokens += open.cached_tokens.len() as u64;
+        Some(open)
+    }
+}
+
+impl Draft {
+    fn add(&mut self, open: Option<SequenceOpen>, chunk: SequenceChunk) {
+        self.load = self.load.and(Load::rows(chunk.start_pos as usize, chunk.tokens.len()));
+        self.opens.extend(open);
+        self.chunks.push(chunk);
+    }
+}

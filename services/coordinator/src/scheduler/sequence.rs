@@ -1,0 +1,209 @@
+//! One sequence: its tokens, which of them the shards have, and what plans in flight will add. It knows no other one.
+
+use paceline_domain::{
+    BlockId, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber, TokenId, UNKNOWN_TOKEN,
+};
+
+use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, blocks_for};
+use crate::prefix::{PrefixKey, extend_keys};
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    /// Prompt and all committed tokens.
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) n_prompt: usize,
+    /// Most tokens it can have.
+    pub(super) n_limit: usize,
+    pub(super) sampling: SamplingParams,
+    pub(super) pace: Pace,
+    /// Order of first places; kept when the place is lost.
+    pub(super) age: Option<u64>,
+    pub(super) n_preempted: u32,
+    /// Committed tokens whose keys and values the shards have.
+    pub(super) n_computed: usize,
+    /// Those and the ones that plans in flight run; proposals do not count.
+    pub(super) n_planned: usize,
+    /// Plans in flight that sample for it.
+    pub(super) n_unknown: usize,
+    /// The plan in flight verifies proposals: where it goes on is not known.
+    pub(super) is_verifying: bool,
+    /// The step since which the shards have it.
+    pub(super) opened_at: Option<StepNumber>,
+    pub(super) blocks: Vec<BlockId>,
+    /// First blocks that came from the prefix cache.
+    pub(super) n_cached_blocks: usize,
+    /// First blocks that the shards know.
+    pub(super) n_sent_blocks: usize,
+    /// First blocks that are full and were offered to the prefix cache.
+    pub(super) n_published: usize,
+    /// Names of the prefixes of whole blocks, as far as they were needed.
+    pub(super) keys: Vec<PrefixKey>,
+    root: PrefixKey,
+    /// For the next plan.
+    pub(super) proposals: Vec<TokenId>,
+}
+
+/// What a sequence can run in the next step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Next {
+    /// Nothing before a step in flight is back, or nothing ever.
+    Nothing,
+    /// So many known tokens.
+    Known(usize),
+    /// The one token that the step in flight samples.
+    Ahead,
+}
+
+impl Sequence {
+    pub(super) fn new(new: NewSequence, root: PrefixKey) -> Self {
+        Self {
+            n_prompt: new.prompt.len(),
+            n_limit: new.prompt.len() + new.max_tokens as usize,
+            tokens: new.prompt,
+            sampling: new.sampling,
+            pace: Pace::default(),
+            age: None,
+            n_preempted: 0,
+            n_computed: 0,
+            n_planned: 0,
+            n_unknown: 0,
+            is_verifying: false,
+            opened_at: None,
+            blocks: Vec::new(),
+            n_cached_blocks: 0,
+            n_sent_blocks: 0,
+            n_published: 0,
+            keys: Vec::new(),
+            root,
+            proposals: Vec::new(),
+        }
+    }
+
+    pub(super) fn next(&self) -> Next {
+        if self.is_verifying || self.tokens.len() + self.n_unknown >= self.n_limit {
+            return Next::Nothing;
+        }
+        match self.tokens.len().saturating_sub(self.n_planned) {
+            0 if self.n_unknown == 1 && self.pace == Pace::RunAhead => Next::Ahead,
+            0 => Next::Nothing,
+            n => Next::Known(n),
+        }
+    }
+
+    /// Whether no step can be planned for it before its next token is known.
+    pub(super) fn needs_its_token(&self) -> bool {
+        let goes_on = self.tokens.len() + self.n_unknown < self.n_limit;
+        self.n_unknown > 0 && goes_on && (self.is_verifying || self.pace == Pace::StepByStep)
+    }
+
+    /// Whether it is running: whoever has a place has at least one block.
+    pub(super) fn has_place(&self) -> bool {
+        !self.blocks.is_empty()
+    }
+
+    /// Proposals that its next step can verify: with all of them accepted and the free token it is at its limit.
+    pub(super) fn n_proposals(&self) -> usize {
+        let is_open = self.next() == Next::Known(1) && self.n_unknown == 0;
+        if is_open { self.n_limit - self.tokens.len() - 1 } else { 0 }
+    }
+
+    /// Whether it lost its place so often that it keeps the next one.
+    pub(super) fn is_protected(&self) -> bool {
+        self.n_preempted >= MAX_PREEMPTIONS
+    }
+
+    /// Blocks it can ever need.
+    pub(super) fn n_most_blocks(&self) -> usize {
+        blocks_for(self.n_limit)
+    }
+
+    /// Keys of the blocks that a cached prefix may cover: at least one token is left to run.
+    pub(super) fn cacheable_keys(&mut self) -> &[PrefixKey] {
+        let n_blocks = (self.tokens.len() - 1) / BLOCK_POSITIONS;
+        extend_keys(&mut self.keys, self.root, &self.tokens, n_blocks);
+        &self.keys[..n_blocks]
+    }
+
+    /// Blocks that are full of computed tokens and were not offered to the cache yet, with their keys.
+    pub(super) fn publish(&mut self) -> Vec<(BlockId, PrefixKey)> {
+        let n_full = self.n_computed / BLOCK_POSITIONS;
+        extend_keys(&mut self.keys, self.root, &self.tokens, n_full);
+        let new = self.n_published.min(n_full)..n_full;
+        self.n_published = n_full;
+        new.map(|i| (self.blocks[i], self.keys[i])).collect()
+    }
+
+    /// It has a place; its first blocks hold a cached prefix.
+    pub(super) fn start(&mut self, blocks: Vec<BlockId>, n_cached_blocks: usize) {
+        self.blocks = blocks;
+        self.n_cached_blocks = n_cached_blocks;
+        self.n_published = n_cached_blocks;
+        self.n_computed = n_cached_blocks * BLOCK_POSITIONS;
+        self.n_planned = self.n_computed;
+    }
+
+    /// Whether the shards have to be told that it is closed.
+    pub(super) fn close(&mut self) -> bool {
+        self.opened_at.take().is_some()
+    }
+
+    /// Back to its tokens; its blocks are the caller's. What plans in flight sample still counts.
+    pub(super) fn lose_place(&mut self) -> Vec<BlockId> {
+        self.opened_at = None;
+        self.is_verifying = false;
+        self.n_sent_blocks = 0;
+        self.proposals.clear();
+        let blocks = std::mem::take(&mut self.blocks);
+        self.start(Vec::new(), 0);
+        blocks
+    }
+
+    /// Back to its tokens; nothing is in flight any more, and all blocks are gone.
+    pub(super) fn forget_epoch(&mut self) {
+        self.lose_place();
+        self.n_unknown = 0;
+    }
+
+    /// What the shards must know before its first chunk.
+    pub(super) fn open(&mut self, id: SequenceId, step: StepNumber) -> SequenceOpen {
+        self.opened_at = Some(step);
+        self.n_sent_blocks = self.n_cached_blocks;
+        SequenceOpen {
+            sequence: id,
+            sampling: self.sampling.clone(),
+            n_prompt: self.n_prompt as u32,
+            cached_tokens: self.tokens[..self.n_computed].to_vec(),
+            cached_blocks: self.blocks[..self.n_cached_blocks].to_vec(),
+        }
+    }
+
+    /// Its chunk of the next step: `n` known tokens, or the one the step in flight samples.
+    pub(super) fn chunk(&mut self, id: SequenceId, n: usize) -> SequenceChunk {
+        let start = self.n_planned;
+        let runs_ahead = start == self.tokens.len();
+        let tokens = if runs_ahead { vec![UNKNOWN_TOKEN] } else { self.tokens[start..start + n].to_vec() };
+        let n_sampled = u32::from(runs_ahead || start + n == self.tokens.len());
+        self.n_planned += tokens.len();
+        self.n_unknown += n_sampled as usize;
+        let new_blocks = self.blocks[self.n_sent_blocks..].to_vec();
+        let n_kept_blocks = std::mem::replace(&mut self.n_sent_blocks, self.blocks.len()) as u32;
+        SequenceChunk {
+            sequence: id,
+            start_pos: start as u32,
+            tokens,
+            new_blocks,
+            n_kept_blocks,
+            n_sampled,
+            runs_ahead,
+        }
+    }
+
+    /// Its chunk of the next step: its last token and these proposals.
+    pub(super) fn verification(&mut self, id: SequenceId, proposals: &[TokenId]) -> SequenceChunk {
+        let mut chunk = self.chunk(id, 1);
+        chunk.tokens.extend_from_slice(proposals);
+        chunk.n_sampled += proposals.len() as u32;
+        self.is_verifying = true;
+        chunk
+    }
+}
