@@ -53,8 +53,8 @@ pub struct Config {
     /// Most sequences that run at the same time
     #[arg(long, env = "PACELINE_MAX_SEQUENCES", default_value_t = 64)]
     pub max_sequences: usize,
-    /// Milliseconds that decoding sequences may wait between two tokens while prompts are read, as far as the smallest
-    /// parts of prompts allow [default: about twice the time without prompts]
+    /// Milliseconds that decoding sequences may wait between two tokens while prompts are read; prompts always get a
+    /// fifth of the time [default: about twice the time without prompts]
     #[arg(long, env = "PACELINE_ITL_BOUND_MS")]
     pub itl_bound_ms: Option<u32>,
     /// Milliseconds a step may be expected to take for the next one to be sent before it is done; 0 always waits

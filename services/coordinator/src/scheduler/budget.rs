@@ -5,10 +5,13 @@
 
 use super::step_time::{Load, StepTimes};
 
-/// Fewest rows of prompts in a step, however tight the bound is: prompts never starve.
-pub const MIN_CHUNK: usize = 16;
+/// Rows that proposals leave to prompts.
+pub const ROWS_FOR_PROMPTS: usize = 16;
 /// What a step with prompts may take compared with one of decode rows alone: twice, less what is around a step.
 const RELATIVE_BOUND: f64 = 1.8;
+/// What a step with prompts may always take compared with one of decode rows alone, however tight the bound is. With at
+/// least one row, prompts never starve.
+const LEAST_BOUND: f64 = 1.25;
 
 /// How long decoding sequences may wait between two tokens while prompts are read.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -35,13 +38,13 @@ pub fn prefill_rows(
     let Some(alone_ms) = times.predict(decoding).filter(|_| times.knows(decoding.n_rows)) else { return 0 };
     let bound_ms = match bound {
         ItlBound::Twice => RELATIVE_BOUND * alone_ms,
-        ItlBound::Millis(ms) => ms,
+        ItlBound::Millis(ms) => ms.max(LEAST_BOUND * alone_ms),
     };
     let fits = |n_rows: usize| {
         let load = decoding.and(Load::rows(start_pos, n_rows));
         times.predict(load).is_some_and(|ms| ms <= bound_ms)
     };
-    let least = MIN_CHUNK.min(n_rows_left);
+    let least = n_rows_left.min(1);
     let (mut fitting, mut too_many) = (least, n_rows_left + 1);
     while fitting + 1 < too_many {
         let middle = fitting.midpoint(too_many);
@@ -73,11 +76,11 @@ mod tests {
 
     use super::*;
 
-    /// 10 ms for decoding alone, half a millisecond for each row more.
+    /// 9.9 ms for two rows of decoding alone, half a millisecond for each row more.
     fn times() -> StepTimes {
         let mut times = StepTimes::default();
         for n_rows in [2, 16, 66, 258] {
-            times.observe(Load { n_rows, n_keys: 0 }, 9.0 + 0.5 * n_rows as f64);
+            times.observe(Load { n_rows, n_keys: 0 }, 8.9 + 0.5 * n_rows as f64);
         }
         times
     }
@@ -88,10 +91,11 @@ mod tests {
         let rows = |bound, decoding, left| prefill_rows(&times(), bound, decoding, 0, left);
         assert_eq!(rows(ItlBound::Millis(40.0), Load::default(), 256), 256, "nobody waits for tokens");
         assert_eq!(rows(ItlBound::Millis(40.1), decoding, 254), 60);
-        assert_eq!(rows(ItlBound::Twice, decoding, 254), 16);
+        assert_eq!(rows(ItlBound::Twice, decoding, 254), 15);
         assert_eq!(rows(ItlBound::Millis(40.0), decoding, 30), 30);
-        assert_eq!(rows(ItlBound::Millis(1.0), decoding, 254), MIN_CHUNK);
+        assert_eq!(rows(ItlBound::Millis(1.0), decoding, 254), 4, "a quarter more");
         assert_eq!(rows(ItlBound::Millis(1.0), decoding, 3), 3);
+        assert_eq!(rows(ItlBound::Millis(1.0), Load { n_rows: 2, n_keys: 0 }, 0), 0);
         assert_eq!(rows(ItlBound::Millis(9999.0), decoding, 254), 254);
         assert_eq!(rows(ItlBound::Twice, Load { n_rows: 4, n_keys: 0 }, 252), 0, "first without prompts");
     }

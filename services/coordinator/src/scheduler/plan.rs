@@ -4,7 +4,7 @@ use paceline_domain::{SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepP
 
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
-    budget::{MIN_CHUNK, prefill_rows, share},
+    budget::{ROWS_FOR_PROMPTS, prefill_rows, share},
     sequence::Next,
     step_time::Load,
 };
@@ -75,7 +75,7 @@ impl Scheduler {
             }
             has_prompts |= matches!(next, Next::Known(2..));
         }
-        let n_reserved = decoding.len() + if has_prompts { MIN_CHUNK } else { 0 };
+        let n_reserved = decoding.len() + if has_prompts { ROWS_FOR_PROMPTS } else { 0 };
         let n_rows_left = (self.limits.max_rows as usize).saturating_sub(n_reserved);
         // Each running sequence may have one sampled row anyway.
         let n_sampled_left = self.limits.max_sampled_rows as usize - self.running.len();

@@ -293,5 +293,5 @@ fn random_events_meet_hits_preemption_and_running_ahead() {
         n_verified += chunks().filter(|chunk| chunk.n_sampled > 1).count();
     }
     let met = (n_cached, n_preemptions, n_ahead, n_verified);
-    assert!(n_cached > 1000 && n_preemptions > 20 && n_ahead > 1000 && n_verified > 200, "{met:?}");
+    assert!(n_cached > 1000 && n_preemptions > 10 && n_ahead > 1000 && n_verified > 100, "{met:?}");
 }
