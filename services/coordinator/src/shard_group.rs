@@ -24,7 +24,7 @@ use crate::pool::{self, PoolWish};
 
 /// How long a shard may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Plans that may wait in a stream; one step is in flight at a time.
+/// Plans that may wait in a stream; no more than two steps are in flight.
 const OUTBOX: usize = 8;
 
 /// How to form a group.
