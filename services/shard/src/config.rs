@@ -1,14 +1,12 @@
 //! What a shard can be told. Nothing else in this crate reads flags or the environment.
 
-use std::{net::SocketAddr, path::PathBuf, thread};
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, ValueEnum};
 use paceline_collectives::{BindSpec, Transport};
+use paceline_device::{CpuOptions, DeviceOptions};
 use paceline_domain::Quantization;
-use paceline_kernels::Isa;
 use paceline_telemetry::shutdown::ParentWatch;
-
-use crate::device::DeviceOptions;
 
 /// Flags of a shard.
 #[derive(Args, Clone, Debug)]
@@ -25,12 +23,9 @@ pub struct Config {
     /// What to compute with.
     #[command(flatten)]
     pub device: DeviceOptions,
-    /// Compute threads [default: all cores]
-    #[arg(long, env = "PACELINE_THREADS")]
-    pub threads: Option<usize>,
-    /// Instruction set of the kernels; all give the same bits
-    #[arg(long, env = "PACELINE_ISA", value_enum, default_value_t = IsaChoice::Auto)]
-    pub isa: IsaChoice,
+    /// How the CPU is used.
+    #[command(flatten)]
+    pub cpu: CpuOptions,
     /// Address to bind for other shards (collectives over TCP)
     #[arg(long, env = "PACELINE_PEER_BIND", default_value = "127.0.0.1")]
     pub peer_bind: String,
@@ -46,17 +41,6 @@ pub struct Config {
     /// Shut down when standard input is closed, so that the process never outlives its parent
     #[arg(long)]
     pub exit_with_stdin: bool,
-}
-
-/// Names of instruction sets.
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs)]
-pub enum IsaChoice {
-    Auto,
-    Scalar,
-    Avx2,
-    Avx512,
-    Avx512vnni,
 }
 
 /// Names of transports.
@@ -87,39 +71,5 @@ impl Config {
     /// Whether standard input is watched.
     pub fn parent_watch(&self) -> ParentWatch {
         if self.exit_with_stdin { ParentWatch::Stdin } else { ParentWatch::Off }
-    }
-
-    /// Threads to compute with.
-    ///
-    /// # Errors
-    /// When none or more than 1024 are asked for.
-    pub fn n_threads(&self) -> anyhow::Result<usize> {
-        let n_cores = thread::available_parallelism().map_or(1, |n| n.get());
-        let n_threads = self.threads.unwrap_or(n_cores);
-        anyhow::ensure!(
-            (1..=1024).contains(&n_threads),
-            "--threads is {n_threads}; it must be from 1 to 1024"
-        );
-        Ok(n_threads)
-    }
-
-    /// The instruction set to use.
-    ///
-    /// # Errors
-    /// When this machine does not have the one asked for.
-    pub fn isa(&self) -> anyhow::Result<Isa> {
-        let isa = match self.isa {
-            IsaChoice::Auto => Isa::detect(),
-            IsaChoice::Scalar => Isa::Scalar,
-            IsaChoice::Avx2 => Isa::Avx2,
-            IsaChoice::Avx512 => Isa::Avx512,
-            IsaChoice::Avx512vnni => Isa::Avx512Vnni,
-        };
-        anyhow::ensure!(
-            isa.is_available(),
-            "--isa asks for {isa:?}, which this processor lacks; it has {:?}",
-            Isa::available()
-        );
-        Ok(isa)
     }
 }

@@ -3,7 +3,6 @@
 //!
 //! # Layout
 //! * [`config`] – command-line flags and environment
-//! * [`device`] – what to compute with
 //! * [`server`] – listens, and ends cleanly
 //! * [`service`] – the gRPC session: handshake, then plans in and results out
 //! * [`executor`] – the thread that owns model, KV memory and collective
@@ -14,7 +13,6 @@
 
 pub mod ahead;
 pub mod config;
-pub mod device;
 pub mod executor;
 pub mod sampler;
 pub mod sequences;
@@ -22,4 +20,5 @@ pub mod server;
 pub mod service;
 
 pub use config::Config;
+pub use paceline_device as device;
 pub use server::run;

@@ -4,8 +4,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
-use paceline_kernels::Kernels;
-use paceline_model::{Cpu, ModelConfig};
+use paceline_model::ModelConfig;
 use paceline_wire::{DESCRIPTORS, MAX_INTERNAL_MESSAGE_BYTES, shard::shard_server::ShardServer};
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -63,7 +62,7 @@ fn machine(config: &Config) -> anyhow::Result<Machine> {
         .with_context(|| format!("cannot open the model {}", config.model.display()))?;
     let model = ModelConfig::from_checkpoint(&checkpoint)
         .with_context(|| format!("cannot serve the model {}", config.model.display()))?;
-    let cpu = Cpu { kernels: Kernels::for_isa(config.isa()?), n_threads: config.n_threads()? };
+    let cpu = config.cpu.cpu()?;
     Ok(Machine {
         checkpoint: Arc::new(checkpoint),
         config: Arc::new(model),

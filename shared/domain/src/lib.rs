@@ -6,12 +6,14 @@
 //! * [`sampling`] – sampling parameters and what a sampled token carries
 //! * [`request`] – a validated generation request and how it ends
 //! * [`step`] – what the coordinator asks of a group in one step, and what comes back
+//! * [`draft`] – what coordinator and draft service tell each other
 //! * [`group`] – how a group of shards is described: model digest, fingerprint, KV geometry
 //! * [`weight_type`] – storage types of weights and their block sizes
 //! * [`quantization`] – what float weights may become at load
 //! * [`reduce_tree`] – the canonical summation tree over K that keeps bits equal for any number of ranks
 #![forbid(unsafe_code)]
 
+pub mod draft;
 pub mod error;
 pub mod group;
 pub mod ids;
@@ -22,6 +24,7 @@ pub mod sampling;
 pub mod step;
 pub mod weight_type;
 
+pub use draft::{DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, DraftOpen, DraftProposal};
 pub use error::ErrorKind;
 pub use group::{Digest, Fingerprint, KvType};
 pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};

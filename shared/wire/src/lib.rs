@@ -4,9 +4,11 @@
 //! # Layout
 //! * [`inference`], [`shard`], [`draft`] – generated from `proto/`
 //! * [`step`] – step plans and results
+//! * [`draft_frames`] – frames between coordinator and draft service
 //! * [`status`] – errors to gRPC status with details
 #![forbid(unsafe_code)]
 
+pub mod draft_frames;
 pub mod status;
 pub mod step;
 

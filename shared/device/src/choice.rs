@@ -1,4 +1,4 @@
-//! What a shard computes with: what was asked for, what there is, what was taken. Nothing is loaded here.
+//! CPU or GPU: what was asked for, what there is, what was taken.
 
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 

@@ -1,0 +1,32 @@
+//! Speculation without a model: what to propose from a request's own tokens, how likely proposals are accepted, and how
+//! many of them are worth a row of the next step. Pure: no IO, no randomness, and time is an argument.
+//!
+//! Nothing here can change a token. Every choice may be wrong; wrong ones cost time only, and how much is bounded by
+//! [`controller`].
+//!
+//! # Layout
+//! * [`proposal`] – proposed tokens and where they come from
+//! * [`suffix_automaton`] – all substrings of a growing text, and where they were last
+//! * [`ngram`] – proposes what followed the longest suffix that occurred before
+//! * [`acceptance`] – how often proposals are accepted, by source, position and confidence
+//! * [`step_times`] – how long a step takes by its number of rows
+//! * [`controller`] – how many proposals of which sequences enter the next step
+//! * [`breaker`] – leaves out a source that is late, dead or talks nonsense, until it is well again
+
+#![forbid(unsafe_code)]
+
+pub mod acceptance;
+pub mod breaker;
+pub mod controller;
+pub mod ngram;
+pub mod proposal;
+pub mod step_times;
+pub mod suffix_automaton;
+
+pub use acceptance::{AcceptanceTable, SequenceAcceptance};
+pub use breaker::{Breaker, BreakerConfig, Fault};
+pub use controller::{Choice, Controller, ControllerConfig, StepLoad};
+pub use ngram::{NgramConfig, NgramProposer};
+pub use proposal::{ProposedToken, Source, SourceCounters};
+pub use step_times::{StepCost, StepTimes};
+pub use suffix_automaton::SuffixAutomaton;

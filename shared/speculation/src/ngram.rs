@@ -1,0 +1,198 @@
+//! Proposes what followed the longest suffix of a request's tokens that occurred before: prompt lookup. It needs no model,
+//! and only tokens that are committed are indexed, so there is nothing to roll back.
+
+use paceline_domain::TokenId;
+
+use crate::proposal::{ProposedToken, Source};
+use crate::suffix_automaton::{Match, SuffixAutomaton};
+
+/// Limits of a proposer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NgramConfig {
+    /// Fewest tokens that must match.
+    pub min_match: usize,
+    /// Tokens the index is made of: at least this many of the last ones, at most twice as many.
+    pub window: usize,
+}
+
+impl Default for NgramConfig {
+    fn default() -> Self {
+        Self { min_match: 2, window: 16_384 }
+    }
+}
+
+/// Proposes for one sequence.
+#[derive(Clone, Debug)]
+pub struct NgramProposer {
+    config: NgramConfig,
+    /// Prompt and committed output.
+    tokens: Vec<TokenId>,
+    /// Where the index begins in `tokens`.
+    base: usize,
+    automaton: SuffixAutomaton,
+}
+
+impl NgramProposer {
+    /// For a sequence without tokens.
+    ///
+    /// # Panics
+    /// When a limit is 0.
+    pub fn new(config: NgramConfig) -> Self {
+        assert!(config.min_match > 0 && config.window > 0, "{config:?} has no room");
+        Self { config, tokens: Vec::new(), base: 0, automaton: SuffixAutomaton::new() }
+    }
+
+    /// The committed tokens.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Appends committed tokens. They count once they are indexed.
+    pub fn extend(&mut self, tokens: &[TokenId]) {
+        self.tokens.extend_from_slice(tokens);
+    }
+
+    /// Indexes up to `budget` tokens; whether all are. A long prompt may be spread over several calls, each a bounded piece
+    /// of work.
+    pub fn index(&mut self, budget: usize) -> bool {
+        // Twice the window since the last start: the older half is left behind. Each token is indexed at most twice.
+        if self.tokens.len() - self.base > 2 * self.config.window {
+            self.base = self.tokens.len() - self.config.window;
+            self.automaton = SuffixAutomaton::new();
+        }
+        let start = self.base + self.automaton.len();
+        let end = self.tokens.len().min(start.saturating_add(budget));
+        self.tokens[start..end].iter().for_each(|token| self.automaton.push(*token));
+        end == self.tokens.len()
+    }
+
+    /// At most `n_tokens` tokens to follow the committed ones and `tail`, which is not committed: proposed tokens of
+    /// another source, for instance. Empty when too few tokens match or not all are indexed.
+    pub fn propose(&self, tail: &[TokenId], n_tokens: usize) -> Vec<ProposedToken> {
+        if self.base + self.automaton.len() != self.tokens.len() {
+            return Vec::new();
+        }
+        let start = self.automaton.suffix();
+        let matched = tail.iter().fold(start, |matched, token| self.automaton.follow(matched, *token));
+        let Some(found) = matched.filter(|found| found.len >= self.config.min_match) else {
+            return Vec::new();
+        };
+        self.continuation(found, tail, n_tokens)
+    }
+
+    /// What follows an occurrence. Where it runs into the end of the text it goes on with what it has proposed: a period
+    /// repeats.
+    fn continuation(&self, found: Match, tail: &[TokenId], n_tokens: usize) -> Vec<ProposedToken> {
+        let mut proposed: Vec<ProposedToken> = Vec::with_capacity(n_tokens);
+        let mut context = Some(found);
+        for i in 0..n_tokens {
+            let at = self.base + found.end + i;
+            let committed = self.tokens.get(at).or_else(|| tail.get(at - self.tokens.len())).copied();
+            let token = committed.unwrap_or_else(|| proposed[at - self.tokens.len() - tail.len()].token);
+            let next = self.automaton.follow(context, token);
+            let confidence = confidence(context, next, found.len + i);
+            context = next;
+            proposed.push(ProposedToken { token, source: Source::Ngram, confidence });
+        }
+        proposed
+    }
+}
+
+/// How often the token followed its context, less for short contexts.
+fn confidence(context: Option<Match>, next: Option<Match>, n_matched: usize) -> f32 {
+    let n_context = context.map_or(0, |context| context.count) as f32;
+    // A match that lost tokens on the way is of another context.
+    let is_longer = |next: &Match| context.is_some_and(|context| next.len == context.len + 1);
+    let n_followed = next.filter(is_longer).map_or(0, |next| next.count) as f32;
+    let frequency = ((n_followed + 0.5) / (n_context + 1.0)).min(1.0);
+    frequency * n_matched as f32 / (n_matched as f32 + 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ids(ids: &[u32]) -> Vec<TokenId> {
+        ids.iter().copied().map(TokenId).collect()
+    }
+
+    fn proposer(text: &[TokenId], config: NgramConfig) -> NgramProposer {
+        let mut proposer = NgramProposer::new(config);
+        proposer.extend(text);
+        assert!(proposer.index(usize::MAX));
+        proposer
+    }
+
+    /// The definition: the longest suffix of text and tail that ends before the end, at its last place in the text,
+    /// copied from there.
+    fn naive(text: &[TokenId], tail: &[TokenId], min_match: usize, n_tokens: usize) -> Vec<TokenId> {
+        let mut all = [text, tail].concat();
+        let n_all = all.len();
+        let last_end = if tail.is_empty() { text.len().saturating_sub(1) } else { text.len() };
+        let ends = |len: usize| (len..=last_end).rev().find(|end| all[end - len..*end] == all[n_all - len..]);
+        let Some(end) = (min_match..=n_all).rev().find_map(ends) else { return Vec::new() };
+        for i in 0..n_tokens {
+            all.push(all[end + i]);
+        }
+        all.split_off(n_all)
+    }
+
+    proptest! {
+        #[test]
+        fn proposals_are_those_of_the_definition(
+            text in prop::collection::vec(0u32..4, 0..60),
+            tail in prop::collection::vec(0u32..4, 0..5),
+            min_match in 1usize..4,
+            n_tokens in 0usize..12,
+        ) {
+            let (text, tail) = (ids(&text), ids(&tail));
+            let proposer = proposer(&text, NgramConfig { min_match, window: 1_000 });
+            let proposed = proposer.propose(&tail, n_tokens);
+            let tokens: Vec<TokenId> = proposed.iter().map(|proposed| proposed.token).collect();
+            prop_assert_eq!(tokens, naive(&text, &tail, min_match, n_tokens));
+            prop_assert!(proposed.iter().all(|proposed| (0.0..=1.0).contains(&proposed.confidence)));
+        }
+
+        #[test]
+        fn pieces_give_what_the_whole_gives(
+            pieces in prop::collection::vec(prop::collection::vec(0u32..3, 0..9), 0..8),
+            budget in 1usize..5,
+        ) {
+            let config = NgramConfig { min_match: 1, window: 1_000 };
+            let mut grown = NgramProposer::new(config);
+            for piece in &pieces {
+                grown.extend(&ids(piece));
+                while !grown.index(budget) {
+                    prop_assert!(grown.propose(&[], 3).is_empty(), "not all is indexed");
+                }
+            }
+            let whole = proposer(&ids(&pieces.concat()), config);
+            prop_assert_eq!(grown.propose(&[], 6), whole.propose(&[], 6));
+        }
+    }
+
+    #[test]
+    fn an_old_beginning_is_left_behind() {
+        let mut proposer = NgramProposer::new(NgramConfig { min_match: 2, window: 8 });
+        proposer.extend(&ids(&[1, 2, 3]));
+        proposer.extend(&ids(&(100..111).collect::<Vec<_>>()));
+        proposer.extend(&ids(&[1, 2]));
+        assert!(proposer.index(usize::MAX));
+        assert_eq!(proposer.propose(&[], 1).first().map(|next| next.token), Some(TokenId(3)), "still there");
+        proposer.extend(&ids(&[9, 1, 2]));
+        assert!(proposer.index(usize::MAX));
+        assert_eq!(proposer.propose(&[], 1).first().map(|next| next.token), Some(TokenId(9)));
+        assert!(proposer.automaton.len() <= 16);
+        assert_eq!(proposer.tokens().len(), 19);
+    }
+
+    #[test]
+    fn what_always_followed_is_surer_than_what_sometimes_did() {
+        let config = NgramConfig::default();
+        let always = proposer(&ids(&[1, 2, 3, 8, 1, 2, 3, 9, 1, 2]), config).propose(&[], 1);
+        let sometimes = proposer(&ids(&[1, 2, 4, 8, 1, 2, 3, 9, 1, 2]), config).propose(&[], 1);
+        assert_eq!((always[0].token, sometimes[0].token), (TokenId(3), TokenId(3)));
+        assert!(always[0].confidence > sometimes[0].confidence, "{always:?} {sometimes:?}");
+    }
+}

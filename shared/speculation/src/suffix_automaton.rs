@@ -1,0 +1,261 @@
+//! An online suffix automaton: every substring of a text that grows at its end, how often it occurs and where it was
+//! last. It keeps no text and proposes nothing.
+//!
+//! The construction is that of Blumer et al. 1985: at most 2n states and 3n transitions, amortized constant time a
+//! token. A state stands for all strings that end at the same places. After each token the states of the text's
+//! suffixes that occurred before, longest first, are told that they occur again; that walk is cut off after
+//! [`MAX_REFRESHED`] states, which keeps a text of one repeated token linear. Beyond it a state's last place may be an
+//! earlier one; it is a true occurrence all the same.
+
+use std::collections::HashMap;
+
+use paceline_domain::TokenId;
+
+/// States that are refreshed after a token. In texts that are not periodic there are a handful.
+pub const MAX_REFRESHED: usize = 64;
+
+const ROOT: u32 = 0;
+const NONE: u32 = u32::MAX;
+
+/// A substring of the text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Match {
+    state: u32,
+    /// Tokens of the substring.
+    pub len: usize,
+    /// Index of the token after one of its occurrences: of the last one, or of an earlier one where the text is periodic.
+    pub end: usize,
+    /// How often it is known to occur.
+    pub count: usize,
+}
+
+#[derive(Clone, Debug)]
+struct State {
+    /// Tokens of its longest string.
+    len: u32,
+    /// State of the longest suffix that occurs elsewhere too.
+    link: u32,
+    end: u32,
+    count: u32,
+    first_edge: u32,
+}
+
+/// Transitions of a state as a list, so that they can be copied.
+#[derive(Clone, Debug)]
+struct Edge {
+    token: TokenId,
+    next: u32,
+}
+
+/// All substrings of a growing text.
+#[derive(Clone, Debug)]
+pub struct SuffixAutomaton {
+    states: Vec<State>,
+    edges: Vec<Edge>,
+    transitions: HashMap<(u32, TokenId), u32>,
+    last: u32,
+    n_tokens: usize,
+    suffix: Option<Match>,
+}
+
+impl Default for SuffixAutomaton {
+    fn default() -> Self {
+        let root = State { len: 0, link: NONE, end: 0, count: 0, first_edge: NONE };
+        Self {
+            states: vec![root],
+            edges: Vec::new(),
+            transitions: HashMap::new(),
+            last: ROOT,
+            n_tokens: 0,
+            suffix: None,
+        }
+    }
+}
+
+impl SuffixAutomaton {
+    /// Of an empty text.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Tokens of the text.
+    pub fn len(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Whether the text is empty.
+    pub fn is_empty(&self) -> bool {
+        self.n_tokens == 0
+    }
+
+    /// States and transitions: what memory grows with.
+    pub fn size(&self) -> (usize, usize) {
+        (self.states.len(), self.edges.len())
+    }
+
+    /// The longest suffix of the text that occurred before. Its `end` is that of an earlier occurrence, and `count` counts
+    /// earlier ones only.
+    pub fn suffix(&self) -> Option<Match> {
+        self.suffix
+    }
+
+    /// Appends a token.
+    pub fn push(&mut self, token: TokenId) {
+        self.n_tokens += 1;
+        let current = self.add(State {
+            len: self.n_tokens as u32,
+            link: ROOT,
+            end: self.n_tokens as u32,
+            count: 1,
+            first_edge: NONE,
+        });
+        let mut state = self.last;
+        while state != NONE && !self.transitions.contains_key(&(state, token)) {
+            self.connect(state, token, current);
+            state = self.states[state as usize].link;
+        }
+        if state != NONE {
+            self.states[current as usize].link = self.suffix_state(state, token);
+        }
+        self.last = current;
+        let link = self.states[current as usize].link;
+        self.suffix = (link != ROOT).then(|| self.found(link, self.states[link as usize].len as usize));
+        self.refresh(link);
+    }
+
+    /// The longest suffix of `matched` and this token that is in the text; none if it is empty.
+    pub fn follow(&self, matched: Option<Match>, token: TokenId) -> Option<Match> {
+        let (mut state, mut len) = matched.map_or((ROOT, 0), |matched| (matched.state, matched.len));
+        loop {
+            if let Some(next) = self.transitions.get(&(state, token)) {
+                return Some(self.found(*next, len + 1));
+            }
+            state = self.states[state as usize].link;
+            if state == NONE {
+                return None;
+            }
+            len = self.states[state as usize].len as usize;
+        }
+    }
+
+    fn found(&self, state: u32, len: usize) -> Match {
+        let State { end, count, .. } = self.states[state as usize];
+        Match { state, len, end: end as usize, count: count as usize }
+    }
+
+    fn add(&mut self, state: State) -> u32 {
+        self.states.push(state);
+        self.states.len() as u32 - 1
+    }
+
+    fn connect(&mut self, from: u32, token: TokenId, to: u32) {
+        self.transitions.insert((from, token), to);
+        let next = std::mem::replace(&mut self.states[from as usize].first_edge, self.edges.len() as u32);
+        self.edges.push(Edge { token, next });
+    }
+
+    /// The state of the new text's longest suffix that occurred before; `state` is the first on the path that has a
+    /// transition by the token. A state that also stands for longer strings is split.
+    fn suffix_state(&mut self, state: u32, token: TokenId) -> u32 {
+        let next = self.transitions[&(state, token)];
+        let len = self.states[state as usize].len + 1;
+        if self.states[next as usize].len == len {
+            return next;
+        }
+        let split = self.add(State { len, first_edge: NONE, ..self.states[next as usize].clone() });
+        let mut edge = self.states[next as usize].first_edge;
+        while edge != NONE {
+            let Edge { token, next: following } = self.edges[edge as usize].clone();
+            self.connect(split, token, self.transitions[&(next, token)]);
+            edge = following;
+        }
+        let mut state = state;
+        while state != NONE && self.transitions.get(&(state, token)) == Some(&next) {
+            self.transitions.insert((state, token), split);
+            state = self.states[state as usize].link;
+        }
+        self.states[next as usize].link = split;
+        split
+    }
+
+    fn refresh(&mut self, mut state: u32) {
+        for _ in 0..MAX_REFRESHED {
+            if state == ROOT {
+                return;
+            }
+            let refreshed = &mut self.states[state as usize];
+            refreshed.end = self.n_tokens as u32;
+            refreshed.count += 1;
+            state = refreshed.link;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn automaton(text: &[u32]) -> SuffixAutomaton {
+        let mut automaton = SuffixAutomaton::new();
+        text.iter().for_each(|id| automaton.push(TokenId(*id)));
+        automaton
+    }
+
+    /// Length, last end and count of the longest suffix of `pattern` that ends in `text` before or at `limit`.
+    fn naive(text: &[u32], pattern: &[u32], limit: usize) -> Option<(usize, usize, usize)> {
+        (0..pattern.len()).find_map(|start| {
+            let wanted = &pattern[start..];
+            let ends = (wanted.len()..=limit).filter(|end| &text[end - wanted.len()..*end] == wanted);
+            let ends: Vec<usize> = ends.collect();
+            ends.last().map(|last| (wanted.len(), *last, ends.len()))
+        })
+    }
+
+    fn parts(found: Option<Match>) -> Option<(usize, usize, usize)> {
+        found.map(|found| (found.len, found.end, found.count))
+    }
+
+    proptest! {
+        #[test]
+        fn the_longest_earlier_suffix_is_that_of_the_definition(
+            text in prop::collection::vec(0u32..3, 0..50),
+        ) {
+            let found = parts(automaton(&text).suffix());
+            prop_assert_eq!(found, naive(&text, &text, text.len().saturating_sub(1)));
+        }
+
+        #[test]
+        fn following_finds_the_longest_suffix_in_the_text(
+            text in prop::collection::vec(0u32..3, 0..40),
+            path in prop::collection::vec(0u32..4, 0..12),
+        ) {
+            let automaton = automaton(&text);
+            let mut found = None;
+            for (i, id) in path.iter().enumerate() {
+                found = automaton.follow(found, TokenId(*id));
+                prop_assert_eq!(parts(found), naive(&text, &path[..=i], text.len()));
+            }
+        }
+
+        #[test]
+        fn memory_is_linear(text in prop::collection::vec(0u32..3, 2..200)) {
+            let (n_states, n_transitions) = automaton(&text).size();
+            prop_assert!(n_states <= 2 * text.len());
+            prop_assert!(n_transitions <= 3 * text.len());
+        }
+    }
+
+    #[test]
+    fn one_repeated_token_takes_linear_work_and_still_names_an_occurrence() {
+        let automaton = automaton(&[7; 20_000]);
+        let suffix = automaton.suffix().expect("repeats");
+        assert_eq!((suffix.len, suffix.end), (19_999, 19_999));
+        let mut found = None;
+        for len in 1..=100 {
+            found = automaton.follow(found, TokenId(7));
+            let found = found.expect("occurs");
+            assert!(found.len == len && (len..=20_000).contains(&found.end), "{found:?}");
+        }
+    }
+}
