@@ -1,0 +1,152 @@
+//! The thread that owns sessions and model. Commands come in, answers go out; between two passes everything that has
+//! come is taken in, so drafting never runs on with tokens that are known to be wrong.
+
+use std::{collections::BTreeMap, io, thread};
+
+use paceline_domain::{DraftControl, ErrorKind};
+use paceline_model::ModelError;
+use paceline_wire::{draft::ProposalFrame, draft_frames::Malformed, status::status};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::{
+    model::{DraftModel, Drafted},
+    planner::{Chunk, PassLimits, plan},
+    sessions::{Sessions, StreamId},
+};
+
+/// Commands that may wait for the thread.
+pub const MAX_COMMANDS: usize = 256;
+/// Frames that may wait to be sent on one stream; when it is full, proposals are said again later.
+pub const MAX_ANSWERS: usize = 64;
+
+/// Where a stream's answers go.
+pub type Outbox = mpsc::Sender<Result<ProposalFrame, Status>>;
+
+/// What the thread is told.
+#[derive(Debug)]
+pub enum Command {
+    /// A stream begins.
+    Join(StreamId, Outbox),
+    /// A frame came.
+    Control(StreamId, DraftControl, Vec<Malformed>),
+    /// A stream ended.
+    Leave(StreamId),
+}
+
+/// Starts the thread; it ends when nobody can command it any more, or when the model cannot go on.
+///
+/// # Errors
+/// When the system gives no thread.
+pub fn start(
+    model: Box<dyn DraftModel>,
+    sessions: Sessions,
+    limits: PassLimits,
+    commands: mpsc::Receiver<Command>,
+) -> io::Result<thread::JoinHandle<Result<(), ModelError>>> {
+    let drafting = Drafting { model, sessions, limits, outboxes: BTreeMap::new() };
+    thread::Builder::new().name("drafting".into()).spawn(move || drafting.run(commands))
+}
+
+struct Drafting {
+    model: Box<dyn DraftModel>,
+    sessions: Sessions,
+    limits: PassLimits,
+    outboxes: BTreeMap<StreamId, Outbox>,
+}
+
+impl Drafting {
+    fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Result<(), ModelError> {
+        loop {
+            if self.sessions.waiting().is_empty() {
+                let Some(command) = commands.blocking_recv() else { return Ok(()) };
+                self.obey(command);
+            }
+            for _ in 0..MAX_COMMANDS {
+                let Ok(command) = commands.try_recv() else { break };
+                self.obey(command);
+            }
+            if commands.is_closed() && commands.is_empty() {
+                return Ok(());
+            }
+            let chunks = plan(&mut self.sessions, self.limits);
+            if !chunks.is_empty() {
+                self.pass(&chunks)?;
+            }
+            self.answer();
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Join(stream, outbox) => {
+                self.outboxes.insert(stream, outbox);
+            }
+            Command::Control(stream, control, malformed) => {
+                for Malformed { session, generation, error } in malformed {
+                    self.sessions.quarantine((stream, session), generation, &error.0);
+                }
+                self.sessions.control(stream, control);
+                if self.sessions.is_hopeless(stream) {
+                    let problem = "too many sessions of this stream sent what cannot be";
+                    self.end(stream, status(ErrorKind::Invalid, problem));
+                }
+            }
+            Command::Leave(stream) => {
+                self.sessions.leave(stream);
+                self.outboxes.remove(&stream);
+            }
+        }
+    }
+
+    fn end(&mut self, stream: StreamId, status: Status) {
+        self.sessions.leave(stream);
+        if let Some(outbox) = self.outboxes.remove(&stream) {
+            // A stream that does not read ends without a word.
+            let _ = outbox.try_send(Err(status));
+        }
+    }
+
+    /// Runs chunks together. When that fails, each alone: a session that fails then goes to quarantine, the others go on.
+    /// When none succeeds, it is the model that cannot.
+    fn pass(&mut self, chunks: &[Chunk]) -> Result<(), ModelError> {
+        let Err(error) = self.attempt(chunks) else { return Ok(()) };
+        tracing::warn!(%error, n_chunks = chunks.len(), "a pass failed; its sessions are tried one by one");
+        let mut n_done = 0;
+        for chunk in chunks {
+            match self.attempt(std::slice::from_ref(chunk)) {
+                Ok(()) => n_done += 1,
+                Err(error) if error.kind() == ErrorKind::Invalid => {
+                    self.sessions.quarantine(chunk.key, u32::MAX, &error.to_string());
+                    n_done += 1;
+                }
+                Err(error) => tracing::warn!(%error, session = chunk.key.1, "a session's pass failed"),
+            }
+        }
+        if n_done == 0 { Err(error) } else { Ok(()) }
+    }
+
+    fn attempt(&mut self, chunks: &[Chunk]) -> Result<(), ModelError> {
+        let drafted = self.model.run(chunks, &self.sessions)?;
+        chunks.iter().for_each(|chunk| self.sessions.computed(chunk.key, chunk.end()));
+        let last = chunks.iter().filter(|chunk| chunk.is_last);
+        for (chunk, Drafted { token, confidence }) in last.zip(drafted) {
+            self.sessions.drafted(chunk.key, token, confidence);
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self) {
+        for (stream, answer) in self.sessions.take_answers() {
+            let Some(outbox) = self.outboxes.get(&stream) else { continue };
+            match outbox.try_send(Ok((&answer).into())) {
+                Ok(()) => {}
+                Err(mpsc::error::TrySendError::Full(_)) => self.sessions.unsaid(stream, answer),
+                Err(mpsc::error::TrySendError::Closed(_)) => {
+                    self.sessions.leave(stream);
+                    self.outboxes.remove(&stream);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! Loads the model, listens, and ends cleanly when asked to.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use paceline_checkpoint::Checkpoint;
+use paceline_model::{Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_text::Tokenizer;
+use paceline_wire::{DESCRIPTORS, MAX_INTERNAL_MESSAGE_BYTES, draft::draft_server::DraftServer};
+use tokio::sync::mpsc;
+use tonic::transport::{Server, server::TcpIncoming};
+
+use crate::{
+    Config,
+    drafting::{self, MAX_COMMANDS},
+    model::OneRank,
+    planner::PassLimits,
+    service::{About, DraftService},
+    sessions::{Limits, Sessions},
+};
+
+/// How long streams may take to end after a shutdown was asked for.
+const DRAIN: Duration = Duration::from_millis(200);
+
+/// Serves until `shutdown` resolves.
+///
+/// # Errors
+/// When the model cannot be opened or is not supported, a flag is out of range, the address cannot be bound, or the
+/// model's device fails.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
+    let loading = config.clone();
+    let drafter = tokio::task::spawn_blocking(move || Drafter::load(&loading)).await??;
+    let listener = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+    let address = listener.local_addr()?;
+    let (commands, queue) = mpsc::channel(MAX_COMMANDS);
+    let limits = PassLimits { max_rows: config.max_rows, prompt_rows: config.prompt_rows };
+    let thread = drafting::start(Box::new(drafter.model), drafter.sessions, limits, queue)?;
+    let service = DraftServer::new(DraftService::new(drafter.about, commands))
+        .max_decoding_message_size(MAX_INTERNAL_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_INTERNAL_MESSAGE_BYTES);
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    health_reporter.set_serving::<DraftServer<DraftService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .context("reflection descriptors")?;
+    tracing::info!(%address, model = config.model_name(), "draft service listening");
+    if config.events {
+        println!("{{\"event\":\"listening\",\"address\":\"{address}\"}}");
+    }
+    let (stopped, stop) = tokio::sync::oneshot::channel();
+    let serving = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(1)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(4)))
+        .http2_max_local_error_reset_streams(Some(1024))
+        .max_concurrent_streams(Some(config.max_coordinators.saturating_mul(2)))
+        .add_service(service)
+        .add_service(health)
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
+            shutdown.await;
+            let _ = stopped.send(());
+        });
+    let mut drafting = tokio::task::spawn_blocking(move || thread.join());
+    tokio::select! {
+        served = serving => served.context("serving gRPC")?,
+        // A stream lives as long as its coordinator: after the drain time it is cut.
+        () = async { let _ = stop.await; tokio::time::sleep(DRAIN).await } => {}
+        ended = &mut drafting => {
+            return match ended? {
+                Ok(outcome) => outcome.context("the draft model cannot go on"),
+                Err(_) => Err(anyhow::anyhow!("the drafting thread panicked; its log says why")),
+            };
+        }
+    }
+    Ok(())
+}
+
+/// What follows from the flags and the model file.
+struct Drafter {
+    model: OneRank,
+    sessions: Sessions,
+    about: About,
+}
+
+impl Drafter {
+    fn load(config: &Config) -> anyhow::Result<Self> {
+        let path = config.model.display();
+        let checkpoint = Arc::new(
+            Checkpoint::open(&config.model).with_context(|| format!("cannot open the model {path}"))?,
+        );
+        let model = ModelConfig::from_checkpoint(&checkpoint)
+            .with_context(|| format!("cannot draft with the model {path}"))?;
+        let tokenizer = Tokenizer::from_checkpoint(&checkpoint)
+            .with_context(|| format!("cannot use the tokenizer of {path}"))?;
+        let context = config.checked_context(model.context_length)?;
+        let n_vocab = tokenizer.n_vocab().min(model.n_vocab);
+        let device = paceline_device::choose(&config.device, config.cpu.cpu()?)?;
+        let spec = LoadSpec {
+            checkpoint: &checkpoint,
+            config: &model,
+            plan: &SplitPlan::new(&model, 1)?,
+            rank: 0,
+            capacity: Capacity {
+                kv_type: config.kv_type.into(),
+                n_kv_blocks: config.kv_blocks as usize,
+                max_rows: config.max_rows,
+                max_output_rows: config.max_sessions,
+            },
+            progress: &|_| (),
+        };
+        let decoder =
+            Decoder::load(&spec, device.as_ref()).with_context(|| format!("cannot load the model {path}"))?;
+        let limits = Limits {
+            max_sessions: config.max_sessions,
+            context,
+            n_vocab: u32::try_from(n_vocab)?,
+            max_ahead: config.max_ahead,
+            n_kv_blocks: config.kv_blocks,
+        };
+        let about = About {
+            model: config.model_name(),
+            tokenizer: tokenizer.digest(),
+            n_vocab: limits.n_vocab,
+            context: u32::try_from(context)?,
+            max_sessions: u32::try_from(config.max_sessions)?,
+        };
+        Ok(Self { model: OneRank::new(decoder, n_vocab), sessions: Sessions::new(limits), about })
+    }
+}
