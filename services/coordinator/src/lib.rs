@@ -12,12 +12,14 @@
 //! * [`ledger`] – pure: who holds which KV blocks, and which hold a known prefix
 //! * [`prefix`] – pure: names of token prefixes
 //! * [`pool`] – pure: how many KV blocks a group has
+//! * [`drafter`] – proposals for the next step, from the draft service and from the requests' own tokens
 //! * [`shard_group`] – one stream to each rank
 //! * [`output`] – tokens of one request to text, stop rules, chunks
 #![forbid(unsafe_code)]
 
 pub mod admission;
 pub mod config;
+pub mod drafter;
 pub mod engine;
 pub mod ledger;
 pub mod output;

@@ -17,7 +17,7 @@ use crate::{
         models::{self, ModelsCommand},
         plan::{self, PlanArgs},
         run::{self, RunArgs},
-        service::{self, CoordinatorArgs, ShardArgs},
+        service::{self, CoordinatorArgs, DraftArgs, ShardArgs},
         synth::{self, SynthArgs},
         up::{self, UpArgs},
     },
@@ -57,6 +57,7 @@ enum Command {
     #[cfg(feature = "cuda")]
     Selftest(selftest::SelftestArgs),
     Shard(ShardArgs),
+    Draft(DraftArgs),
     Coordinator(CoordinatorArgs),
 }
 
@@ -98,6 +99,7 @@ fn message(error: &anyhow::Error) -> String {
 async fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Shard(args) => with_telemetry("paceline-shard", "info", |_| service::shard(args)).await,
+        Command::Draft(args) => with_telemetry("paceline-draft", "info", |_| service::draft(args)).await,
         Command::Coordinator(args) => {
             with_telemetry("paceline-coordinator", "info", |_| service::coordinator(args)).await
         }
@@ -119,6 +121,7 @@ async fn command(cli: &Cli) -> anyhow::Result<()> {
         #[cfg(feature = "cuda")]
         Command::Selftest(args) => tokio::task::block_in_place(|| selftest::selftest(args)),
         Command::Shard(args) => service::shard(args).await,
+        Command::Draft(args) => service::draft(args).await,
         Command::Coordinator(args) => service::coordinator(args).await,
     }
 }
@@ -181,6 +184,7 @@ mod tests {
             "synth --shape qwen2.5-7b --type q4_k --seed 1 --out model.gguf --json",
             "synth --config config.json --out model",
             "shard --listen 127.0.0.1:0 --model M --threads 2 --events --exit-with-stdin",
+            "draft --listen 127.0.0.1:0 --model D --threads 1 --max-ahead 8 --events --exit-with-stdin",
             "coordinator --listen 127.0.0.1:0 --model M --shards http://a:1,http://b:2",
         ];
         for line in lines {

@@ -40,8 +40,8 @@ enum State {
     Closed,
     /// Left out.
     Open { until: Instant },
-    /// Asked once, to see whether it is well.
-    Probing,
+    /// Asked once, to see whether it is well; and again when nothing came of it.
+    Probing { again: Instant },
 }
 
 /// One source's breaker.
@@ -64,10 +64,9 @@ impl Breaker {
     pub fn allows(&mut self, now: Instant) -> bool {
         match self.state {
             State::Closed => true,
-            State::Probing => false,
-            State::Open { until } if now < until => false,
-            State::Open { .. } => {
-                self.state = State::Probing;
+            State::Probing { again: until } | State::Open { until } if now < until => false,
+            State::Probing { .. } | State::Open { .. } => {
+                self.state = State::Probing { again: now + self.pause };
                 true
             }
         }
@@ -98,7 +97,7 @@ impl Breaker {
             State::Closed if is_patient => {}
             // It is left out already, for instance by a fault of the same moment.
             State::Open { .. } => {}
-            State::Closed | State::Probing => {
+            State::Closed | State::Probing { .. } => {
                 self.state = State::Open { until: now + self.pause };
                 self.pause = (self.pause * 2).min(self.config.longest_pause);
                 self.n_opened += 1;
@@ -177,6 +176,11 @@ mod tests {
             (1_001, Allowed(false)),
             (1_002, Allowed(true)),
         ]);
+    }
+
+    #[test]
+    fn a_question_that_came_to_nothing_is_asked_again() {
+        check(&[(0, Did(Fault::Dead)), (100, Allowed(true)), (299, Allowed(false)), (300, Allowed(true))]);
     }
 
     #[test]

@@ -232,7 +232,7 @@ impl Controller {
         let unearned = self.config.start * choice.plain_ms;
         let allowance = (unearned - *balance_ms).clamp(0.0, self.config.allowance * choice.plain_ms);
         // A step that was held up for a reason of its own must not end speculation for long.
-        let gained = (plain_ms - step_ms).max(-2.0 * choice.plain_ms);
+        let gained = (plain_ms - step_ms).max(-choice.plain_ms);
         let most = self.config.most * choice.plain_ms;
         *balance_ms = (*balance_ms + allowance + gained).min(most);
         let resume_at = 0.5 * unearned;

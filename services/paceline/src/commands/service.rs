@@ -1,4 +1,4 @@
-//! `paceline shard` and `paceline coordinator`: the services as subcommands, so that one executable is everything.
+//! `paceline shard`, `paceline draft` and `paceline coordinator`: the services as subcommands, so that one executable is everything.
 
 use std::future::Future;
 
@@ -10,6 +10,13 @@ use paceline_telemetry::shutdown::requested;
 pub struct ShardArgs {
     #[command(flatten)]
     config: paceline_shard::Config,
+}
+
+/// Proposes tokens with a small model; coordinators have them verified.
+#[derive(Args, Debug)]
+pub struct DraftArgs {
+    #[command(flatten)]
+    config: paceline_draft::Config,
 }
 
 /// Serves a model from a group of shards.
@@ -24,6 +31,13 @@ pub fn shard(args: &ShardArgs) -> impl Future<Output = anyhow::Result<()>> + use
     let config = args.config.clone();
     let shutdown = requested(config.parent_watch());
     paceline_shard::run(config, shutdown)
+}
+
+/// Runs a draft service until it is told to end.
+pub fn draft(args: &DraftArgs) -> impl Future<Output = anyhow::Result<()>> + use<> {
+    let config = args.config.clone();
+    let shutdown = requested(config.parent_watch());
+    paceline_draft::run(config, shutdown)
 }
 
 /// Runs a coordinator until it is told to end.

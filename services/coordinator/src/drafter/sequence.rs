@@ -1,0 +1,207 @@
+//! What the drafter knows of one sequence, and what it would propose for it. Pure.
+
+use std::time::Instant;
+
+use paceline_domain::{DraftControl, DraftProposal, SamplingParams, SequenceId, TokenId};
+use paceline_speculation::{
+    AcceptanceTable, NgramConfig, NgramProposer, ProposedToken, SequenceAcceptance, Source, SourceCounters,
+};
+
+use super::remote::{Known, Nonsense, Remote};
+
+/// Tokens of a prompt that are indexed in one step, so that a long one does not hold up the others.
+const INDEXED_A_STEP: usize = 2_048;
+/// Tokens drafted ahead at least, so that good times are noticed.
+const LEAST_AHEAD: f64 = 2.0;
+
+/// Who may propose for a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Speculation {
+    /// Nobody.
+    Off,
+    /// Whoever promises most.
+    #[default]
+    Auto,
+    /// The request's own tokens only.
+    Ngram,
+    /// The draft service only.
+    Draft,
+}
+
+/// What a request wants of speculation. It changes no token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SpeculationOptions {
+    /// Who may propose.
+    pub mode: Speculation,
+    /// Most tokens in one proposal.
+    pub max_tokens: usize,
+}
+
+/// Longest proposal unless a request says otherwise.
+pub const DEFAULT_PROPOSAL: usize = 16;
+
+impl Default for SpeculationOptions {
+    fn default() -> Self {
+        Self { mode: Speculation::Auto, max_tokens: DEFAULT_PROPOSAL }
+    }
+}
+
+/// A sequence to propose for.
+#[derive(Clone, Debug)]
+pub struct NewSequence<'a> {
+    /// Its id.
+    pub id: SequenceId,
+    /// Its prompt.
+    pub prompt: &'a [TokenId],
+    /// How its tokens are chosen.
+    pub sampling: &'a SamplingParams,
+    /// Most tokens it may generate.
+    pub max_tokens: usize,
+    /// What it wants.
+    pub options: SpeculationOptions,
+}
+
+/// One sequence.
+#[derive(Debug)]
+pub struct Sequence {
+    options: SpeculationOptions,
+    n_prompt: usize,
+    n_limit: usize,
+    sampling: SamplingParams,
+    /// Keeps the tokens, too.
+    ngram: NgramProposer,
+    is_indexed: bool,
+    acceptance: SequenceAcceptance,
+    /// Accepted draft tokens of recent proposals.
+    accepted_length: f64,
+    /// The draft service's side.
+    pub remote: Remote,
+    counters: [SourceCounters; Source::ALL.len()],
+}
+
+impl Sequence {
+    /// A sequence that begins.
+    pub fn new(new: &NewSequence<'_>) -> Self {
+        let mut ngram = NgramProposer::new(NgramConfig::default());
+        ngram.extend(new.prompt);
+        Self {
+            options: new.options,
+            n_prompt: new.prompt.len(),
+            n_limit: new.prompt.len() + new.max_tokens,
+            sampling: new.sampling.clone(),
+            ngram,
+            is_indexed: false,
+            acceptance: SequenceAcceptance::default(),
+            accepted_length: LEAST_AHEAD,
+            remote: Remote::new(new.id.0),
+            counters: [SourceCounters::default(); Source::ALL.len()],
+        }
+    }
+
+    /// Prompt and committed output.
+    pub fn tokens(&self) -> &[TokenId] {
+        self.ngram.tokens()
+    }
+
+    /// What the service must know of it.
+    pub fn tell(&mut self, budget: u32, now: Instant, frame: &mut DraftControl) {
+        let known = Known { tokens: self.ngram.tokens(), n_prompt: self.n_prompt, sampling: &self.sampling };
+        self.remote.tell(&known, budget, now, frame);
+    }
+
+    /// Takes in what the service proposes.
+    ///
+    /// # Errors
+    /// As [`Remote::proposed`].
+    pub fn proposed(&mut self, proposal: &DraftProposal, n_vocab: u32) -> Result<(), Nonsense> {
+        self.remote.proposed(proposal, self.ngram.tokens(), n_vocab)
+    }
+
+    /// Tokens it may still generate.
+    pub fn n_left(&self) -> usize {
+        self.n_limit.saturating_sub(self.tokens().len())
+    }
+
+    /// Whether a source may propose.
+    pub fn allows(&self, source: Source) -> bool {
+        match self.options.mode {
+            Speculation::Off => false,
+            Speculation::Auto => true,
+            Speculation::Ngram => source == Source::Ngram,
+            Speculation::Draft => source == Source::Draft,
+        }
+    }
+
+    /// What became of its proposals, by source.
+    pub fn counters(&self) -> [SourceCounters; Source::ALL.len()] {
+        self.counters
+    }
+
+    /// Takes in committed tokens.
+    pub fn committed(&mut self, tokens: &[TokenId]) {
+        self.ngram.extend(tokens);
+        self.is_indexed = false;
+        self.remote.committed(tokens);
+    }
+
+    /// Takes in what became of a proposal.
+    pub fn verified(&mut self, table: &AcceptanceTable, proposal: &[ProposedToken], n_accepted: usize) {
+        self.acceptance.observe(table, proposal, n_accepted);
+        for source in Source::ALL {
+            self.counters[source.idx()].add(source, proposal, n_accepted);
+        }
+        if proposal.first().is_some_and(|first| first.source == Source::Draft) {
+            self.accepted_length += 0.2 * (n_accepted as f64 - self.accepted_length);
+        }
+    }
+
+    /// Tokens worth drafting ahead: what is in the next step, and as much again for the one after it.
+    pub fn worth_ahead(&self, most: u32) -> u32 {
+        let n_left = self.n_left().saturating_sub(1) as u32;
+        let wished = (2.0 * self.accepted_length + LEAST_AHEAD).ceil() as u32;
+        wished.min(2 * self.options.max_tokens as u32).min(most).min(n_left)
+    }
+
+    /// The most promising proposal of at most `room` tokens, and the probability that each is accepted when all before it
+    /// are: the draft's, with what the request's own tokens say about its end, or theirs alone.
+    pub fn proposal(&mut self, room: usize, table: &AcceptanceTable) -> (Vec<ProposedToken>, Vec<f64>) {
+        let room = room.min(self.options.max_tokens);
+        if self.allows(Source::Ngram) && !self.is_indexed {
+            self.is_indexed = self.ngram.index(INDEXED_A_STEP);
+        }
+        let candidates = [self.drafted(room), self.from_own_tokens(&[], room)];
+        let rated = candidates.into_iter().map(|candidate| {
+            let estimates = self.acceptance.estimates(table, &candidate);
+            (expected_length(&estimates), candidate, estimates)
+        });
+        let best = rated.max_by(|one, other| one.0.total_cmp(&other.0));
+        let (_, proposal, estimates) = best.expect("invariant: there are two candidates");
+        (proposal, estimates)
+    }
+
+    fn drafted(&self, room: usize) -> Vec<ProposedToken> {
+        if !self.allows(Source::Draft) {
+            return Vec::new();
+        }
+        let mut proposal: Vec<ProposedToken> = self.remote.buffer().take(room).collect();
+        if !proposal.is_empty() {
+            let tail: Vec<TokenId> = proposal.iter().map(|proposed| proposed.token).collect();
+            proposal.extend(self.from_own_tokens(&tail, room - tail.len()));
+        }
+        proposal
+    }
+
+    fn from_own_tokens(&self, tail: &[TokenId], room: usize) -> Vec<ProposedToken> {
+        if self.allows(Source::Ngram) { self.ngram.propose(tail, room) } else { Vec::new() }
+    }
+}
+
+/// Tokens expected to be accepted.
+pub fn expected_length(estimates: &[f64]) -> f64 {
+    let mut product = 1.0;
+    let products = estimates.iter().map(|estimate| {
+        product *= estimate;
+        product
+    });
+    products.sum()
+}
