@@ -52,7 +52,13 @@ pub fn from_tokens(ids: Vec<u32>, max_tokens: u32) -> GenerateRequest {
 /// A request whose length does not depend on end tokens.
 pub fn request(input: Input, sampling: SamplingOptions, max_tokens: u32) -> GenerateRequest {
     let stop = StopOptions { max_tokens: Some(max_tokens), ignore_eos: Some(true), ..Default::default() };
-    GenerateRequest { model: None, input: Some(input), sampling: Some(sampling), stop: Some(stop) }
+    GenerateRequest {
+        model: None,
+        input: Some(input),
+        sampling: Some(sampling),
+        stop: Some(stop),
+        speculation: None,
+    }
 }
 
 /// Runs a generation to its end.

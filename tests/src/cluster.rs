@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use paceline::{
     answer::connect,
-    cluster::{Cluster, ClusterSpec as Processes},
+    cluster::{Cluster, ClusterSpec as Processes, DraftSpec},
     process::Log,
     progress::Progress,
 };
@@ -38,6 +38,8 @@ pub struct ClusterSpec {
     pub shard_args: Vec<String>,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<String>,
+    /// Draft model, for a draft service of one thread.
+    pub draft: Option<PathBuf>,
     /// Variables added to every process.
     pub env: Vec<(String, String)>,
 }
@@ -57,6 +59,7 @@ impl ClusterSpec {
             threads_per_rank: 1,
             shard_args: Vec::new(),
             coordinator_args: Vec::new(),
+            draft: None,
             env: Vec::new(),
         }
     }
@@ -70,6 +73,12 @@ impl ClusterSpec {
     /// Adds arguments for the coordinator.
     pub fn coordinator_args(mut self, arguments: &[&str]) -> Self {
         self.coordinator_args.extend(arguments.iter().map(|argument| argument.to_string()));
+        self
+    }
+
+    /// Adds a draft service.
+    pub fn draft(mut self, model: PathBuf) -> Self {
+        self.draft = Some(model);
         self
     }
 
@@ -104,6 +113,7 @@ impl TestCluster {
             devices: Vec::new(),
             shard_args: spec.shard_args.into_iter().map(Into::into).collect(),
             coordinator_args: spec.coordinator_args.into_iter().map(Into::into).collect(),
+            draft: spec.draft.map(|model| DraftSpec { model, args: vec!["--threads".into(), "1".into()] }),
             env: spec.env,
             log: Log::Keep,
         };

@@ -63,6 +63,15 @@ pub struct Config {
     /// Most tokens (prompt and output) that wait for a place before requests are refused
     #[arg(long, env = "PACELINE_MAX_QUEUED_TOKENS", default_value_t = 1_000_000)]
     pub max_queued_tokens: u64,
+    /// Address of a draft service, as http://host:port; its proposals are verified and change no token
+    #[arg(long, env = "PACELINE_DRAFT")]
+    pub draft: Option<Uri>,
+    /// Most tokens the draft service may run ahead of a sequence
+    #[arg(long, env = "PACELINE_DRAFT_AHEAD", default_value_t = 12)]
+    pub draft_ahead: u32,
+    /// Milliseconds a step may wait for the draft service when that seems worth it; 0 never waits
+    #[arg(long, env = "PACELINE_DRAFT_WAIT_MS", default_value_t = 50)]
+    pub draft_wait_ms: u32,
     /// Milliseconds one collective may wait before the group counts as broken
     #[arg(long, env = "PACELINE_COLLECTIVE_DEADLINE_MS", default_value_t = 10_000)]
     pub collective_deadline_ms: u64,
@@ -154,6 +163,12 @@ impl Config {
         if self.shards.len() > 64 {
             problems.push(format!("--shards names {} shards; a group has at most 64", self.shards.len()));
         }
+        if !(1..=64).contains(&self.draft_ahead) {
+            problems.push(format!("--draft-ahead is {}; it must be from 1 to 64", self.draft_ahead));
+        }
+        if self.draft_wait_ms > 10_000 {
+            problems.push(format!("--draft-wait-ms is {}; it must be from 0 to 10000", self.draft_wait_ms));
+        }
         if !(10..=600_000).contains(&self.collective_deadline_ms) {
             let given = self.collective_deadline_ms;
             problems.push(format!("--collective-deadline-ms is {given}; it must be from 10 to 600000"));
@@ -207,6 +222,8 @@ mod tests {
             ["--kv-blocks", "0"],
             ["--max-rows", "0"],
             ["--itl-bound-ms", "0"],
+            ["--draft-ahead", "99"],
+            ["--draft-wait-ms", "10001"],
             ["--collective-deadline-ms", "1"],
         ]
         .concat();
@@ -217,6 +234,8 @@ mod tests {
             "--max-rows",
             "--max-sequences",
             "--itl-bound-ms",
+            "--draft-ahead",
+            "--draft-wait-ms",
             "--collective-deadline-ms",
         ] {
             assert!(message.contains(flag), "{flag} in {message}");

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Solo;
-use paceline_domain::{BlockId, Digest, Epoch, KvType, SamplingParams, SequenceChunk, WeightType};
+use paceline_domain::{
+    BlockId, Digest, Epoch, KvType, SamplingParams, SequenceChunk, Speculation, SpeculationOptions,
+    WeightType,
+};
 use paceline_draft::{
     drafting::{self, MAX_COMMANDS},
     model::OneRank,
@@ -30,10 +33,7 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-use super::{
-    sequence::{Speculation, SpeculationOptions},
-    *,
-};
+use super::*;
 
 const N_VOCAB: u32 = 257;
 const ID: SequenceId = SequenceId(1);

@@ -7,6 +7,7 @@ use std::{
 };
 
 use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepNumber, StepPlan, StepResult};
+use paceline_speculation::{Source, SourceCounters, StepLoad};
 use paceline_telemetry::context;
 use paceline_wire::inference as proto;
 use tokio::sync::{mpsc, watch};
@@ -15,9 +16,10 @@ use tracing::{Span, info_span};
 
 use crate::{
     admission::Place,
+    drafter::{Drafter, DrafterConfig, Outcome, sequence},
     output::Output,
     pool::PoolWish,
-    scheduler::{Commit, Limits, NewSequence, Scheduler},
+    scheduler::{Commit, Limits, NewSequence, Pace, Scheduler, Verified},
     shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
 };
 
@@ -101,6 +103,7 @@ struct InFlight {
 pub struct Engine {
     spec: GroupSpec,
     scheduler: Scheduler,
+    drafter: Drafter,
     requests: HashMap<SequenceId, Active>,
     group: Option<ShardGroup>,
     /// Oldest first.
@@ -120,12 +123,14 @@ impl Engine {
     pub fn new(
         spec: GroupSpec,
         limits: Limits,
+        drafter: DrafterConfig,
         events: mpsc::Sender<Event>,
     ) -> (Self, watch::Receiver<GroupStatus>) {
         let (status, watcher) = watch::channel(GroupStatus::Forming(None));
         let engine = Self {
             spec,
             scheduler: Scheduler::new(limits),
+            drafter: Drafter::new(drafter),
             requests: HashMap::new(),
             group: None,
             in_flight: VecDeque::new(),
@@ -144,7 +149,7 @@ impl Engine {
         self.form_group();
         loop {
             self.drop_abandoned();
-            self.start_steps();
+            self.start_steps().await;
             match inbox.recv().await {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Rank(event)) => self.rank_event(event),
@@ -153,7 +158,7 @@ impl Engine {
             }
         }
         for (_, mut request) in self.requests.drain() {
-            let chunk = request.output.finished(&FinishReason::Cancelled, Instant::now());
+            let chunk = request.output.finished(&FinishReason::Cancelled, Vec::new(), Instant::now());
             // A client that is gone needs no last chunk.
             let _ = request.sender.try_send(Ok(chunk));
         }
@@ -234,46 +239,73 @@ impl Engine {
         let sequence = self.scheduler.submit(NewSequence {
             prompt: request.prompt.tokens().to_vec(),
             max_tokens: request.stop.max_tokens,
-            sampling: request.sampling,
+            sampling: request.sampling.clone(),
             tenant,
+        });
+        self.drafter.submit(&sequence::NewSequence {
+            id: sequence,
+            prompt: request.prompt.tokens(),
+            sampling: &request.sampling,
+            max_tokens: request.stop.max_tokens as usize,
+            options: request.speculation,
         });
         self.requests.insert(sequence, Active { output, sender, _place: place, span });
     }
 
     /// Ends requests whose client is gone.
     fn drop_abandoned(&mut self) {
-        let scheduler = &mut self.scheduler;
+        let (scheduler, drafter) = (&mut self.scheduler, &mut self.drafter);
         self.requests.retain(|sequence, request| {
             let is_there = !request.sender.is_closed();
             if !is_there {
                 tracing::debug!(%sequence, "client gone");
                 scheduler.finish(*sequence);
+                drafter.finish(*sequence);
             }
             is_there
         });
     }
 
     /// Sends steps until the next one needs an answer first.
-    fn start_steps(&mut self) {
-        // Whoever has proposals gives them to `Scheduler::propose` before each of these plans.
-        while let Some(group) = &self.group
-            && let Some(plan) = self.scheduler.plan()
-        {
-            let span = self.step_span(&plan);
-            group.send(&plan, context::to_headers(&span));
-            let n_missing = group.n_ranks();
-            let now = Instant::now();
-            self.note_scheduled(&plan, now);
-            self.note_preemptions();
-            let step = plan.step;
-            self.in_flight.push_back(InFlight {
-                step,
-                n_missing,
-                from_rank_0: None,
-                started: now,
-                _span: span,
-            });
+    async fn start_steps(&mut self) {
+        while self.group.is_some() {
+            self.propose().await;
+            let Some(plan) = self.scheduler.plan() else { return };
+            self.drafter.planned(&plan);
+            self.send(&plan);
         }
+    }
+
+    /// Asks for what may follow the sequences whose next step is due.
+    async fn propose(&mut self) {
+        for id in self.requests.keys() {
+            let needs_each = self.drafter.needs_each_token(*id);
+            self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
+        }
+        let open: Vec<_> = self.scheduler.open_to_proposals().collect();
+        self.drafter.collect(&open, Instant::now()).await;
+        let n = open.len();
+        let n_spare_rows = (self.spec.max_sampled_rows as usize).saturating_sub(self.requests.len());
+        let load = StepLoad { n_rows: n.max(1), n_tokens: n, n_spare_rows };
+        for (id, tokens) in self.drafter.propose(&open, load) {
+            self.scheduler.propose(id, tokens);
+        }
+    }
+
+    fn send(&mut self, plan: &StepPlan) {
+        let Some(group) = &self.group else { return };
+        let span = self.step_span(plan);
+        group.send(plan, context::to_headers(&span));
+        let (n_missing, started) = (group.n_ranks(), Instant::now());
+        self.note_scheduled(plan, started);
+        self.note_preemptions();
+        self.in_flight.push_back(InFlight {
+            step: plan.step,
+            n_missing,
+            from_rank_0: None,
+            started,
+            _span: span,
+        });
     }
 
     fn note_preemptions(&mut self) {
@@ -325,6 +357,7 @@ impl Engine {
             tracing::warn!(rank = event.rank, n_ranks, problem, "group lost; forming it anew");
             self.group = None;
             self.in_flight.clear();
+            self.drafter.group_lost();
             self.status.send_replace(GroupStatus::Forming(Some(problem)));
             self.form_delay = REFORM_DELAYS.0;
             self.form_group();
@@ -351,14 +384,18 @@ impl Engine {
 
     fn step_done(&mut self, done: InFlight) -> Result<(), String> {
         let result = done.from_rank_0.ok_or("rank 0 gave no answer")?;
-        tracing::debug!(
-            step = result.step.0,
-            elapsed_us = done.started.elapsed().as_micros() as u64,
-            "step done"
-        );
+        let (step, elapsed) = (result.step, done.started.elapsed());
+        tracing::debug!(step = step.0, elapsed_us = elapsed.as_micros() as u64, "step done");
         let applied = self.scheduler.apply(result).map_err(|error| error.to_string())?;
+        let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
+        self.drafter.step_done(step, &outcomes, applied.commits.len(), elapsed);
+        for commit in &applied.commits {
+            self.drafter.committed(commit.sequence, &[commit.sampled.token]);
+        }
         let now = Instant::now();
         applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
+        // So that drafting goes on while the next step is made.
+        self.drafter.flush(now);
         Ok(())
     }
 
@@ -372,15 +409,35 @@ impl Engine {
             let usage = request.output.usage();
             request.span.record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
             request.span.record("gen_ai.usage.output_tokens", i64::from(usage.n_completion));
-            let chunk = request.output.finished(reason, now);
+            let proposals = self.drafter.finish(commit.sequence).map(proposal_counts).unwrap_or_default();
+            let chunk = request.output.finished(reason, proposals, now);
             let _ = request.sender.try_send(Ok(chunk));
             gone = true;
         }
         if gone {
             self.requests.remove(&commit.sequence);
             self.scheduler.finish(commit.sequence);
+            self.drafter.finish(commit.sequence);
         }
     }
+}
+
+fn outcome(verified: &Verified) -> Outcome {
+    let Verified { sequence, n_proposed, n_accepted } = *verified;
+    Outcome { sequence, n_proposed, n_accepted }
+}
+
+/// For the last chunk: the sources that proposed something.
+fn proposal_counts(counters: [SourceCounters; Source::ALL.len()]) -> Vec<proto::ProposalCounts> {
+    let sources = Source::ALL.into_iter().zip(counters).filter(|(_, counters)| counters.drafts > 0);
+    let counts = sources.map(|(source, counters)| proto::ProposalCounts {
+        source: source.name().into(),
+        drafts: counters.drafts,
+        draft_tokens: counters.draft_tokens,
+        accepted_tokens: counters.accepted_tokens,
+        accepted_tokens_per_pos: counters.accepted_per_position.to_vec(),
+    });
+    counts.collect()
 }
 
 /// Epochs only have to grow, also over restarts of this process: the time of day in milliseconds does.

@@ -119,8 +119,13 @@ impl Output {
         proto::TokenLogprobs { logprob, top: top.collect() }
     }
 
-    /// The last chunk.
-    pub fn finished(&mut self, reason: &FinishReason, now: Instant) -> proto::GenerateResponse {
+    /// The last chunk; `proposals` is what became of proposals.
+    pub fn finished(
+        &mut self,
+        reason: &FinishReason,
+        proposals: Vec<proto::ProposalCounts>,
+        now: Instant,
+    ) -> proto::GenerateResponse {
         let micros =
             |moment: Instant| moment.saturating_duration_since(self.clock.arrived).as_micros() as u64;
         let (kind, stop_string, stop_token_id) = match reason {
@@ -144,6 +149,7 @@ impl Output {
                 first_token_us: self.clock.first_token.map_or(0, micros),
                 total_us: micros(now),
             }),
+            proposals,
         };
         self.chunk(proto::generate_response::Event::Finished(finished))
     }

@@ -20,6 +20,7 @@ use tonic_health::server::HealthReporter;
 use crate::{
     Config,
     admission::Admission,
+    drafter::{DrafterConfig, link::Target},
     engine::{Engine, Event, GroupStatus, MAX_EVENTS},
     scheduler::Limits,
     service::InferenceService,
@@ -48,7 +49,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
     print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
 
     let (events, inbox) = mpsc::channel(MAX_EVENTS);
-    let (engine, status) = Engine::new(parts.group.clone(), parts.limits, events.clone());
+    let (engine, status) =
+        Engine::new(parts.group.clone(), parts.limits, parts.drafter.clone(), events.clone());
     let engine = tokio::spawn(engine.run(inbox));
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let quantize = config.quantize.map_or("null".into(), |quantization| json_string(quantization.name()));
@@ -107,6 +109,7 @@ struct Parts {
     model: Model,
     text: TextModel,
     group: GroupSpec,
+    drafter: DrafterConfig,
 }
 
 impl Parts {
@@ -139,6 +142,12 @@ impl Parts {
                 itl_bound: config.itl_bound(),
                 run_ahead_below: config.run_ahead_below(),
                 model: checkpoint.digest(),
+            },
+            drafter: DrafterConfig {
+                service: config.draft.clone(),
+                target: Target { model: config.model_name(), tokenizer: text.tokenizer().digest(), n_vocab },
+                max_ahead: config.draft_ahead,
+                max_wait: Duration::from_millis(config.draft_wait_ms.into()),
             },
             text,
             group: GroupSpec {

@@ -27,7 +27,7 @@ use crate::{
     engine::{Event, GroupStatus, Submission},
     output::Output,
     text::{PromptError, TextModel},
-    validate::{self, Served, Source},
+    validate::{self, GivenOptions, Served, Source},
 };
 
 /// Most token ids that Detokenize takes.
@@ -110,7 +110,9 @@ impl InferenceService {
         };
         validate::model(&self.served, request.model.as_deref())?;
         let seed = u64::from_le_bytes(random()?);
-        let options = validate::options(&self.served, request.sampling, request.stop, seed)?;
+        let given =
+            GivenOptions { sampling: request.sampling, stop: request.stop, speculation: request.speculation };
+        let options = validate::options(&self.served, given, seed)?;
         let tokens = match validate::source(&self.served, request.input)? {
             Source::Tokens(tokens) => tokens,
             Source::Text(input) => {

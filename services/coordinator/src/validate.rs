@@ -1,8 +1,8 @@
 //! Protobuf to domain. Every limit on a request is checked here, once, and every violation is reported.
 
 use paceline_domain::{
-    GenerateRequest, Prompt, RequestId, SamplingParams, StopRules, TokenId,
-    request::{MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
+    GenerateRequest, Prompt, RequestId, SamplingParams, Speculation, SpeculationOptions, StopRules, TokenId,
+    request::{MAX_PROPOSAL, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
 };
 use paceline_text::{ChatMessage, SpecialTokens};
 use paceline_wire::{inference as proto, status::bad_request};
@@ -103,22 +103,62 @@ fn check_bytes(field: &str, n_bytes: usize) -> Result<(), Status> {
     }
 }
 
+/// Options of a request as they came.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct GivenOptions {
+    /// How tokens are chosen.
+    pub sampling: Option<proto::SamplingOptions>,
+    /// When to stop.
+    pub stop: Option<proto::StopOptions>,
+    /// Who may propose.
+    pub speculation: Option<proto::SpeculationOptions>,
+}
+
+/// Options within their limits.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Options {
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// When to stop; the number of tokens still depends on the prompt.
+    pub stop: proto::StopOptions,
+    /// Who may propose.
+    pub speculation: SpeculationOptions,
+}
+
 /// Everything but the prompt, checked before the work of tokenizing is done.
-pub fn options(
-    served: &Served,
-    sampling: Option<proto::SamplingOptions>,
-    stop: Option<proto::StopOptions>,
-    drawn_seed: u64,
-) -> Result<(SamplingParams, proto::StopOptions), Status> {
-    let sampling = sampling_params(sampling.unwrap_or_default(), drawn_seed);
-    let stop = stop.unwrap_or_default();
+pub fn options(served: &Served, given: GivenOptions, drawn_seed: u64) -> Result<Options, Status> {
+    let sampling = sampling_params(given.sampling.unwrap_or_default(), drawn_seed);
+    let stop = given.stop.unwrap_or_default();
+    let speculation = speculation(given.speculation.unwrap_or_default());
     let mut violations: Vec<(String, String)> = sampling
         .problems(served.n_vocab)
         .into_iter()
         .map(|problem| ("sampling".to_owned(), problem))
         .collect();
     violations.extend(stop_problems(served, &stop).into_iter().map(|problem| ("stop".to_owned(), problem)));
-    if violations.is_empty() { Ok((sampling, stop)) } else { Err(bad_request(&violations)) }
+    let speculation = speculation.map_err(|problem| violations.push(("speculation".into(), problem)));
+    match speculation {
+        Ok(speculation) if violations.is_empty() => Ok(Options { sampling, stop, speculation }),
+        _ => Err(bad_request(&violations)),
+    }
+}
+
+fn speculation(options: proto::SpeculationOptions) -> Result<SpeculationOptions, String> {
+    use proto::SpeculationMode as Mode;
+    let defaults = SpeculationOptions::default();
+    let mode = match options.mode.map(Mode::try_from) {
+        None | Some(Ok(Mode::Unspecified)) => defaults.mode,
+        Some(Ok(Mode::Auto)) => Speculation::Auto,
+        Some(Ok(Mode::Off)) => Speculation::Off,
+        Some(Ok(Mode::Ngram)) => Speculation::Ngram,
+        Some(Ok(Mode::Draft)) => Speculation::Draft,
+        Some(Err(error)) => return Err(format!("speculation mode {} is not known", error.0)),
+    };
+    let max_tokens = options.max_tokens.map_or(defaults.max_tokens, |n| n as usize);
+    if !(1..=MAX_PROPOSAL).contains(&max_tokens) {
+        return Err(format!("speculation max_tokens is {max_tokens}; it must be from 1 to {MAX_PROPOSAL}"));
+    }
+    Ok(SpeculationOptions { mode, max_tokens })
 }
 
 fn sampling_params(options: proto::SamplingOptions, drawn_seed: u64) -> SamplingParams {
@@ -171,7 +211,7 @@ pub fn request(
     n_kv_blocks: u32,
     id: RequestId,
     tokens: Vec<TokenId>,
-    (sampling, stop): (SamplingParams, proto::StopOptions),
+    Options { sampling, stop, speculation }: Options,
 ) -> Result<GenerateRequest, Status> {
     let n_prompt = tokens.len();
     let prompt = Prompt::new(tokens).ok_or_else(|| violation("input", "the prompt has no tokens"))?;
@@ -197,7 +237,7 @@ pub fn request(
         stop_tokens: stop.token_ids.into_iter().map(TokenId).collect(),
         ignore_eos: stop.ignore_eos.unwrap_or(false),
     };
-    Ok(GenerateRequest { id, prompt, sampling, stop })
+    Ok(GenerateRequest { id, prompt, sampling, stop, speculation })
 }
 
 #[cfg(test)]
@@ -228,9 +268,14 @@ mod tests {
             token_ids: vec![10],
             ignore_eos: None,
         };
-        let status = options(&served(), Some(sampling), Some(stop), 1).unwrap_err();
+        let speculation = proto::SpeculationOptions { mode: None, max_tokens: Some(33) };
+        let given =
+            GivenOptions { sampling: Some(sampling), stop: Some(stop), speculation: Some(speculation) };
+        let status = options(&served(), given, 1).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
-        for part in ["temperature is -1", "top_p is 2", "max_tokens is 0", "stop string 0", "stop token 10"] {
+        for part in
+            ["temperature is -1", "top_p is 2", "max_tokens is 0", "stop string 0", "stop token 10", "33"]
+        {
             assert!(status.message().contains(part), "{part} in {}", status.message());
         }
     }
@@ -238,10 +283,27 @@ mod tests {
     #[test]
     fn zero_is_a_value_and_absence_a_default() {
         let given = proto::SamplingOptions { temperature: Some(0.0), seed: Some(0), ..Default::default() };
-        let (params, _) = options(&served(), Some(given), None, 77).unwrap();
+        let given = GivenOptions { sampling: Some(given), ..GivenOptions::default() };
+        let params = options(&served(), given, 77).unwrap().sampling;
         assert_eq!((params.temperature, params.seed), (0.0, 0));
-        let (params, _) = options(&served(), None, None, 77).unwrap();
-        assert_eq!((params.temperature, params.seed), (1.0, 77));
+        let Options { sampling, speculation, .. } = options(&served(), GivenOptions::default(), 77).unwrap();
+        assert_eq!((sampling.temperature, sampling.seed), (1.0, 77));
+        assert_eq!(speculation, SpeculationOptions::default());
+    }
+
+    #[test]
+    fn speculation_modes_are_told_apart() {
+        let mode = |mode: i32| {
+            let given = proto::SpeculationOptions { mode: Some(mode), max_tokens: None };
+            let given = GivenOptions { speculation: Some(given), ..GivenOptions::default() };
+            options(&served(), given, 1)
+                .map(|options| options.speculation.mode)
+                .map_err(|status| status.code())
+        };
+        let modes: Vec<_> = (0..5).map(mode).collect();
+        use Speculation::{Auto, Draft, Ngram, Off};
+        assert_eq!(modes, [Ok(Auto), Ok(Auto), Ok(Off), Ok(Ngram), Ok(Draft)]);
+        assert_eq!(mode(5), Err(Code::InvalidArgument));
     }
 
     #[test]
@@ -249,7 +311,9 @@ mod tests {
         let request = |n_prompt: usize, max_tokens: Option<u32>| {
             let stop = proto::StopOptions { max_tokens, ..Default::default() };
             let tokens = vec![TokenId(1); n_prompt];
-            request(&served(), 4, RequestId(1), tokens, (SamplingParams::greedy(), stop))
+            let given = GivenOptions { stop: Some(stop), ..GivenOptions::default() };
+            let options = options(&served(), given, 1).unwrap();
+            request(&served(), 4, RequestId(1), tokens, options)
         };
         assert_eq!(request(10, Some(5)).unwrap().stop.max_tokens, 5);
         assert_eq!(request(10, Some(54)).unwrap().stop.max_tokens, 54);

@@ -5,8 +5,8 @@ use std::io::{self, IsTerminal as _, Write};
 
 use anyhow::{Context as _, bail};
 use paceline_wire::inference::{
-    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model, Timings,
-    TokenLogprobs, Usage, generate_request::Input, generate_response::Event,
+    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model, ProposalCounts,
+    Timings, TokenLogprobs, Usage, generate_request::Input, generate_response::Event,
     inference_client::InferenceClient,
 };
 use serde::Serialize;
@@ -45,10 +45,28 @@ pub struct Answer {
     pub usage: UsageJson,
     /// Where the time went.
     pub timings: TimingsJson,
+    /// What became of proposals, one entry for each source that made some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub speculation: Vec<ProposalsJson>,
     /// Name of the model that answered.
     pub model: String,
     /// Seed that was in force.
     pub seed: u64,
+}
+
+/// What became of the proposals of one source.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct ProposalsJson {
+    /// "draft" or "ngram".
+    pub source: String,
+    /// Proposals that were verified.
+    pub drafts: u64,
+    /// Their tokens.
+    pub draft_tokens: u64,
+    /// Tokens of them that were accepted.
+    pub accepted_tokens: u64,
+    /// The same by position in the proposal.
+    pub accepted_tokens_per_pos: Vec<u64>,
 }
 
 /// Natural logarithms of probabilities at one position, before temperature and filters.
@@ -132,6 +150,7 @@ pub fn request(model: &Model, input: Input, sampling: &SamplingArgs) -> Generate
         input: Some(input),
         sampling: Some(sampling.sampling()),
         stop: Some(sampling.stop()),
+        speculation: sampling.speculation(),
     }
 }
 
@@ -168,6 +187,7 @@ pub async fn generate(
                     finish_reason: finish_reason(&finished),
                     usage: usage_json(&usage),
                     timings: timings_json(&timings, usage.completion_tokens),
+                    speculation: finished.proposals.into_iter().map(proposals_json).collect(),
                     model,
                     seed,
                 });
@@ -256,6 +276,16 @@ fn logprobs_json(logprobs: &TokenLogprobs) -> LogprobsJson {
     LogprobsJson { logprob: logprobs.logprob, top }
 }
 
+fn proposals_json(counts: ProposalCounts) -> ProposalsJson {
+    ProposalsJson {
+        source: counts.source,
+        drafts: counts.drafts,
+        draft_tokens: counts.draft_tokens,
+        accepted_tokens: counts.accepted_tokens,
+        accepted_tokens_per_pos: counts.accepted_tokens_per_pos,
+    }
+}
+
 fn usage_json(usage: &Usage) -> UsageJson {
     UsageJson {
         prompt_tokens: usage.prompt_tokens,
@@ -288,6 +318,7 @@ mod tests {
             finish_reason: "length",
             usage: usage_json(&Usage { prompt_tokens: 7, completion_tokens: 11, cached_tokens: 0 }),
             timings: timings_json(&timings, 11),
+            speculation: Vec::new(),
             model: "m".into(),
             seed: 5,
         }

@@ -173,6 +173,8 @@ mod tests {
         let lines = [
             "run --model M --ranks 2 --max-tokens 5 --temperature 0 --seed 7 --ignore-eos --json PROMPT",
             "run --temperature -1 PROMPT",
+            "run --model M --draft D --draft-threads 2 --speculate draft PROMPT",
+            "up --draft D",
             "up --listen 127.0.0.1:0",
             "generate --server http://localhost:1 PROMPT",
             "chat --system S",

@@ -1,4 +1,4 @@
-//! A whole cluster as child processes of this one: N shards and a coordinator. It starts, watches and stops them;
+//! A whole cluster as child processes of this one: N shards, a coordinator, and a draft service where one is wanted. It starts, watches and stops them;
 //! what they do is their own matter.
 
 use std::{
@@ -44,10 +44,21 @@ pub struct ClusterSpec {
     pub shard_args: Vec<OsString>,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<OsString>,
+    /// A draft service beside them.
+    pub draft: Option<DraftSpec>,
     /// Variables added to every child's environment.
     pub env: Vec<(String, String)>,
     /// What to do with the children's logs.
     pub log: Log,
+}
+
+/// A draft service to start.
+#[derive(Clone, Debug)]
+pub struct DraftSpec {
+    /// Model file or directory.
+    pub model: PathBuf,
+    /// Further arguments.
+    pub args: Vec<OsString>,
 }
 
 /// A running cluster. Dropped, its processes are killed.
@@ -56,6 +67,8 @@ pub struct Cluster {
     shards: Vec<ServiceProcess>,
     shard_addresses: Vec<String>,
     coordinator: ServiceProcess,
+    /// Advice only: its end is not the cluster's.
+    draft: Option<ServiceProcess>,
     address: String,
 }
 
@@ -70,7 +83,12 @@ impl Cluster {
         for shard in &mut shards {
             shard_addresses.push(format!("http://{}", listening(shard).await?));
         }
-        let mut coordinator = start_coordinator(spec, &shard_addresses)?;
+        let mut draft = spec.draft.as_ref().map(|draft| start_draft(spec, draft)).transpose()?;
+        let draft_address = match &mut draft {
+            Some(draft) => Some(format!("http://{}", listening(draft).await?)),
+            None => None,
+        };
+        let mut coordinator = start_coordinator(spec, &shard_addresses, draft_address)?;
         let address = {
             let ready = ready(&mut coordinator, spec.threads.len(), progress);
             tokio::select! {
@@ -78,7 +96,7 @@ impl Cluster {
                 ended = any_ended(shards.iter_mut()) => return Err(ended.into()),
             }
         };
-        Ok(Self { shards, shard_addresses, coordinator, address })
+        Ok(Self { shards, shard_addresses, coordinator, draft, address })
     }
 
     /// Where clients reach the coordinator, as a URL.
@@ -91,7 +109,12 @@ impl Cluster {
         &self.shard_addresses
     }
 
-    /// Every process: shards in rank order, then the coordinator.
+    /// The draft service, to look at or to harm.
+    pub fn draft(&mut self) -> Option<&mut ServiceProcess> {
+        self.draft.as_mut()
+    }
+
+    /// Every process that the cluster cannot do without: shards in rank order, then the coordinator.
     pub fn processes(&mut self) -> impl Iterator<Item = &mut ServiceProcess> {
         self.shards.iter_mut().chain([&mut self.coordinator])
     }
@@ -104,6 +127,9 @@ impl Cluster {
     /// Stops all processes, the coordinator first, so that streams end before shards go.
     pub async fn stop(self) {
         self.coordinator.stop(STOP_GRACE).await;
+        if let Some(draft) = self.draft {
+            draft.stop(STOP_GRACE).await;
+        }
         let mut shards = self.shards;
         shards.iter_mut().for_each(ServiceProcess::ask_to_end);
         for shard in shards {
@@ -131,11 +157,25 @@ fn start_shards(spec: &ClusterSpec) -> anyhow::Result<Vec<ServiceProcess>> {
     spec.threads.iter().enumerate().map(start).collect()
 }
 
-fn start_coordinator(spec: &ClusterSpec, shards: &[String]) -> anyhow::Result<ServiceProcess> {
+fn start_draft(spec: &ClusterSpec, draft: &DraftSpec) -> anyhow::Result<ServiceProcess> {
+    let mut args: Vec<OsString> = vec!["draft".into(), "--listen".into(), "127.0.0.1:0".into()];
+    args.extend(["--model".into(), draft.model.clone().into()]);
+    args.extend(draft.args.iter().cloned());
+    service(spec, "draft".into(), args)
+}
+
+fn start_coordinator(
+    spec: &ClusterSpec,
+    shards: &[String],
+    draft: Option<String>,
+) -> anyhow::Result<ServiceProcess> {
     let mut args: Vec<OsString> = vec!["coordinator".into(), "--listen".into(), spec.listen.clone().into()];
     args.extend(["--model".into(), spec.model.clone().into()]);
     args.extend(["--model-name".into(), spec.model_name.clone().into()]);
     args.extend(["--shards".into(), shards.join(",").into()]);
+    if let Some(draft) = draft {
+        args.extend(["--draft".into(), draft.into()]);
+    }
     args.extend(spec.coordinator_args.iter().cloned());
     service(spec, "coordinator".into(), args)
 }

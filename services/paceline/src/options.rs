@@ -8,16 +8,16 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use paceline_domain::{KvType, Quantization};
 use paceline_shard::device::{DeviceChoice, GpuMemory};
-use paceline_wire::inference::{SamplingOptions, StopOptions};
+use paceline_wire::inference::{SamplingOptions, SpeculationMode, SpeculationOptions, StopOptions};
 
 use crate::{
     answer::Format,
     cache::ModelCache,
     catalogue::{Catalogue, ModelChoice},
-    cluster::share_threads,
+    cluster::{DraftSpec, share_threads},
     error::PullError,
     interrupt::{CancelFlag, Interrupts},
     progress::Progress,
@@ -94,6 +94,12 @@ pub struct ClusterOptions {
     /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
     #[arg(long, short, value_name = "NAME|PATH")]
     pub model: Option<String>,
+    /// Draft model, as catalogue name or path: proposes tokens that the model verifies, which never changes the text
+    #[arg(long, value_name = "NAME|PATH")]
+    pub draft: Option<String>,
+    /// Compute threads of the draft model
+    #[arg(long, value_name = "N", default_value = "1", requires = "draft")]
+    pub draft_threads: NonZeroUsize,
     /// Shards to split the model over [default: 2, or 1 on a single core]
     #[arg(long, value_name = "N")]
     pub ranks: Option<NonZeroUsize>,
@@ -149,6 +155,26 @@ impl ClusterOptions {
     /// All services must be told the same.
     fn quantize(&self) -> Option<String> {
         self.quantize.map(|quantization| quantization.to_string())
+    }
+
+    /// The draft service to start, if there is a draft model; fetches the model when it is not there.
+    ///
+    /// # Errors
+    /// As [`ModelPlaces::obtain`].
+    pub async fn draft_spec(
+        &self,
+        places: &ModelPlaces,
+        progress: &Progress,
+        interrupts: &mut Interrupts,
+    ) -> anyhow::Result<Option<DraftSpec>> {
+        let Some(draft) = self.draft.as_deref() else { return Ok(None) };
+        let (model, _) = places.obtain(Some(draft), progress, interrupts).await?;
+        let mut args =
+            flags(&[("--threads", Some(self.draft_threads.to_string())), ("--isa", self.isa.clone())]);
+        if let Some(device) = self.device.first() {
+            args.extend(["--device".into(), device.to_string().into()]);
+        }
+        Ok(Some(DraftSpec { model, args }))
     }
 
     /// Arguments for every shard.
@@ -236,6 +262,33 @@ pub struct SamplingArgs {
     /// Go on after the model's end token
     #[arg(long, help_heading = "Sampling")]
     pub ignore_eos: bool,
+    /// Who may propose tokens that are verified several at once; never changes the text [default: auto]
+    #[arg(long, value_name = "WHO", value_enum, help_heading = "Sampling")]
+    pub speculate: Option<Speculate>,
+}
+
+/// Names of speculation modes.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Speculate {
+    /// Whoever promises most
+    Auto,
+    /// Nobody
+    Off,
+    /// The request's own tokens
+    Ngram,
+    /// The draft model
+    Draft,
+}
+
+impl From<Speculate> for SpeculationMode {
+    fn from(speculate: Speculate) -> Self {
+        match speculate {
+            Speculate::Auto => Self::Auto,
+            Speculate::Off => Self::Off,
+            Speculate::Ngram => Self::Ngram,
+            Speculate::Draft => Self::Draft,
+        }
+    }
 }
 
 impl SamplingArgs {
@@ -263,6 +316,12 @@ impl SamplingArgs {
             token_ids: Vec::new(),
             ignore_eos: Some(self.ignore_eos),
         }
+    }
+
+    /// For the wire.
+    pub fn speculation(&self) -> Option<SpeculationOptions> {
+        let mode = SpeculationMode::from(self.speculate?);
+        Some(SpeculationOptions { mode: Some(mode.into()), max_tokens: None })
     }
 }
 

@@ -30,7 +30,7 @@ pub use group::{Digest, Fingerprint, KvType};
 pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};
 pub use quantization::Quantization;
 pub use reduce_tree::ReduceTree;
-pub use request::{FinishReason, GenerateRequest, Prompt, StopRules, Usage};
+pub use request::{FinishReason, GenerateRequest, Prompt, Speculation, SpeculationOptions, StopRules, Usage};
 pub use sampling::{SampledToken, SamplingParams, TokenLogprob};
 pub use step::{
     SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings, UNKNOWN_TOKEN,

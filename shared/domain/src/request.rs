@@ -36,6 +36,40 @@ pub struct StopRules {
     pub ignore_eos: bool,
 }
 
+/// Longest proposal unless a request says otherwise, in tokens.
+pub const DEFAULT_PROPOSAL: usize = 16;
+/// Longest proposal a request may ask for, in tokens.
+pub const MAX_PROPOSAL: usize = 32;
+
+/// Who may propose tokens for a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Speculation {
+    /// Nobody.
+    Off,
+    /// Whoever promises most.
+    #[default]
+    Auto,
+    /// The request's own tokens only.
+    Ngram,
+    /// The draft service only.
+    Draft,
+}
+
+/// What a request wants of speculation. It changes no token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SpeculationOptions {
+    /// Who may propose.
+    pub mode: Speculation,
+    /// Most tokens in one proposal.
+    pub max_tokens: usize,
+}
+
+impl Default for SpeculationOptions {
+    fn default() -> Self {
+        Self { mode: Speculation::Auto, max_tokens: DEFAULT_PROPOSAL }
+    }
+}
+
 /// A request whose every limit was checked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct GenerateRequest {
@@ -47,6 +81,8 @@ pub struct GenerateRequest {
     pub sampling: SamplingParams,
     /// When to stop.
     pub stop: StopRules,
+    /// Who may propose tokens.
+    pub speculation: SpeculationOptions,
 }
 
 /// Why a generation ended.

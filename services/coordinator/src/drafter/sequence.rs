@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use paceline_domain::{DraftControl, DraftProposal, SamplingParams, SequenceId, TokenId};
+use paceline_domain::{
+    DraftControl, DraftProposal, SamplingParams, SequenceId, Speculation, SpeculationOptions, TokenId,
+};
 use paceline_speculation::{
     AcceptanceTable, NgramConfig, NgramProposer, ProposedToken, SequenceAcceptance, Source, SourceCounters,
 };
@@ -13,38 +15,6 @@ use super::remote::{Known, Nonsense, Remote};
 const INDEXED_A_STEP: usize = 2_048;
 /// Tokens drafted ahead at least, so that good times are noticed.
 const LEAST_AHEAD: f64 = 2.0;
-
-/// Who may propose for a request.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Speculation {
-    /// Nobody.
-    Off,
-    /// Whoever promises most.
-    #[default]
-    Auto,
-    /// The request's own tokens only.
-    Ngram,
-    /// The draft service only.
-    Draft,
-}
-
-/// What a request wants of speculation. It changes no token.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct SpeculationOptions {
-    /// Who may propose.
-    pub mode: Speculation,
-    /// Most tokens in one proposal.
-    pub max_tokens: usize,
-}
-
-/// Longest proposal unless a request says otherwise.
-pub const DEFAULT_PROPOSAL: usize = 16;
-
-impl Default for SpeculationOptions {
-    fn default() -> Self {
-        Self { mode: Speculation::Auto, max_tokens: DEFAULT_PROPOSAL }
-    }
-}
 
 /// A sequence to propose for.
 #[derive(Clone, Debug)]

@@ -38,6 +38,7 @@ pub async fn run(args: &RunArgs, places: &ModelPlaces) -> anyhow::Result<()> {
     let model = places.obtain(args.cluster.model.as_deref(), &progress, &mut interrupts).await?;
     let user_wants_logs = ["PACELINE_LOG", "RUST_LOG"].iter().any(|name| std::env::var_os(name).is_some());
     let mut spec = embedded_spec(&args.cluster, model, "127.0.0.1:0")?;
+    spec.draft = args.cluster.draft_spec(places, &progress, &mut interrupts).await?;
     if user_wants_logs {
         spec.log = Log::Forward;
     } else {

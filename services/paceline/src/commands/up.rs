@@ -37,6 +37,7 @@ pub async fn up(args: &UpArgs, places: &ModelPlaces) -> anyhow::Result<()> {
     let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
     let model = places.obtain(args.cluster.model.as_deref(), &progress, &mut interrupts).await?;
     let mut spec = embedded_spec(&args.cluster, model, &args.listen)?;
+    spec.draft = args.cluster.draft_spec(places, &progress, &mut interrupts).await?;
     spec.log = Log::Forward;
     let mut cluster = start(&spec, &progress, &mut interrupts).await?;
     write_stdout(&addresses(&cluster))?;
@@ -70,6 +71,7 @@ pub fn embedded_spec(
         devices: options.devices()?,
         shard_args: options.shard_args(),
         coordinator_args: options.coordinator_args(),
+        draft: None,
         env: Vec::new(),
         log: Log::Keep,
     })
