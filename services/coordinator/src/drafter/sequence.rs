@@ -139,7 +139,7 @@ impl Sequence {
         if self.allows(Source::Ngram) && !self.is_indexed {
             self.is_indexed = self.ngram.index(INDEXED_A_STEP);
         }
-        let candidates = [self.drafted(room), self.from_own_tokens(&[], room)];
+        let candidates = [self.drafted(room), self.own_tokens_say(&[], room)];
         let rated = candidates.into_iter().map(|candidate| {
             let estimates = self.acceptance.estimates(table, &candidate);
             (expected_length(&estimates), candidate, estimates)
@@ -156,12 +156,12 @@ impl Sequence {
         let mut proposal: Vec<ProposedToken> = self.remote.buffer().take(room).collect();
         if !proposal.is_empty() {
             let tail: Vec<TokenId> = proposal.iter().map(|proposed| proposed.token).collect();
-            proposal.extend(self.from_own_tokens(&tail, room - tail.len()));
+            proposal.extend(self.own_tokens_say(&tail, room - tail.len()));
         }
         proposal
     }
 
-    fn from_own_tokens(&self, tail: &[TokenId], room: usize) -> Vec<ProposedToken> {
+    fn own_tokens_say(&self, tail: &[TokenId], room: usize) -> Vec<ProposedToken> {
         if self.allows(Source::Ngram) { self.ngram.propose(tail, room) } else { Vec::new() }
     }
 }
