@@ -21,8 +21,8 @@ fn rows_are_added_while_the_rate_rises() {
     let cheap = |n_rows: usize| 10.0 + 0.1 * n_rows as f64;
     let dear = |n_rows: usize| 10.0 * n_rows as f64;
     let sure = vec![0.9; 6];
-    assert_eq!(chosen(&[sure.clone()], load(1), &cheap), [6]);
-    assert_eq!(chosen(&[sure.clone()], load(1), &dear), [0], "as slow as its rows: never");
+    assert_eq!(chosen(std::slice::from_ref(&sure), load(1), &cheap), [6]);
+    assert_eq!(chosen(std::slice::from_ref(&sure), load(1), &dear), [0], "as slow as its rows: never");
     assert_eq!(chosen(&[sure.clone(), vec![0.2; 6]], load(2), &cheap), [6, 1]);
     assert_eq!(chosen(&[], load(3), &cheap), [0; 0]);
     assert_eq!(chosen(&[vec![]], load(1), &cheap), [0]);

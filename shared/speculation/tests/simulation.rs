@@ -92,8 +92,8 @@ fn whatever_is_accepted_it_costs_at_most_two_per_cent() {
                 n_sequences,
                 n_steps,
                 share,
-                |step, _, n| if step % 2 == 0 { 0 } else { n.min(1) },
-                |step| if step % 2 == 0 { 0.99 } else { 0.05 },
+                |step, _, n| if step.is_multiple_of(2) { 0 } else { n.min(1) },
+                |step| if step.is_multiple_of(2) { 0.99 } else { 0.05 },
             );
             let mut random = Random(7);
             let edge =
@@ -136,9 +136,10 @@ fn confidence_tells_when_to_propose() {
     let (share, alpha) = (0.25, 0.9);
     let mut random = Random(3);
     let accept = |step: usize, _: usize, n: usize| {
-        if step % 2 == 0 { (0..n).take_while(|_| random.next() < alpha).count() } else { 0 }
+        if step.is_multiple_of(2) { (0..n).take_while(|_| random.next() < alpha).count() } else { 0 }
     };
-    let speedup = run(1, 3_000, share, accept, |step| if step % 2 == 0 { 0.92 } else { 0.2 }).speedup();
+    let speedup =
+        run(1, 3_000, share, accept, |step| if step.is_multiple_of(2) { 0.92 } else { 0.2 }).speedup();
     let one = |k: usize| {
         let tokens: f64 = 1.0 + (1..=k).map(|i| alpha.powi(i as i32)).sum::<f64>() / 2.0;
         tokens * true_ms(1, share) / true_ms(1 + k, share)
