@@ -114,6 +114,7 @@ async fn plan_bench_and_estimate_tell_the_sizes() {
 async fn services_that_were_told_differently_make_no_group() {
     let (_directory, model) = model();
     let spec = ClusterSpec {
+        draft: None,
         program: paceline(),
         model: PathBuf::from(model),
         model_name: "test-model".into(),

@@ -2,9 +2,9 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use paceline_device::{CpuOptions, DeviceOptions};
-use paceline_domain::{KvType, group::BLOCK_POSITIONS};
+use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
 use paceline_telemetry::shutdown::ParentWatch;
 
 /// Longest sequence drafted for unless `--context` says otherwise, in tokens.
@@ -30,9 +30,12 @@ pub struct Config {
     /// Blocks of 16 positions in the KV pool
     #[arg(long, env = "PACELINE_DRAFT_KV_BLOCKS", default_value_t = 1024)]
     pub kv_blocks: u32,
-    /// Storage type of the KV cache
-    #[arg(long, env = "PACELINE_DRAFT_KV_TYPE", value_enum, default_value_t = KvChoice::F16)]
-    pub kv_type: KvChoice,
+    /// Quantize matrices of plain numbers while they are loaded, to q8_0 or q4_k
+    #[arg(long, env = "PACELINE_DRAFT_QUANTIZE", value_name = "TYPE")]
+    pub quantize: Option<Quantization>,
+    /// Storage type of the KV cache: f16, f32 or q8 (half of f16; on CPUs)
+    #[arg(long, env = "PACELINE_DRAFT_KV_TYPE", value_name = "TYPE", default_value_t = KvType::F16)]
+    pub kv_type: KvType,
     /// Most tokens of one sequence [default: the model's, at most 32768]
     #[arg(long, env = "PACELINE_DRAFT_CONTEXT")]
     pub context: Option<usize>,
@@ -57,23 +60,6 @@ pub struct Config {
     /// Shut down when standard input is closed, so that the process never outlives its parent
     #[arg(long)]
     pub exit_with_stdin: bool,
-}
-
-/// Names of KV types.
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs)]
-pub enum KvChoice {
-    F16,
-    F32,
-}
-
-impl From<KvChoice> for KvType {
-    fn from(choice: KvChoice) -> Self {
-        match choice {
-            KvChoice::F16 => Self::F16,
-            KvChoice::F32 => Self::F32,
-        }
-    }
 }
 
 impl Config {

@@ -104,8 +104,9 @@ impl Drafter {
             config: &model,
             plan: &SplitPlan::new(&model, 1)?,
             rank: 0,
+            quantize: config.quantize,
             capacity: Capacity {
-                kv_type: config.kv_type.into(),
+                kv_type: config.kv_type,
                 n_kv_blocks: config.kv_blocks as usize,
                 max_rows: config.max_rows,
                 max_output_rows: config.max_sessions,
