@@ -33,4 +33,4 @@ pub mod text;
 pub mod validate;
 
 pub use config::Config;
-pub use server::run;
+pub use server::{run, run_on};

@@ -13,7 +13,10 @@ use paceline_wire::{
     DESCRIPTORS,
     inference::{Model, inference_server::InferenceServer},
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot, watch},
+};
 use tonic::transport::{Server, server::TcpIncoming};
 use tonic_health::server::HealthReporter;
 
@@ -40,9 +43,30 @@ const MAX_REQUEST_BYTES: usize = 4 << 20;
 /// When the model cannot be opened or is not supported, a flag is out of range, or the address cannot be bound.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
     let parts = Parts::open(&config)?;
-    let listener = tokio::net::TcpListener::bind(config.listen)
+    let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+    serve(parts, config, listener, shutdown).await
+}
+
+/// [`run`] on a listener that is bound already, for who must know the address before.
+///
+/// # Errors
+/// As [`run`], but for the address.
+pub async fn run_on(
+    listener: TcpListener,
+    config: Config,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
+    serve(Parts::open(&config)?, config, listener, shutdown).await
+}
+
+async fn serve(
+    parts: Parts,
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     tracing::info!(%address, model = parts.served.model, "coordinator listening");
     let print = if config.events { Print::Events } else { Print::Nothing };

@@ -21,4 +21,4 @@ pub mod service;
 
 pub use config::Config;
 pub use paceline_device as device;
-pub use server::run;
+pub use server::{run, run_on};

@@ -4,8 +4,10 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
+use paceline_collectives::BindSpec;
 use paceline_model::ModelConfig;
 use paceline_wire::{DESCRIPTORS, MAX_INTERNAL_MESSAGE_BYTES, shard::shard_server::ShardServer};
+use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{Config, device, executor::Machine, service::ShardService};
@@ -19,7 +21,28 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// When the model cannot be opened or is not supported, or the address cannot be bound.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
     let machine = machine(&config)?;
-    let service = ShardServer::new(ShardService::new(machine, config.peer_binding()))
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "shard listening");
+    if config.events {
+        println!("{{\"event\":\"listening\",\"address\":\"{address}\"}}");
+    }
+    run_on(listener, machine, config.peer_binding(), shutdown).await
+}
+
+/// [`run`] on a listener that is bound already, with a machine that was put together by who calls.
+///
+/// # Errors
+/// When the connection cannot be served.
+pub async fn run_on(
+    listener: TcpListener,
+    machine: Machine,
+    binding: BindSpec,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let service = ShardServer::new(ShardService::new(machine, binding))
         .max_decoding_message_size(MAX_INTERNAL_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_INTERNAL_MESSAGE_BYTES);
     let (health_reporter, health) = tonic_health::server::health_reporter();
@@ -29,14 +52,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .context("reflection descriptors")?;
-    let listener = tokio::net::TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
-    let address = listener.local_addr()?;
-    tracing::info!(%address, "shard listening");
-    if config.events {
-        println!("{{\"event\":\"listening\",\"address\":\"{address}\"}}");
-    }
     let (stopped, stop) = tokio::sync::oneshot::channel();
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(1)))
