@@ -5,16 +5,24 @@
 //! * [`models`] – where model files are
 //! * [`client`] – requests and collected answers
 //! * [`program`] – the `paceline` executable, run to its end
+//! * [`in_process`] – the services inside this process, on a model that takes no time
+//! * [`hash_model`] – that model: its tokens tell whether the KV cache is right
+//! * [`schedule`] – random requests, and what each gets when it runs alone
+//! * [`soak`] – thousands of short requests, and what the process looks like after them
 //! * [`load`] – the load generator
 //! * [`random`] – numbers that follow from a seed
 #![forbid(unsafe_code)]
 
 pub mod client;
 pub mod cluster;
+pub mod hash_model;
+pub mod in_process;
 pub mod load;
 pub mod models;
 pub mod program;
 pub mod random;
+pub mod schedule;
+pub mod soak;
 
 pub use client::{Generation, generate, greedy};
 pub use cluster::{ClusterSpec, TestCluster};

@@ -1,0 +1,206 @@
+//! What the coordinator costs, measured on a model that takes no time: microseconds a step, memory over many requests. For
+//! people: nothing is asserted. `cargo run --release -p paceline-tests --bin overhead -- --help`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use futures_util::future::try_join_all;
+use paceline_tests::{
+    client::{from_tokens, generate},
+    hash_model::{HashModel, RecordedPass},
+    in_process::{InProcessCluster, InProcessSpec},
+    load::figures::percentile,
+    soak::{Soak, resident_bytes, thread_nanoseconds},
+};
+use serde::Serialize;
+
+/// Measures the coordinator with a model that takes no time.
+#[derive(Parser, Debug)]
+#[command(version, about)]
+struct Options {
+    /// Sequences that decode together; several separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 64])]
+    sequences: Vec<usize>,
+    /// Decode steps of each round
+    #[arg(long, default_value_t = 256)]
+    steps: u32,
+    /// Rounds for each number of sequences
+    #[arg(long, default_value_t = 4)]
+    rounds: usize,
+    /// Short requests whose memory is watched; 0 for none
+    #[arg(long, default_value_t = 100_000)]
+    requests: usize,
+    /// Share of them that is broken off at a random place
+    #[arg(long, default_value_t = 0.1)]
+    cancel_fraction: f64,
+    /// Threads of the coordinator [default: all cores]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Steps in which all sequences decode. Microseconds.
+#[derive(Serialize, Debug)]
+struct StepCost {
+    sequences: usize,
+    steps: usize,
+    /// From pass to pass.
+    step_us_p50: f64,
+    step_us_p99: f64,
+    /// Of it in the model.
+    pass_us_p50: f64,
+    /// From the end of a pass to the begin of the next one: coordinator, gRPC both ways, the shard's own work.
+    between_us_p50: f64,
+    between_us_p99: f64,
+    /// Processor time of the coordinator's threads for a step, streaming to clients included.
+    coordinator_cpu_us: f64,
+    /// Processor time of the shard's threads of gRPC for a step.
+    shard_cpu_us: f64,
+}
+
+/// Memory over many requests.
+#[derive(Serialize, Debug)]
+struct Memory {
+    requests: usize,
+    cancelled: usize,
+    wrong: usize,
+    requests_per_s: f64,
+    /// Bytes in memory after each tenth of the requests.
+    resident_bytes: Vec<u64>,
+    /// Tasks of coordinator and shards before the first and after the last one.
+    tasks_before: (usize, usize),
+    tasks_after: (usize, usize),
+}
+
+#[tokio::main(worker_threads = 1)]
+async fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    for n_sequences in &options.sequences {
+        let cost = step_cost(&options, *n_sequences).await?;
+        if options.json {
+            println!("{}", serde_json::to_string(&cost)?);
+        } else {
+            println!("{cost:#?}");
+        }
+    }
+    if options.requests >= 10 {
+        let memory = memory(&options).await?;
+        if options.json {
+            println!("{}", serde_json::to_string(&memory)?);
+        } else {
+            println!("{memory:#?}");
+        }
+    }
+    Ok(())
+}
+
+async fn start(
+    options: &Options,
+    device: &HashModel,
+    n_sequences: usize,
+) -> anyhow::Result<InProcessCluster> {
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let max_sequences = n_sequences.to_string();
+    let flags = ["--max-sequences", &max_sequences, "--kv-blocks", "8192"];
+    let coordinator_threads = options.threads.unwrap_or(n_cores);
+    InProcessCluster::start(&InProcessSpec { coordinator_threads, ..InProcessSpec::new(device, &flags) })
+        .await
+}
+
+async fn step_cost(options: &Options, n_sequences: usize) -> anyhow::Result<StepCost> {
+    ensure!((1..=256).contains(&n_sequences), "--sequences must be from 1 to 256, not {n_sequences}");
+    let device = HashModel::recording();
+    let cluster = start(options, &device, n_sequences).await?;
+    let (mut between, mut step, mut pass) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut cpu, mut n_steps) = ([0, 0], 0);
+    // The first round warms up.
+    for round in 0..=options.rounds {
+        device.take_recorded();
+        let before = cpu_nanoseconds()?;
+        let streams = (0..n_sequences).map(async |i| {
+            let mut client = cluster.client().await?;
+            let request = from_tokens(vec![i as u32 % 60, 1 + i as u32 / 60], options.steps);
+            generate(&mut client, request).await.context("a stream failed")
+        });
+        try_join_all(streams).await?;
+        let after = cpu_nanoseconds()?;
+        let passes = device.take_recorded();
+        if round == 0 {
+            continue;
+        }
+        (0..2).for_each(|who| cpu[who] += after[who] - before[who]);
+        n_steps += passes.len();
+        let full = |pair: &&[RecordedPass]| {
+            pair.iter().all(|pass| pass.n_rows == n_sequences && pass.n_sequences == n_sequences)
+        };
+        for pair in passes.windows(2).filter(full) {
+            between.push(microseconds(pair[1].began.saturating_duration_since(pair[0].ended)));
+            step.push(microseconds(pair[1].began - pair[0].began));
+            pass.push(microseconds(pair[0].ended - pair[0].began));
+        }
+    }
+    cluster.stop().await?;
+    let of = |values: &[f64], percent| percentile(values, percent).context("no step had all sequences");
+    Ok(StepCost {
+        sequences: n_sequences,
+        steps: step.len(),
+        step_us_p50: of(&step, 50.0)?,
+        step_us_p99: of(&step, 99.0)?,
+        pass_us_p50: of(&pass, 50.0)?,
+        between_us_p50: of(&between, 50.0)?,
+        between_us_p99: of(&between, 99.0)?,
+        coordinator_cpu_us: cpu[0] as f64 / 1e3 / n_steps as f64,
+        shard_cpu_us: cpu[1] as f64 / 1e3 / n_steps as f64,
+    })
+}
+
+async fn memory(options: &Options) -> anyhow::Result<Memory> {
+    let cluster = start(options, &HashModel::new(), 64).await?;
+    let client = cluster.client().await?;
+    let soak = |n_requests, seed| {
+        let soak = Soak { n_requests, n_clients: 64, cancelled: options.cancel_fraction, seed };
+        soak.run(&client)
+    };
+    soak(1_000, 0).await;
+    let (tasks_before, started) = (cluster.n_tasks(), Instant::now());
+    let (mut cancelled, mut wrong, mut sizes) = (0, 0, vec![resident_bytes()?]);
+    for tenth in 1..=10 {
+        let soaked = soak(options.requests / 10, tenth).await;
+        cancelled += soaked.n_cancelled;
+        wrong += soaked.n_wrong;
+        sizes.push(resident_bytes()?);
+        eprintln!(
+            "{} of {} requests, {} KB",
+            tenth as usize * options.requests / 10,
+            options.requests,
+            sizes[tenth as usize] >> 10
+        );
+    }
+    let requests_per_s = options.requests as f64 / started.elapsed().as_secs_f64();
+    // Tasks of the last requests end a moment after them.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let tasks_after = cluster.n_tasks();
+    drop(client);
+    cluster.stop().await?;
+    Ok(Memory {
+        requests: options.requests,
+        cancelled,
+        wrong,
+        requests_per_s,
+        resident_bytes: sizes,
+        tasks_before,
+        tasks_after,
+    })
+}
+
+/// Of the coordinator's and the shards' runtimes. Executors have threads of their own.
+fn cpu_nanoseconds() -> anyhow::Result<[u64; 2]> {
+    Ok([thread_nanoseconds("coordinator")?, thread_nanoseconds("shards")?])
+}
+
+fn microseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}

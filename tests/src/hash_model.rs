@@ -1,0 +1,359 @@
+//! `HashModel`: a test double of a device. Its KV memory is real (blocks, slots, layers), its arithmetic is a hash: the
+//! logits of a row depend on every KV entry that a correct cache holds for the row, read through the block table, and on
+//! nothing else. A stale, foreign or missing entry gives other tokens. It computes nothing a model would.
+
+use std::{
+    ops::Range,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use paceline_collectives::Collective;
+use paceline_domain::{BlockId, ErrorKind, SamplingParams, TokenId, group::BLOCK_POSITIONS};
+use paceline_model::{
+    Backend, Batch, Device, LoadSpec, ModelError,
+    backend::{Half, Pass},
+    logits::LogitRows,
+};
+use paceline_sampling::{TokenHistory, sample_row};
+
+use crate::random::scramble;
+
+/// Layers of the double: what an entry of the second one holds depends on all entries of the first one before it.
+const N_LAYERS: usize = 2;
+/// Span of its logits: wide enough for seeds and penalties to matter, and for greedy choices to be clear.
+const LOGIT_SPAN: f32 = 8.0;
+/// What KV memory holds before anything is written.
+const POISON: u64 = 0x0bad_0bad_0bad_0bad;
+
+/// A device that hashes. Clones share their counters and their flaw.
+#[derive(Clone, Debug, Default)]
+pub struct HashModel {
+    state: Arc<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    flaw: Flaw,
+    /// Passes until one fails; negative when none will.
+    n_until_failure: AtomicI64,
+    n_failed: AtomicU64,
+    recorded: Option<Mutex<Vec<RecordedPass>>>,
+}
+
+/// A way in which KV memory can be wrong, to prove that tests notice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Flaw {
+    /// It is right.
+    #[default]
+    None,
+    /// What is written to the last slot of a block is lost.
+    LostWrite,
+    /// Every second block of a table is read where its predecessor lies.
+    ForeignBlock,
+    /// A position is read as the pass before left it.
+    StaleEntry,
+}
+
+/// One pass as the device saw it.
+#[derive(Clone, Copy, Debug)]
+pub struct RecordedPass {
+    /// Token rows.
+    pub n_rows: usize,
+    /// Sequences with rows in it.
+    pub n_sequences: usize,
+    /// The batch came.
+    pub began: Instant,
+    /// The last logits were asked for.
+    pub ended: Instant,
+}
+
+impl HashModel {
+    /// Right in everything, nothing recorded.
+    pub fn new() -> Self {
+        Self::flawed(Flaw::None)
+    }
+
+    /// Wrong in one way.
+    pub fn flawed(flaw: Flaw) -> Self {
+        Self { state: Arc::new(State { flaw, n_until_failure: AtomicI64::new(-1), ..State::default() }) }
+    }
+
+    /// Right in everything; passes are recorded for [`Self::take_recorded`].
+    pub fn recording() -> Self {
+        let recorded = Some(Mutex::new(Vec::new()));
+        Self { state: Arc::new(State { recorded, n_until_failure: AtomicI64::new(-1), ..State::default() }) }
+    }
+
+    /// Lets the pass after the next `n_passes` fail, once.
+    pub fn fail_after(&self, n_passes: u32) {
+        self.state.n_until_failure.store(i64::from(n_passes), Ordering::Relaxed);
+    }
+
+    /// Passes that failed so far, on all ranks.
+    pub fn n_failed(&self) -> u64 {
+        self.state.n_failed.load(Ordering::Relaxed)
+    }
+
+    /// What was recorded since the last call.
+    ///
+    /// # Panics
+    /// When a rank panicked while it recorded.
+    pub fn take_recorded(&self) -> Vec<RecordedPass> {
+        let take = |passes: &Mutex<Vec<_>>| std::mem::take(&mut *passes.lock().expect("no rank panicked"));
+        self.state.recorded.as_ref().map(take).unwrap_or_default()
+    }
+}
+
+impl Device for HashModel {
+    fn name(&self) -> String {
+        "hash model".into()
+    }
+
+    fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
+        if spec.config.n_layers != N_LAYERS {
+            let problem = format!("the hash model has {N_LAYERS} layers, not {}", spec.config.n_layers);
+            return Err(ModelError::Load(problem));
+        }
+        let n_entries = spec.capacity.n_kv_blocks * BLOCK_POSITIONS;
+        Ok(Box::new(HashRank {
+            state: self.state.clone(),
+            vocab: spec.plan.share(spec.rank).vocab.clone(),
+            entries: vec![vec![POISON; n_entries]; N_LAYERS],
+            before: vec![vec![POISON; n_entries]; N_LAYERS],
+            rows: Rows::default(),
+            row: Vec::new(),
+        }))
+    }
+}
+
+/// The tokens of a request that runs alone, by the definition of the double: no blocks, no batches, no services. Ends
+/// with the first token of `end_tokens`, which is included, or after `max_tokens`; `n_usable` is the vocabulary's size.
+pub fn tokens_alone(
+    n_usable: usize,
+    prompt: &[TokenId],
+    sampling: &SamplingParams,
+    end_tokens: &[TokenId],
+    max_tokens: usize,
+) -> Vec<TokenId> {
+    let mut chain = Chain::default();
+    let mut history = TokenHistory::new(prompt.len());
+    history.extend(prompt);
+    let mut state = 0;
+    prompt.iter().for_each(|token| state = chain.push(*token));
+    let mut tokens = Vec::new();
+    while tokens.len() < max_tokens {
+        let mut row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
+        let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;
+        tokens.push(token);
+        if end_tokens.contains(&token) {
+            break;
+        }
+        history.push(token);
+        state = chain.push(token);
+    }
+    tokens
+}
+
+/// A sequence as folds over its entries, one for each layer.
+#[derive(Default)]
+struct Chain {
+    position: u32,
+    folds: [u64; N_LAYERS],
+}
+
+impl Chain {
+    fn push(&mut self, token: TokenId) -> u64 {
+        let mut state = embed(token);
+        for (layer, fold) in self.folds.iter_mut().enumerate() {
+            *fold = absorb(*fold, entry(layer, self.position, state));
+            state = attended(state, *fold);
+        }
+        self.position += 1;
+        state
+    }
+}
+
+fn embed(token: TokenId) -> u64 {
+    scramble(u64::from(token.0) + 1)
+}
+
+/// What the KV memory holds of a position.
+fn entry(layer: usize, position: u32, state: u64) -> u64 {
+    scramble(state ^ scramble((layer as u64) << 32 | u64::from(position)))
+}
+
+/// One more entry of a sequence, in order.
+fn absorb(fold: u64, entry: u64) -> u64 {
+    (fold ^ entry).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31)
+}
+
+fn attended(state: u64, fold: u64) -> u64 {
+    scramble(state.rotate_left(17) ^ fold)
+}
+
+fn logit(state: u64, token: usize) -> f32 {
+    let bits = scramble(state ^ scramble(!(token as u64)));
+    (bits >> 40) as f32 / (1u64 << 24) as f32 * LOGIT_SPAN
+}
+
+/// One rank's KV memory and the pass it is in.
+struct HashRank {
+    state: Arc<State>,
+    vocab: Range<usize>,
+    /// `[N_LAYERS][n_kv_blocks * BLOCK_POSITIONS]`.
+    entries: Vec<Vec<u64>>,
+    /// The same as it was before the pass; kept for [`Flaw::StaleEntry`] only.
+    before: Vec<Vec<u64>>,
+    rows: Rows,
+    /// Logits of the row asked for last.
+    row: Vec<f32>,
+}
+
+/// A batch, copied.
+#[derive(Default)]
+struct Rows {
+    states: Vec<u64>,
+    positions: Vec<u32>,
+    sequence_of_row: Vec<u32>,
+    tables: Vec<Vec<BlockId>>,
+    output_rows: Vec<usize>,
+    began: Option<Instant>,
+}
+
+impl HashRank {
+    fn slot(&self, row: usize, position: usize) -> usize {
+        let table = &self.rows.tables[self.rows.sequence_of_row[row] as usize];
+        let place = match (self.state.flaw, position / BLOCK_POSITIONS) {
+            (Flaw::ForeignBlock, place) => place - place % 2,
+            (_, place) => place,
+        };
+        table[place].idx() * BLOCK_POSITIONS + position % BLOCK_POSITIONS
+    }
+
+    /// Its own position is new in any case.
+    fn read(&self, layer: usize, row: usize, position: usize) -> u64 {
+        let slot = self.slot(row, position);
+        let is_own = position == self.rows.positions[row] as usize;
+        let stale = self.state.flaw == Flaw::StaleEntry && !is_own;
+        if stale { self.before[layer][slot] } else { self.entries[layer][slot] }
+    }
+
+    fn fail_when_due(&self) -> Result<(), ModelError> {
+        let due = |left: i64| (left >= 0).then_some(left - 1);
+        let counter = &self.state.n_until_failure;
+        if counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, due) != Ok(0) {
+            return Ok(());
+        }
+        self.state.n_failed.fetch_add(1, Ordering::Relaxed);
+        Err(ModelError::Device { kind: ErrorKind::Unavailable, problem: "told to fail".into() })
+    }
+}
+
+impl LogitRows for HashRank {
+    fn row(&mut self, row: usize) -> Result<&[f32], ModelError> {
+        let state = self.rows.states[self.rows.output_rows[row]];
+        self.row.clear();
+        self.row.extend(self.vocab.clone().map(|token| logit(state, token)));
+        if let Some(recorded) = &self.state.recorded {
+            let mut recorded = recorded.lock().expect("invariant: no panic while the lock is held");
+            recorded.last_mut().expect("invariant: the pass is recorded").ended = Instant::now();
+        }
+        Ok(&self.row)
+    }
+}
+
+impl Backend for HashRank {
+    fn name(&self) -> String {
+        "hash model".into()
+    }
+
+    fn device_numerics(&self) -> u32 {
+        0
+    }
+
+    fn memory_bytes(&self) -> (usize, usize) {
+        (0, self.entries.iter().map(|layer| layer.len() * size_of::<u64>()).sum())
+    }
+
+    fn begin(&mut self, batch: &Batch<'_>) -> Result<Pass, ModelError> {
+        self.fail_when_due()?;
+        let began = Instant::now();
+        if self.state.flaw == Flaw::StaleEntry {
+            self.before.clone_from(&self.entries);
+        }
+        self.rows = Rows {
+            states: batch.tokens.iter().copied().map(embed).collect(),
+            positions: batch.positions.to_vec(),
+            sequence_of_row: batch.sequence_of_row.to_vec(),
+            tables: batch.block_tables.iter().map(|table| table.to_vec()).collect(),
+            output_rows: batch.output_rows.to_vec(),
+            began: Some(began),
+        };
+        Ok(Pass::Run)
+    }
+
+    fn normalize(&mut self, _layer: usize, _half: Half) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    /// All rows are written before one is read, as in every other backend.
+    fn project(&mut self, layer: usize) -> Result<(), ModelError> {
+        for row in 0..self.rows.states.len() {
+            let position = self.rows.positions[row];
+            let slot = self.slot(row, position as usize);
+            let is_lost = self.state.flaw == Flaw::LostWrite && slot % BLOCK_POSITIONS == BLOCK_POSITIONS - 1;
+            if !is_lost {
+                self.entries[layer][slot] = entry(layer, position, self.rows.states[row]);
+            }
+        }
+        Ok(())
+    }
+
+    fn attend(&mut self, layer: usize) -> Result<(), ModelError> {
+        for row in 0..self.rows.states.len() {
+            let n_positions = self.rows.positions[row] as usize + 1;
+            let fold =
+                (0..n_positions).fold(0, |fold, position| absorb(fold, self.read(layer, row, position)));
+            self.rows.states[row] = attended(self.rows.states[row], fold);
+        }
+        Ok(())
+    }
+
+    fn output(&mut self, _layer: usize) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn gate_up(&mut self, _layer: usize) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn down(&mut self, _layer: usize) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    /// Every rank has the whole state, so there is nothing to add.
+    fn reduce(&mut self, _half: Half, _collective: &mut dyn Collective) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), ModelError> {
+        if let Some((recorded, began)) = self.state.recorded.as_ref().zip(self.rows.began) {
+            let pass = RecordedPass {
+                n_rows: self.rows.states.len(),
+                n_sequences: self.rows.tables.len(),
+                began,
+                ended: Instant::now(),
+            };
+            recorded.lock().expect("invariant: no panic while the lock is held").push(pass);
+        }
+        Ok(())
+    }
+
+    fn logits(&mut self) -> Result<(), ModelError> {
+        Ok(())
+    }
+}

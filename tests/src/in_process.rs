@@ -1,0 +1,225 @@
+//! A cluster inside this process: the real coordinator and shards over loopback gRPC, with a `HashModel` for a device.
+//! Coordinator and shards have runtimes of their own, so that what each costs can be seen. For thousands of requests on
+//! a model that takes no time; everything else is tested with real processes.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use clap::Parser;
+use paceline::answer::connect;
+use paceline_checkpoint::Checkpoint;
+use paceline_collectives::{BindSpec, Transport};
+use paceline_domain::WeightType;
+use paceline_model::{
+    ModelConfig,
+    synthetic::{Synthetic, tiny_config, uniform},
+};
+use paceline_shard::executor::Machine;
+use paceline_wire::inference::inference_client::InferenceClient;
+use tempfile::TempDir;
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Runtime},
+    sync::watch,
+    task::JoinHandle,
+};
+use tonic::{Code, transport::Channel};
+
+use crate::{
+    client::{from_tokens, generate},
+    hash_model::HashModel,
+};
+
+/// Tokens of the served vocabulary, all usable; the last one ends a text.
+pub const N_VOCAB: usize = 64;
+/// Most tokens that the model takes.
+pub const CONTEXT: usize = 4096;
+/// How long a cluster may take to become ready or to stop; far above what it takes.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct InProcessSpec {
+    /// What computes on every rank.
+    pub device: HashModel,
+    /// Number of shards.
+    pub n_ranks: usize,
+    /// Threads of the coordinator's runtime.
+    pub coordinator_threads: usize,
+    /// Flags of the coordinator, beside model and shards.
+    pub coordinator_args: Vec<String>,
+}
+
+impl InProcessSpec {
+    /// This device on one rank, a coordinator of one thread with these flags.
+    pub fn new(device: &HashModel, coordinator_args: &[&str]) -> Self {
+        let coordinator_args = coordinator_args.iter().map(|argument| argument.to_string()).collect();
+        Self { device: device.clone(), n_ranks: 1, coordinator_threads: 1, coordinator_args }
+    }
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct InProcessCluster {
+    address: String,
+    coordinator: Background,
+    shards: Background,
+    tasks: Vec<JoinHandle<anyhow::Result<()>>>,
+    stop: watch::Sender<bool>,
+    _model: TempDir,
+}
+
+/// A runtime that may be dropped inside another one.
+#[derive(Debug)]
+struct Background(Option<Runtime>);
+
+/// The coordinator's flags as they are on its command line.
+#[derive(Parser)]
+struct Flags {
+    #[command(flatten)]
+    config: paceline_coordinator::Config,
+}
+
+impl InProcessCluster {
+    /// Starts a cluster and waits until it answers.
+    ///
+    /// # Errors
+    /// A flag that is refused, or a cluster that does not become ready.
+    pub async fn start(spec: &InProcessSpec) -> anyhow::Result<Self> {
+        let folder = TempDir::new()?;
+        let model = folder.path().join("hash-model.gguf");
+        std::fs::write(&model, model_file()?)?;
+        let (stop, stopped) = watch::channel(false);
+        let (coordinator, shards) =
+            (runtime("coordinator", spec.coordinator_threads)?, runtime("shards", 1)?);
+        let (mut tasks, mut addresses) = (Vec::new(), Vec::new());
+        for _ in 0..spec.n_ranks {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            addresses.push(format!("http://{}", listener.local_addr()?));
+            let (machine, listener) = (machine(&model, &spec.device)?, listener.into_std()?);
+            let (binding, stopped) =
+                (BindSpec { host: "127.0.0.1".into(), port: 0, advertised_host: None }, stopped.clone());
+            tasks.push(shards.get().spawn(async move {
+                let listener = TcpListener::from_std(listener)?;
+                paceline_shard::run_on(listener, machine, binding, asked(stopped)).await
+            }));
+        }
+        let config = config(&model, &addresses, &spec.coordinator_args)?;
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = format!("http://{}", listener.local_addr()?);
+        let listener = listener.into_std()?;
+        tasks.push(coordinator.get().spawn(async move {
+            let listener = TcpListener::from_std(listener)?;
+            paceline_coordinator::run_on(listener, config, asked(stopped)).await
+        }));
+        let cluster = Self { address, coordinator, shards, tasks, stop, _model: folder };
+        cluster.answers().await?;
+        Ok(cluster)
+    }
+
+    /// Where clients reach it, as a URL.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// A new connection.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {
+        connect(&self.address).await
+    }
+
+    /// Tasks of the coordinator and of the shards that have not ended.
+    pub fn n_tasks(&self) -> (usize, usize) {
+        let of = |runtime: &Background| runtime.get().metrics().num_alive_tasks();
+        (of(&self.coordinator), of(&self.shards))
+    }
+
+    /// Waits until a request is answered.
+    async fn answers(&self) -> anyhow::Result<()> {
+        let (started, mut client) = (Instant::now(), self.client().await?);
+        loop {
+            match generate(&mut client, from_tokens(vec![1], 1)).await {
+                Ok(_) => return Ok(()),
+                Err(status) if status.code() == Code::Unavailable => {}
+                Err(status) => return Err(status).context("the cluster does not answer"),
+            }
+            ensure!(started.elapsed() < DEADLINE, "the cluster was not ready after {DEADLINE:?}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Stops everything. The cluster's clients must be gone, else their connections are waited for.
+    ///
+    /// # Errors
+    /// What a service ended with.
+    pub async fn stop(self) -> anyhow::Result<()> {
+        self.stop.send_replace(true);
+        let ended = async {
+            for task in self.tasks {
+                task.await??;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(DEADLINE, ended).await.context("a service does not stop")?
+    }
+}
+
+impl Background {
+    fn get(&self) -> &Runtime {
+        self.0.as_ref().expect("invariant: it is there until it is dropped")
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// The name is that of its threads.
+fn runtime(name: &str, n_threads: usize) -> anyhow::Result<Background> {
+    let mut builder = Builder::new_multi_thread();
+    let runtime = builder.worker_threads(n_threads).thread_name(name).enable_all().build()?;
+    Ok(Background(Some(runtime)))
+}
+
+async fn asked(mut stopped: watch::Receiver<bool>) {
+    // A cluster that is dropped stops too.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
+}
+
+fn model_file() -> anyhow::Result<Vec<u8>> {
+    let config = ModelConfig { n_vocab: N_VOCAB, context_length: CONTEXT, ..tiny_config() };
+    Ok(Synthetic { config, seed: 1, weight_type: uniform(WeightType::F32) }.to_gguf()?)
+}
+
+fn machine(model: &Path, device: &HashModel) -> anyhow::Result<Machine> {
+    let checkpoint = Checkpoint::open(model)?;
+    Ok(Machine {
+        config: Arc::new(ModelConfig::from_checkpoint(&checkpoint)?),
+        checkpoint: Arc::new(checkpoint),
+        device: Arc::new(device.clone()),
+        n_threads: 1,
+        transport: Transport::Auto,
+    })
+}
+
+fn config(
+    model: &Path,
+    shards: &[String],
+    arguments: &[String],
+) -> anyhow::Result<paceline_coordinator::Config> {
+    let model = model.to_str().context("the folder of temporary files is not UTF-8")?;
+    let shards = shards.join(",");
+    let fixed = ["coordinator", "--model", model, "--model-name", "hash-model", "--shards", &shards];
+    let arguments = fixed.into_iter().chain(arguments.iter().map(String::as_str));
+    Ok(Flags::try_parse_from(arguments)?.config)
+}

@@ -1,0 +1,293 @@
+//! Random schedules of requests: who arrives when, how long, what is shared, who goes away. They follow from a seed. Each
+//! request knows the tokens it has when it runs alone; running a schedule tells what it got instead.
+
+use std::fmt;
+
+use futures_util::future::join_all;
+use paceline_domain::{SamplingParams, TokenId, group::BLOCK_POSITIONS};
+use paceline_wire::inference::{
+    GenerateRequest, SamplingOptions, StopOptions, TokenIds, generate_request::Input,
+    generate_response::Event, inference_client::InferenceClient,
+};
+use tokio::sync::watch;
+use tonic::{Status, transport::Channel};
+
+use crate::random::Random;
+
+/// Lengths of shared prefixes: at the borders of blocks.
+const SHARED: [usize; 9] = [
+    BLOCK_POSITIONS - 1,
+    BLOCK_POSITIONS,
+    BLOCK_POSITIONS + 1,
+    2 * BLOCK_POSITIONS - 1,
+    2 * BLOCK_POSITIONS,
+    2 * BLOCK_POSITIONS + 1,
+    3 * BLOCK_POSITIONS - 1,
+    3 * BLOCK_POSITIONS,
+    3 * BLOCK_POSITIONS + 1,
+];
+/// Texts that prefixes are taken from.
+const N_FAMILIES: usize = 3;
+
+/// Bounds of a schedule.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// Most requests.
+    pub max_jobs: usize,
+    /// Most tokens of prompt and output of one request: what context and pool hold.
+    pub max_tokens: usize,
+    /// Most tokens that one request generates.
+    pub max_output: usize,
+    /// Tokens that prompts are made of: 0 up to this.
+    pub n_vocab: usize,
+    /// Token that ends a text.
+    pub end_token: TokenId,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// What is sent.
+    pub prompt: Vec<TokenId>,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Tokens that end it.
+    pub end_tokens: Vec<TokenId>,
+    /// It is sent when the one before it has received so many tokens, or has ended.
+    pub after: usize,
+    /// The client goes away after so many tokens; 0 is before the first.
+    pub cancelled_after: Option<usize>,
+    /// The tokens it has when it runs alone.
+    pub alone: Vec<TokenId>,
+}
+
+/// What a request got.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Received {
+    /// Tokens in order.
+    pub tokens: Vec<TokenId>,
+    /// Whether it came to its end.
+    pub is_finished: bool,
+}
+
+/// A difference, with all that is needed to see it again.
+#[derive(Debug)]
+pub struct Mismatch {
+    /// Of the schedule.
+    pub seed: u64,
+    /// Index of the request.
+    pub job: usize,
+    /// What came.
+    pub received: Result<Received, Status>,
+    /// What was sent, and what should have come.
+    pub sent: Job,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seed, job, received, sent } = self;
+        let (n_prompt, n_alone) = (sent.prompt.len(), sent.alone.len());
+        write!(
+            formatter,
+            "seed {seed}, request {job} with {n_prompt} prompt tokens, {n_alone} tokens alone: "
+        )?;
+        match received {
+            Err(status) => write!(formatter, "{:?}: {}", status.code(), status.message())?,
+            Ok(received) => {
+                let same = received.tokens.iter().zip(&sent.alone).take_while(|(one, other)| one == other);
+                let (n_same, n_received) = (same.count(), received.tokens.len());
+                write!(
+                    formatter,
+                    "{n_received} tokens came, finished {}, the first {n_same} are equal",
+                    received.is_finished
+                )?;
+            }
+        }
+        write!(formatter, "; {:?}, cancelled after {:?}", sent.sampling, sent.cancelled_after)
+    }
+}
+
+/// Requests that belong together.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    /// What it follows from.
+    pub seed: u64,
+    /// The requests, in the order in which they are sent.
+    pub jobs: Vec<Job>,
+}
+
+/// Makes schedules for one cluster: its texts are shared by all of them.
+pub struct Schedules<'a> {
+    shape: Shape,
+    families: Vec<Vec<TokenId>>,
+    /// The tokens a request has when it runs alone.
+    alone: &'a dyn Fn(&Job) -> Vec<TokenId>,
+}
+
+impl<'a> Schedules<'a> {
+    /// Texts follow from the seed. `alone` is asked about each request once; its `alone` is not set then.
+    pub fn new(seed: u64, shape: Shape, alone: &'a dyn Fn(&Job) -> Vec<TokenId>) -> Self {
+        let mut random = Random::new(seed);
+        let longest = SHARED[SHARED.len() - 1];
+        let families = (0..N_FAMILIES).map(|_| text(&mut random, longest, &shape)).collect();
+        Self { shape, families, alone }
+    }
+
+    /// The schedule of a seed.
+    pub fn schedule(&self, seed: u64) -> Schedule {
+        let mut random = Random::new(seed);
+        let n_jobs = random.within(2..self.shape.max_jobs + 1);
+        let mut jobs: Vec<Job> = Vec::with_capacity(n_jobs);
+        for _ in 0..n_jobs {
+            let mut job = self.job(&mut random, &jobs);
+            job.alone = (self.alone)(&job);
+            jobs.push(job);
+        }
+        Schedule { seed, jobs }
+    }
+
+    fn job(&self, random: &mut Random, before: &[Job]) -> Job {
+        let room = self.shape.max_tokens;
+        let mut prompt = self.prompt(random, before);
+        prompt.truncate(room - 1);
+        let most = (room - prompt.len()).min(self.shape.max_output);
+        let max_tokens = random.within(1..most + 1);
+        let cancelled_after = random.happens(0.2).then(|| random.within(0..max_tokens + 1));
+        Job {
+            prompt,
+            sampling: sampling(random),
+            max_tokens,
+            end_tokens: if random.happens(0.5) { vec![self.shape.end_token] } else { Vec::new() },
+            after: if random.happens(0.4) { 0 } else { random.within(0..12) },
+            cancelled_after,
+            alone: Vec::new(),
+        }
+    }
+
+    /// A text of its own, one that begins like others, the same as another's, or the next turn of a conversation.
+    fn prompt(&self, random: &mut Random, before: &[Job]) -> Vec<TokenId> {
+        let mut prompt = match random.within(0..10) {
+            0..5 => {
+                let length = *random.pick(&SHARED);
+                random.pick(&self.families)[..length].to_vec()
+            }
+            5 | 6 if !before.is_empty() => {
+                let earlier = random.pick(before);
+                [earlier.prompt.as_slice(), &earlier.alone].concat()
+            }
+            7 if !before.is_empty() => return random.pick(before).prompt.clone(),
+            _ => text(random, 1, &self.shape),
+        };
+        let n_own = random.within(0..20);
+        prompt.extend(text(random, n_own, &self.shape));
+        prompt
+    }
+}
+
+fn text(random: &mut Random, length: usize, shape: &Shape) -> Vec<TokenId> {
+    (0..length).map(|_| TokenId(random.within(0..shape.n_vocab) as u32)).collect()
+}
+
+fn sampling(random: &mut Random) -> SamplingParams {
+    let seeded = SamplingParams { seed: random.bits(), ..SamplingParams::default() };
+    match random.within(0..6) {
+        0..3 => SamplingParams { seed: seeded.seed, ..SamplingParams::greedy() },
+        3 => seeded,
+        4 => SamplingParams { temperature: 0.7, frequency_penalty: 0.5, repetition_penalty: 1.3, ..seeded },
+        _ => SamplingParams { temperature: 2.0, top_k: 9, presence_penalty: -0.5, ..seeded },
+    }
+}
+
+impl Job {
+    /// As it is sent.
+    pub fn request(&self) -> GenerateRequest {
+        let sampling = &self.sampling;
+        GenerateRequest {
+            model: None,
+            input: Some(Input::TokenIds(TokenIds { ids: self.prompt.iter().map(|token| token.0).collect() })),
+            sampling: Some(SamplingOptions {
+                temperature: Some(sampling.temperature),
+                top_k: Some(sampling.top_k),
+                repetition_penalty: Some(sampling.repetition_penalty),
+                presence_penalty: Some(sampling.presence_penalty),
+                frequency_penalty: Some(sampling.frequency_penalty),
+                seed: Some(sampling.seed),
+                ..SamplingOptions::default()
+            }),
+            stop: Some(StopOptions {
+                max_tokens: Some(self.max_tokens as u32),
+                token_ids: self.end_tokens.iter().map(|token| token.0).collect(),
+                ignore_eos: Some(true),
+                ..StopOptions::default()
+            }),
+        }
+    }
+
+    /// Whether this is what it gets when it runs alone: all of it, or the beginning when the client went away.
+    fn is_as_alone(&self, received: &Received) -> bool {
+        if self.cancelled_after.is_some() {
+            return self.alone.starts_with(&received.tokens);
+        }
+        received.is_finished && received.tokens == self.alone
+    }
+
+    async fn run(
+        &self,
+        mut client: InferenceClient<Channel>,
+        progress: &watch::Sender<usize>,
+    ) -> Result<Received, Status> {
+        let mut received = Received { tokens: Vec::new(), is_finished: false };
+        let enough =
+            |received: &Received| self.cancelled_after.is_some_and(|most| received.tokens.len() >= most);
+        let mut stream = client.generate(self.request()).await?.into_inner();
+        while !enough(&received) {
+            let Some(chunk) = stream.message().await? else { break };
+            match chunk.event {
+                Some(Event::Delta(delta)) => {
+                    received.tokens.extend(delta.token_ids.into_iter().map(TokenId));
+                    progress.send_replace(received.tokens.len());
+                }
+                Some(Event::Finished(_)) => received.is_finished = true,
+                _ => {}
+            }
+        }
+        Ok(received)
+    }
+}
+
+impl Schedule {
+    /// Sends everything and waits for its end. What each request got, in order.
+    pub async fn run(&self, client: &InferenceClient<Channel>) -> Vec<Result<Received, Status>> {
+        let senders: Vec<watch::Sender<usize>> = self.jobs.iter().map(|_| watch::Sender::new(0)).collect();
+        let jobs = self.jobs.iter().enumerate().map(|(i, job)| {
+            let (client, progress) = (client.clone(), &senders[i]);
+            let before = i.checked_sub(1).map(|before| senders[before].subscribe());
+            async move {
+                if let Some(mut before) = before.filter(|_| job.after > 0) {
+                    let _ = before.wait_for(|n_received| *n_received >= job.after).await;
+                }
+                let received = job.run(client, progress).await;
+                progress.send_replace(usize::MAX);
+                received
+            }
+        });
+        join_all(jobs).await
+    }
+
+    /// Runs it; the requests that did not get what they get alone.
+    pub async fn mismatches(&self, client: &InferenceClient<Channel>) -> Vec<Mismatch> {
+        let all = self.run(client).await.into_iter().zip(&self.jobs).enumerate();
+        let wrong = all.filter(|(_, (received, job))| {
+            !received.as_ref().is_ok_and(|received| job.is_as_alone(received))
+        });
+        let mismatch = |(job, (received, sent)): (usize, (Result<Received, Status>, &Job))| Mismatch {
+            seed: self.seed,
+            job,
+            received,
+            sent: sent.clone(),
+        };
+        wrong.map(mismatch).collect()
+    }
+}

@@ -1,0 +1,133 @@
+//! Thousands of short requests, some broken off, each answer held against what it is alone; and what the process looks like
+//! from outside: memory, processor time of its threads. It judges nothing.
+
+use std::{fs, sync::Arc};
+
+use anyhow::Context as _;
+use futures_util::future::join_all;
+use paceline_domain::{SamplingParams, TokenId};
+use paceline_wire::inference::{generate_response::Event, inference_client::InferenceClient};
+use tonic::{Status, transport::Channel};
+
+use crate::{hash_model::tokens_alone, in_process::N_VOCAB, random::Random, schedule::Job};
+
+/// What is sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Soak {
+    /// Requests.
+    pub n_requests: usize,
+    /// Those that run at the same time.
+    pub n_clients: usize,
+    /// Share of them that the client breaks off.
+    pub cancelled: f64,
+    /// What they follow from.
+    pub seed: u64,
+}
+
+/// What became of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Soaked {
+    /// With the tokens they get alone.
+    pub n_right: usize,
+    /// With other tokens, too few, or an error.
+    pub n_wrong: usize,
+    /// Broken off, with tokens that were right so far.
+    pub n_cancelled: usize,
+}
+
+impl Soak {
+    /// Sends all of it; clients share the connection.
+    pub async fn run(self, client: &InferenceClient<Channel>) -> Soaked {
+        let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let clients = (0..self.n_clients).map(|_| {
+            let (client, next) = (client.clone(), next.clone());
+            tokio::spawn(async move {
+                let mut soaked = Soaked::default();
+                loop {
+                    let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    if number >= self.n_requests {
+                        return soaked;
+                    }
+                    match self.one(number, client.clone()).await {
+                        Ok(Came::Whole) => soaked.n_right += 1,
+                        Ok(Came::Part) => soaked.n_cancelled += 1,
+                        Ok(Came::Wrong) | Err(_) => soaked.n_wrong += 1,
+                    }
+                }
+            })
+        });
+        let mut all = Soaked::default();
+        for soaked in join_all(clients).await {
+            let soaked = soaked.expect("invariant: a client does not panic");
+            all.n_right += soaked.n_right;
+            all.n_wrong += soaked.n_wrong;
+            all.n_cancelled += soaked.n_cancelled;
+        }
+        all
+    }
+
+    async fn one(&self, number: usize, mut client: InferenceClient<Channel>) -> Result<Came, Status> {
+        let mut random = Random::new(self.seed ^ (number as u64) << 20);
+        let job = short_job(&mut random, self.cancelled);
+        let mut tokens = Vec::new();
+        let enough = |tokens: &[TokenId]| job.cancelled_after.is_some_and(|most| tokens.len() >= most);
+        let mut stream = client.generate(job.request()).await?.into_inner();
+        while !enough(&tokens) {
+            match stream.message().await?.and_then(|chunk| chunk.event) {
+                Some(Event::Delta(delta)) => tokens.extend(delta.token_ids.into_iter().map(TokenId)),
+                Some(Event::Finished(_)) if tokens == job.alone => return Ok(Came::Whole),
+                Some(Event::Started(_)) => {}
+                Some(Event::Finished(_)) | None => return Ok(Came::Wrong),
+            }
+        }
+        Ok(if job.alone.starts_with(&tokens) { Came::Part } else { Came::Wrong })
+    }
+}
+
+/// What came of one request.
+enum Came {
+    Whole,
+    Part,
+    Wrong,
+}
+
+/// A request of few tokens; one in four begins as others do.
+fn short_job(random: &mut Random, cancelled: f64) -> Job {
+    let mut prompt: Vec<TokenId> =
+        if random.happens(0.25) { (0..20).map(TokenId).collect() } else { Vec::new() };
+    let n_own = random.within(1..12);
+    prompt.extend((0..n_own).map(|_| TokenId(random.within(0..N_VOCAB) as u32)));
+    let (sampling, max_tokens) = (SamplingParams::greedy(), random.within(1..9));
+    let alone = tokens_alone(N_VOCAB, &prompt, &sampling, &[], max_tokens);
+    let cancelled_after = random.happens(cancelled).then(|| random.within(0..max_tokens));
+    Job { prompt, sampling, max_tokens, end_tokens: Vec::new(), after: 0, cancelled_after, alone }
+}
+
+/// Bytes of this process that are in memory.
+///
+/// # Errors
+/// When the system does not say.
+pub fn resident_bytes() -> anyhow::Result<u64> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kilobytes * 1024)
+}
+
+/// Nanoseconds that the threads of this name have run so far.
+///
+/// # Errors
+/// When the system does not say.
+pub fn thread_nanoseconds(name: &str) -> anyhow::Result<u64> {
+    let mut total = 0;
+    for task in fs::read_dir("/proc/self/task")? {
+        let task = task?.path();
+        // A thread may have ended meanwhile.
+        let Ok(own) = fs::read_to_string(task.join("comm")) else { continue };
+        if own.trim() == name {
+            let times = fs::read_to_string(task.join("schedstat"))?;
+            total += times.split(' ').next().context("an empty schedstat")?.parse::<u64>()?;
+        }
+    }
+    Ok(total)
+}

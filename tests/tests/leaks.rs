@@ -1,0 +1,93 @@
+//! Requests leave nothing behind: no block, no place, no task, no memory. One test, because memory is the whole process's.
+
+use std::time::{Duration, Instant};
+
+use paceline_domain::{SamplingParams, TokenId};
+use paceline_tests::{
+    hash_model::{HashModel, tokens_alone},
+    in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
+    schedule::{Job, Schedule},
+    soak::{Soak, resident_bytes},
+};
+use paceline_wire::inference::inference_client::InferenceClient;
+use tonic::{Code, transport::Channel};
+
+const N_KV_BLOCKS: usize = 96;
+/// Tokens that the pool holds.
+const POOL: usize = 16 * N_KV_BLOCKS;
+/// How long what belongs to requests that have ended may take to end too; far above what it takes.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// Far below what so many requests would leave if each left anything: a kilobyte each is 12 MB.
+const MOST_GROWTH: u64 = 6 << 20;
+
+/// A request that needs every block of the pool, and every token of the budget.
+fn whole_pool() -> Schedule {
+    let prompt: Vec<TokenId> = (0..POOL - 8).map(|i| TokenId((i * i % 61) as u32)).collect();
+    let sampling = SamplingParams::greedy();
+    let alone = tokens_alone(N_VOCAB, &prompt, &sampling, &[], 8);
+    let job = Job {
+        prompt,
+        sampling,
+        max_tokens: 8,
+        end_tokens: Vec::new(),
+        after: 0,
+        cancelled_after: None,
+        alone,
+    };
+    Schedule { seed: 0, jobs: vec![job] }
+}
+
+/// A lost block lets it wait for ever, a lost place gets it refused for ever. What was cancelled last may hold both for a
+/// moment.
+async fn assert_nothing_is_held(client: &InferenceClient<Channel>) {
+    let (started, whole_pool) = (Instant::now(), whole_pool());
+    loop {
+        let run = tokio::time::timeout(DEADLINE, whole_pool.mismatches(client)).await;
+        let mismatches = run.expect("a request of the whole pool waits: a block is lost");
+        let Some(mismatch) = mismatches.first() else { return };
+        let is_refused =
+            mismatch.received.as_ref().is_err_and(|status| status.code() == Code::ResourceExhausted);
+        assert!(is_refused && started.elapsed() < DEADLINE, "{mismatch}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Tasks end a moment after their request.
+async fn wait_for_tasks(cluster: &InProcessCluster, before: (usize, usize)) {
+    let started = Instant::now();
+    loop {
+        let now = cluster.n_tasks();
+        if now.0 <= before.0 && now.1 <= before.1 {
+            return;
+        }
+        assert!(started.elapsed() < DEADLINE, "{now:?} tasks of coordinator and shards, {before:?} before");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn requests_and_cancels_leave_no_block_place_task_or_memory() {
+    let (blocks, tokens) = (N_KV_BLOCKS.to_string(), POOL.to_string());
+    let flags = ["--kv-blocks", &blocks, "--max-queued-tokens", &tokens, "--context", &tokens];
+    let spec = InProcessSpec::new(&HashModel::new(), &flags);
+    let cluster = InProcessCluster::start(&spec).await.expect("starts");
+    let client = cluster.client().await.expect("a connection");
+    let soak = |n_requests, seed| {
+        let soak = Soak { n_requests, n_clients: 32, cancelled: 0.5, seed };
+        soak.run(&client)
+    };
+    soak(3_000, 1).await;
+    assert_nothing_is_held(&client).await;
+    let (tasks, bytes) = (cluster.n_tasks(), resident_bytes().expect("a size"));
+
+    let soaked = soak(12_000, 2).await;
+    assert_eq!(soaked.n_wrong, 0, "{soaked:?}");
+    assert!(soaked.n_cancelled > 5_000 && soaked.n_right > 5_000, "{soaked:?}");
+    wait_for_tasks(&cluster, tasks).await;
+    assert_nothing_is_held(&client).await;
+    let grown = resident_bytes().expect("a size").saturating_sub(bytes);
+    println!("{soaked:?}, {} KB more than before", grown >> 10);
+    assert!(grown < MOST_GROWTH, "{grown} bytes more after 12000 requests");
+    drop(client);
+    cluster.stop().await.expect("stops");
+}
