@@ -28,6 +28,9 @@ struct Options {
     /// Rounds for each number of sequences
     #[arg(long, default_value_t = 4)]
     rounds: usize,
+    /// Connections that the streams share [default: one each]
+    #[arg(long)]
+    connections: Option<usize>,
     /// Short requests whose memory is watched; 0 for none
     #[arg(long, default_value_t = 100_000)]
     requests: usize,
@@ -114,6 +117,8 @@ async fn step_cost(options: &Options, n_sequences: usize) -> anyhow::Result<Step
     ensure!((1..=256).contains(&n_sequences), "--sequences must be from 1 to 256, not {n_sequences}");
     let device = HashModel::recording();
     let cluster = start(options, &device, n_sequences).await?;
+    let n_connections = options.connections.unwrap_or(n_sequences).clamp(1, n_sequences);
+    let clients = try_join_all((0..n_connections).map(|_| cluster.client())).await?;
     let (mut between, mut step, mut pass) = (Vec::new(), Vec::new(), Vec::new());
     let (mut cpu, mut n_steps) = ([0, 0], 0);
     // The first round warms up.
@@ -121,7 +126,7 @@ async fn step_cost(options: &Options, n_sequences: usize) -> anyhow::Result<Step
         device.take_recorded();
         let before = cpu_nanoseconds()?;
         let streams = (0..n_sequences).map(async |i| {
-            let mut client = cluster.client().await?;
+            let mut client = clients[i % n_connections].clone();
             let request = from_tokens(vec![i as u32 % 60, 1 + i as u32 / 60], options.steps);
             generate(&mut client, request).await.context("a stream failed")
         });
@@ -142,6 +147,7 @@ async fn step_cost(options: &Options, n_sequences: usize) -> anyhow::Result<Step
             pass.push(microseconds(pair[0].ended - pair[0].began));
         }
     }
+    drop(clients);
     cluster.stop().await?;
     let of = |values: &[f64], percent| percentile(values, percent).context("no step had all sequences");
     Ok(StepCost {
