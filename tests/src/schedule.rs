@@ -70,6 +70,8 @@ pub struct Received {
     pub tokens: Vec<TokenId>,
     /// Whether it came to its end.
     pub is_finished: bool,
+    /// Tokens of its prompt that were found in the prefix cache; known at its end.
+    pub n_cached: u32,
 }
 
 /// A difference, with all that is needed to see it again.
@@ -238,7 +240,7 @@ impl Job {
         mut client: InferenceClient<Channel>,
         progress: &watch::Sender<usize>,
     ) -> Result<Received, Status> {
-        let mut received = Received { tokens: Vec::new(), is_finished: false };
+        let mut received = Received { tokens: Vec::new(), is_finished: false, n_cached: 0 };
         let enough =
             |received: &Received| self.cancelled_after.is_some_and(|most| received.tokens.len() >= most);
         let mut stream = client.generate(self.request()).await?.into_inner();
@@ -249,7 +251,10 @@ impl Job {
                     received.tokens.extend(delta.token_ids.into_iter().map(TokenId));
                     progress.send_replace(received.tokens.len());
                 }
-                Some(Event::Finished(_)) => received.is_finished = true,
+                Some(Event::Finished(finished)) => {
+                    received.is_finished = true;
+                    received.n_cached = finished.usage.map_or(0, |usage| usage.cached_tokens);
+                }
                 _ => {}
             }
         }
@@ -276,18 +281,12 @@ impl Schedule {
         join_all(jobs).await
     }
 
-    /// Runs it; the requests that did not get what they get alone.
-    pub async fn mismatches(&self, client: &InferenceClient<Channel>) -> Vec<Mismatch> {
-        let all = self.run(client).await.into_iter().zip(&self.jobs).enumerate();
-        let wrong = all.filter(|(_, (received, job))| {
-            !received.as_ref().is_ok_and(|received| job.is_as_alone(received))
-        });
-        let mismatch = |(job, (received, sent)): (usize, (Result<Received, Status>, &Job))| Mismatch {
-            seed: self.seed,
-            job,
-            received,
-            sent: sent.clone(),
+    /// The requests that did not get what they get alone.
+    pub fn mismatches(&self, received: Vec<Result<Received, Status>>) -> Vec<Mismatch> {
+        let mismatch = |(job, (received, sent)): (usize, (Result<Received, Status>, &Job))| {
+            let is_right = received.as_ref().is_ok_and(|received| sent.is_as_alone(received));
+            (!is_right).then(|| Mismatch { seed: self.seed, job, received, sent: sent.clone() })
         };
-        wrong.map(mismatch).collect()
+        received.into_iter().zip(&self.jobs).enumerate().filter_map(mismatch).collect()
     }
 }

@@ -5,11 +5,15 @@ use std::{fs, sync::Arc};
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
+use paceline::answer::connect;
 use paceline_domain::{SamplingParams, TokenId};
 use paceline_wire::inference::{generate_response::Event, inference_client::InferenceClient};
 use tonic::{Status, transport::Channel};
 
 use crate::{hash_model::tokens_alone, in_process::N_VOCAB, random::Random, schedule::Job};
+
+/// Requests that a connection is used for.
+const MAX_USES: usize = 500;
 
 /// What is sent.
 #[derive(Clone, Copy, Debug)]
@@ -25,22 +29,26 @@ pub struct Soak {
 }
 
 /// What became of them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Soaked {
     /// With the tokens they get alone.
     pub n_right: usize,
-    /// With other tokens, too few, or an error.
+    /// With other tokens, or too few.
     pub n_wrong: usize,
+    /// With an error.
+    pub n_failed: usize,
+    /// Of the first error.
+    pub problem: Option<String>,
     /// Broken off, with tokens that were right so far.
     pub n_cancelled: usize,
 }
 
 impl Soak {
-    /// Sends all of it; clients share the connection.
-    pub async fn run(self, client: &InferenceClient<Channel>) -> Soaked {
+    /// Sends all of it to a coordinator; each client has a connection of its own.
+    pub async fn run(self, address: &str) -> Soaked {
         let next = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let clients = (0..self.n_clients).map(|_| {
-            let (client, next) = (client.clone(), next.clone());
+            let (mut connection, next) = (Connection::new(address), next.clone());
             tokio::spawn(async move {
                 let mut soaked = Soaked::default();
                 loop {
@@ -48,10 +56,14 @@ impl Soak {
                     if number >= self.n_requests {
                         return soaked;
                     }
-                    match self.one(number, client.clone()).await {
+                    match self.one(number, &mut connection).await {
                         Ok(Came::Whole) => soaked.n_right += 1,
                         Ok(Came::Part) => soaked.n_cancelled += 1,
-                        Ok(Came::Wrong) | Err(_) => soaked.n_wrong += 1,
+                        Ok(Came::Wrong) => soaked.n_wrong += 1,
+                        Err(status) => {
+                            soaked.n_failed += 1;
+                            soaked.problem.get_or_insert_with(|| format!("{status:?}"));
+                        }
                     }
                 }
             })
@@ -61,17 +73,19 @@ impl Soak {
             let soaked = soaked.expect("invariant: a client does not panic");
             all.n_right += soaked.n_right;
             all.n_wrong += soaked.n_wrong;
+            all.n_failed += soaked.n_failed;
+            all.problem = all.problem.or(soaked.problem);
             all.n_cancelled += soaked.n_cancelled;
         }
         all
     }
 
-    async fn one(&self, number: usize, mut client: InferenceClient<Channel>) -> Result<Came, Status> {
+    async fn one(&self, number: usize, connection: &mut Connection) -> Result<Came, Status> {
         let mut random = Random::new(self.seed ^ (number as u64) << 20);
         let job = short_job(&mut random, self.cancelled);
         let mut tokens = Vec::new();
         let enough = |tokens: &[TokenId]| job.cancelled_after.is_some_and(|most| tokens.len() >= most);
-        let mut stream = client.generate(job.request()).await?.into_inner();
+        let mut stream = connection.client().await?.generate(job.request()).await?.into_inner();
         while !enough(&tokens) {
             match stream.message().await?.and_then(|chunk| chunk.event) {
                 Some(Event::Delta(delta)) => tokens.extend(delta.token_ids.into_iter().map(TokenId)),
@@ -81,6 +95,29 @@ impl Soak {
             }
         }
         Ok(if job.alone.starts_with(&tokens) { Came::Part } else { Came::Wrong })
+    }
+}
+
+/// A connection that is made anew now and then: the HTTP/2 library of a client gives a connection up when it has broken off
+/// about a thousand streams that still had something to come.
+struct Connection {
+    address: String,
+    client: Option<InferenceClient<Channel>>,
+    n_used: usize,
+}
+
+impl Connection {
+    fn new(address: &str) -> Self {
+        Self { address: address.into(), client: None, n_used: 0 }
+    }
+
+    async fn client(&mut self) -> Result<&mut InferenceClient<Channel>, Status> {
+        self.n_used += 1;
+        if self.client.is_none() || self.n_used.is_multiple_of(MAX_USES) {
+            let connected = connect(&self.address).await;
+            self.client = Some(connected.map_err(|error| Status::unavailable(format!("{error:#}")))?);
+        }
+        Ok(self.client.as_mut().expect("invariant: connected above"))
     }
 }
 

@@ -8,10 +8,10 @@ use paceline_tests::{
     hash_model::{Flaw, HashModel, tokens_alone},
     in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
     random::Random,
-    schedule::{Job, Mismatch, Schedule, Schedules, Shape},
+    schedule::{Job, Mismatch, Received, Schedule, Schedules, Shape},
 };
 use paceline_wire::inference::inference_client::InferenceClient;
-use tonic::transport::Channel;
+use tonic::{Status, transport::Channel};
 
 /// Clusters, each with other limits; schedules that each of them runs.
 const N_CLUSTERS: u64 = 50;
@@ -69,8 +69,12 @@ impl Limits {
     }
 
     /// Runs a schedule; one that does not end is told by its seed.
-    async fn mismatches(&self, schedule: &Schedule, client: &InferenceClient<Channel>) -> Vec<Mismatch> {
-        let ended = tokio::time::timeout(DEADLINE, schedule.mismatches(client)).await;
+    async fn run(
+        &self,
+        schedule: &Schedule,
+        client: &InferenceClient<Channel>,
+    ) -> Vec<Result<Received, Status>> {
+        let ended = tokio::time::timeout(DEADLINE, schedule.run(client)).await;
         let (flags, seed) = (self.flags.join(" "), schedule.seed);
         ended.unwrap_or_else(|_| panic!("{flags}, {} ranks: seed {seed} does not end", self.n_ranks))
     }
@@ -107,7 +111,7 @@ impl Differences {
 #[tokio::test]
 async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     let mut differences = Differences::default();
-    let (mut n_whole, mut n_cancelled) = (0, 0);
+    let (mut n_whole, mut n_cancelled, mut n_cached) = (0, 0, 0);
     for cluster_seed in 0..N_CLUSTERS {
         let limits = Limits::random(cluster_seed);
         let cluster = limits.start(&HashModel::new()).await;
@@ -117,13 +121,15 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
             let schedule = schedules.schedule(cluster_seed * N_SCHEDULES + i);
             let n = schedule.jobs.iter().filter(|job| job.cancelled_after.is_some()).count();
             (n_whole, n_cancelled) = (n_whole + schedule.jobs.len() - n, n_cancelled + n);
-            differences.add(&limits, &limits.mismatches(&schedule, &client).await);
+            let received = limits.run(&schedule, &client).await;
+            n_cached += received.iter().flatten().map(|received| u64::from(received.n_cached)).sum::<u64>();
+            differences.add(&limits, &schedule.mismatches(received));
         }
         drop(client);
         cluster.stop().await.expect("stops");
     }
     differences.assert_none();
-    println!("{n_whole} requests to their end, {n_cancelled} cancelled");
+    println!("{n_whole} requests to their end, {n_cancelled} cancelled, {n_cached} prompt tokens cached");
     assert!(n_whole > 10_000 && n_cancelled > 2_000, "{n_whole} and {n_cancelled} are too few to say so");
 }
 
@@ -139,7 +145,7 @@ async fn so_they_do_when_passes_fail_and_the_group_is_formed_anew() {
         for i in 0..4 {
             device.fail_after(random.within(0..30) as u32);
             let schedule = schedules.schedule(cluster_seed * 4 + i);
-            differences.add(&limits, &limits.mismatches(&schedule, &client).await);
+            differences.add(&limits, &schedule.mismatches(limits.run(&schedule, &client).await));
         }
         n_failed += device.n_failed();
         drop(client);
@@ -163,7 +169,7 @@ async fn alone_is_what_it_says() {
         let mut schedule = schedules.schedule(seed);
         for job in std::mem::take(&mut schedule.jobs) {
             schedule.jobs = vec![Job { cancelled_after: None, after: 0, ..job }];
-            let mismatches = limits.mismatches(&schedule, &client).await;
+            let mismatches = schedule.mismatches(limits.run(&schedule, &client).await);
             assert!(mismatches.is_empty(), "{}", mismatches[0]);
             n_jobs += 1;
         }
@@ -180,7 +186,8 @@ async fn wrong_kv_entries_do_not_stay_hidden() {
         let limits = Limits { flags: vec!["--context".into(), CONTEXT.to_string()], shape, ..limits };
         let cluster = limits.start(&HashModel::flawed(flaw)).await;
         let client = cluster.client().await.expect("a connection");
-        let mismatches = limits.mismatches(&limits.schedules(11).schedule(11), &client).await;
+        let schedule = limits.schedules(11).schedule(11);
+        let mismatches = schedule.mismatches(limits.run(&schedule, &client).await);
         let differ = mismatches.iter().filter(|mismatch| mismatch.received.is_ok()).count();
         assert!(differ > 0, "{flaw:?} was not noticed");
         drop(client);

@@ -31,7 +31,7 @@ async fn schedules_on_a_real_model_give_each_request_what_it_gets_alone() {
     let cluster = TestCluster::start(ClusterSpec::small(2).coordinator_args(&scarce)).await;
     let client = cluster.client().await;
     for schedule in schedules {
-        let mismatches = schedule.mismatches(&client).await;
+        let mismatches = schedule.mismatches(schedule.run(&client).await);
         let shown: Vec<String> = mismatches.iter().map(ToString::to_string).collect();
         assert!(shown.is_empty(), "{}", shown.join("\n"));
     }

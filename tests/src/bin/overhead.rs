@@ -69,7 +69,11 @@ struct StepCost {
 struct Memory {
     requests: usize,
     cancelled: usize,
+    /// With other tokens than alone.
     wrong: usize,
+    failed: usize,
+    /// Of the first that failed.
+    problem: Option<String>,
     requests_per_s: f64,
     /// Bytes in memory after each tenth of the requests.
     resident_bytes: Vec<u64>,
@@ -165,18 +169,21 @@ async fn step_cost(options: &Options, n_sequences: usize) -> anyhow::Result<Step
 
 async fn memory(options: &Options) -> anyhow::Result<Memory> {
     let cluster = start(options, &HashModel::new(), 64).await?;
-    let client = cluster.client().await?;
     let soak = |n_requests, seed| {
         let soak = Soak { n_requests, n_clients: 64, cancelled: options.cancel_fraction, seed };
-        soak.run(&client)
+        soak.run(cluster.address())
     };
+    let tasks_before = cluster.n_tasks();
     soak(1_000, 0).await;
-    let (tasks_before, started) = (cluster.n_tasks(), Instant::now());
-    let (mut cancelled, mut wrong, mut sizes) = (0, 0, vec![resident_bytes()?]);
+    let started = Instant::now();
+    let (mut cancelled, mut wrong, mut failed, mut problem) = (0, 0, 0, None);
+    let mut sizes = vec![resident_bytes()?];
     for tenth in 1..=10 {
         let soaked = soak(options.requests / 10, tenth).await;
         cancelled += soaked.n_cancelled;
         wrong += soaked.n_wrong;
+        failed += soaked.n_failed;
+        problem = problem.or(soaked.problem);
         sizes.push(resident_bytes()?);
         eprintln!(
             "{} of {} requests, {} KB",
@@ -189,12 +196,13 @@ async fn memory(options: &Options) -> anyhow::Result<Memory> {
     // Tasks of the last requests end a moment after them.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let tasks_after = cluster.n_tasks();
-    drop(client);
     cluster.stop().await?;
     Ok(Memory {
         requests: options.requests,
         cancelled,
         wrong,
+        failed,
+        problem,
         requests_per_s,
         resident_bytes: sizes,
         tasks_before,
