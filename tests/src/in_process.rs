@@ -204,6 +204,7 @@ fn model_file() -> anyhow::Result<Vec<u8>> {
 fn machine(model: &Path, device: &HashModel) -> anyhow::Result<Machine> {
     let checkpoint = Checkpoint::open(model)?;
     Ok(Machine {
+        quantize: None,
         config: Arc::new(ModelConfig::from_checkpoint(&checkpoint)?),
         checkpoint: Arc::new(checkpoint),
         device: Arc::new(device.clone()),

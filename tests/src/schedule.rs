@@ -207,6 +207,7 @@ impl Job {
     pub fn request(&self) -> GenerateRequest {
         let sampling = &self.sampling;
         GenerateRequest {
+            speculation: None,
             model: None,
             input: Some(Input::TokenIds(TokenIds { ids: self.prompt.iter().map(|token| token.0).collect() })),
             sampling: Some(SamplingOptions {

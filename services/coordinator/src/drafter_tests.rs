@@ -54,6 +54,7 @@ fn decoder() -> Decoder {
         config: &config,
         plan: &plan,
         rank: 0,
+        quantize: None,
         capacity,
         progress: &|_| (),
     };

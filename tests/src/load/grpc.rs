@@ -62,6 +62,7 @@ impl Grpc {
             ..StopOptions::default()
         };
         GenerateRequest {
+            speculation: None,
             model: Some(self.model.clone()),
             input: Some(input),
             sampling: Some(self.sampling.clone()),

@@ -42,6 +42,7 @@ pub fn decoder(seed: u64) -> Decoder {
         config: &config,
         plan: &SplitPlan::new(&config, 1).expect("a plan"),
         rank: 0,
+        quantize: None,
         capacity: Capacity {
             kv_type: KvType::F16,
             n_kv_blocks: limits().n_kv_blocks as usize,
