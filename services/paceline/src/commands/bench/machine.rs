@@ -7,6 +7,8 @@ use paceline_kernels::{
     machine::{DotOperands, PRODUCTS_PER_ROUND, dot_rounds, sum_words},
 };
 
+use super::spread::Spread;
+
 /// Least memory that is read: far more than any cache.
 const MIN_BUFFER_BYTES: usize = 1 << 30;
 /// Times the last cache that is read at least.
@@ -25,17 +27,20 @@ const N_TRIES: usize = 100;
 /// What some threads reach together.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Limits {
-    /// Bytes read from memory in a second.
+    /// Bytes read from memory in a second, at best.
     pub read_bytes_per_s: f64,
+    /// The same in the median: less where others share the memory.
+    pub median_read_bytes_per_s: f64,
     /// Products of two bytes, each added to a sum, in a second.
     pub products_per_s: f64,
 }
 
 impl Limits {
-    /// The larger of each.
-    pub fn max(self, other: Self) -> Self {
+    /// Of two measurements: the better, and the mean of medians.
+    pub fn join(self, other: Self) -> Self {
         Self {
             read_bytes_per_s: self.read_bytes_per_s.max(other.read_bytes_per_s),
+            median_read_bytes_per_s: (self.median_read_bytes_per_s + other.median_read_bytes_per_s) / 2.0,
             products_per_s: self.products_per_s.max(other.products_per_s),
         }
     }
@@ -43,6 +48,11 @@ impl Limits {
     /// Bytes read in a second, in 10^9.
     pub fn read_gb_per_s(&self) -> f64 {
         self.read_bytes_per_s / 1e9
+    }
+
+    /// The median of that.
+    pub fn median_read_gb_per_s(&self) -> f64 {
+        self.median_read_bytes_per_s / 1e9
     }
 
     /// Integer operations in a second, in 10^9: a product and its addition are two.
@@ -60,15 +70,17 @@ pub fn measure(kernels: &'static Kernels, thread_counts: &[usize]) -> Vec<Limits
     drop(writers);
     let limits = |n_threads: &usize| {
         let pool = ThreadPool::new(*n_threads, Pinning::None);
+        let read = read_bytes_per_s(kernels, &pool, &words);
         Limits {
-            read_bytes_per_s: read_bytes_per_s(kernels, &pool, &words),
-            products_per_s: products_per_s(kernels, &pool),
+            read_bytes_per_s: read.max,
+            median_read_bytes_per_s: read.median,
+            products_per_s: products_per_s(kernels, &pool).max,
         }
     };
     thread_counts.iter().map(limits).collect()
 }
 
-fn read_bytes_per_s(kernels: &'static Kernels, pool: &ThreadPool, words: &[u64]) -> f64 {
+fn read_bytes_per_s(kernels: &'static Kernels, pool: &ThreadPool, words: &[u64]) -> Spread {
     let pieces: Vec<&[u64]> = words.chunks(PIECE_WORDS).collect();
     let n_pieces = pieces.len() / STRETCHES;
     let read = |attempt: usize| {
@@ -77,10 +89,10 @@ fn read_bytes_per_s(kernels: &'static Kernels, pool: &ThreadPool, words: &[u64])
             black_box(sum_words(kernels, stretch[piece]));
         })
     };
-    (n_pieces * PIECE_WORDS * size_of::<u64>()) as f64 / fastest_s(N_SWEEPS * STRETCHES, read)
+    per_second(n_pieces * PIECE_WORDS * size_of::<u64>(), N_SWEEPS * STRETCHES, read)
 }
 
-fn products_per_s(kernels: &'static Kernels, pool: &ThreadPool) -> f64 {
+fn products_per_s(kernels: &'static Kernels, pool: &ThreadPool) -> Spread {
     let operands = DotOperands::new(|i| i as u8, |i| i as i8);
     let n_tasks = TASKS_PER_THREAD * pool.n_threads();
     let multiply = |_| {
@@ -88,16 +100,17 @@ fn products_per_s(kernels: &'static Kernels, pool: &ThreadPool) -> f64 {
             black_box(dot_rounds(kernels, &operands, ROUNDS));
         })
     };
-    (n_tasks * ROUNDS * PRODUCTS_PER_ROUND) as f64 / fastest_s(N_TRIES, multiply)
+    per_second(n_tasks * ROUNDS * PRODUCTS_PER_ROUND, N_TRIES, multiply)
 }
 
-fn fastest_s(n_tries: usize, work: impl Fn(usize)) -> f64 {
-    let seconds = (0..n_tries).map(|attempt| {
+/// How often something is done in a second that each try does `n` times.
+fn per_second(n: usize, n_tries: usize, work: impl Fn(usize)) -> Spread {
+    let tries = (0..n_tries).map(|attempt| {
         let started = Instant::now();
         work(attempt);
-        started.elapsed().as_secs_f64()
+        n as f64 / started.elapsed().as_secs_f64()
     });
-    seconds.fold(f64::INFINITY, f64::min)
+    Spread::of(&tries.collect::<Vec<_>>())
 }
 
 fn buffer_bytes() -> usize {
@@ -138,8 +151,10 @@ mod tests {
 
     #[test]
     fn a_product_with_its_addition_is_two_operations() {
-        let slow = Limits { read_bytes_per_s: 3e9, products_per_s: 1e9 };
-        let limits = slow.max(Limits { read_bytes_per_s: 1e9, products_per_s: 5e9 });
+        let slow = Limits { read_bytes_per_s: 3e9, median_read_bytes_per_s: 2e9, products_per_s: 1e9 };
+        let limits =
+            slow.join(Limits { read_bytes_per_s: 2e9, median_read_bytes_per_s: 1e9, products_per_s: 5e9 });
+        assert_eq!(limits.median_read_gb_per_s(), 1.5);
         assert_eq!((limits.read_gb_per_s(), limits.int8_gop_per_s()), (3.0, 10.0));
     }
 }
