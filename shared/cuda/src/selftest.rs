@@ -23,8 +23,9 @@ use paceline_sampling::{TokenHistory, local_best};
 
 use crate::pack::Kind;
 
-/// Least cosine of a row of logits with the CPU's: activations have eight bits of mantissa here, sixteen bits there.
-const LEAST_COSINE: f64 = 0.9995;
+/// Least cosine of a row of logits with the CPU's: activations have eight bits of mantissa here, there some are codes of
+/// eight bits.
+const LEAST_COSINE: f64 = 0.999;
 /// How long ranks wait for each other.
 const DEADLINE: Duration = Duration::from_secs(120);
 

@@ -97,8 +97,10 @@ fn least_cosine(expected: &AllLogits, found: &AllLogits) -> f64 {
     rows.map(|(expected, found)| cosine(expected, found)).fold(1.0, f64::min)
 }
 
-/// Activations are bfloat16 here, 16-bit codes there: three digits, and rows of small models are short.
+/// Between GPUs. Activations are bfloat16: three digits, and rows of small models are short.
 const LEAST_COSINE: f64 = 0.9997;
+/// Between a GPU and a CPU, where some activations are 8-bit codes.
+const LEAST_COSINE_OF_CPU: f64 = 0.999;
 
 #[test]
 fn all_models_are_near_the_cpu() {
@@ -109,7 +111,7 @@ fn all_models_are_near_the_cpu() {
         }
         let steps = in_pieces(&tokens(3, 40, rig.config.n_vocab), &[33, 1]);
         let least = least_cosine(&rig.run(&steps), &rig.run_on(&GRAPHS, &steps));
-        assert!(least > LEAST_COSINE, "{name}: cosine {least}");
+        assert!(least > LEAST_COSINE_OF_CPU, "{name}: cosine {least}");
     }
 }
 
@@ -154,7 +156,7 @@ fn a_group_of_cpu_and_gpu_is_near_one_cpu() {
     for devices in [[&cpu as &dyn Device, &GRAPHS], [&GRAPHS, &cpu]] {
         let least = least_cosine(&expected, &pair.run_on_each(&devices, &steps));
         let names = devices.map(Device::name);
-        assert!(least > LEAST_COSINE, "{names:?}: cosine {least}");
+        assert!(least > LEAST_COSINE_OF_CPU, "{names:?}: cosine {least}");
     }
 }
 
