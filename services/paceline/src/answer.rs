@@ -161,9 +161,21 @@ pub fn request(model: &Model, input: Input, sampling: &SamplingArgs) -> Generate
 pub async fn generate(
     client: &mut InferenceClient<Channel>,
     request: GenerateRequest,
+    on_text: impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<Answer> {
+    generate_request(client, traced(request), on_text).await
+}
+
+/// As [`generate`], with metadata of the caller's own.
+///
+/// # Errors
+/// As [`generate`].
+pub async fn generate_request(
+    client: &mut InferenceClient<Channel>,
+    request: Request<GenerateRequest>,
     mut on_text: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Answer> {
-    let mut stream = client.generate(traced(request)).await.map_err(readable)?.into_inner();
+    let mut stream = client.generate(request).await.map_err(readable)?.into_inner();
     let (mut text, mut tokens, mut model, mut seed) = (String::new(), Vec::new(), String::new(), 0);
     let mut logprobs = Vec::new();
     while let Some(chunk) = stream.message().await.map_err(readable)? {

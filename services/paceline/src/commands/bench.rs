@@ -1,10 +1,12 @@
-//! `paceline bench`: how fast the engine runs a model, and how near that is to what the machine can do. No service
-//! is started.
+//! `paceline bench`: how fast the engine runs a model, and how near that is to what the machine can do, without any
+//! service; or, with prompts, what speculation brings on a whole cluster.
 
 mod engine;
 mod machine;
 mod shape;
+mod speculation;
 mod spread;
+mod tally;
 
 use std::{num::NonZeroUsize, sync::Arc, thread};
 
@@ -21,13 +23,14 @@ use self::{
     engine::{Job, Measured},
     machine::Limits,
     shape::{Shape, Work},
+    speculation::SpeculationArgs,
     spread::Spread,
 };
 use crate::{
     answer::write_stdout,
     cluster::{quantized, share_threads},
     interrupt::Interrupts,
-    options::ModelPlaces,
+    options::{ClusterOptions, ModelPlaces},
     progress::Progress,
 };
 
@@ -37,6 +40,7 @@ use crate::{
   paceline bench --model qwen2.5-coder-1.5b-instruct --shapes pp512,tg128,tg64x8 --threads 2
   paceline bench --ranks 2 --json
   paceline bench --machine
+  paceline bench --model qwen2.5-coder-1.5b-instruct --draft qwen2.5-coder-0.5b-instruct --prompts tests/load/speculation.jsonl
 
 Shapes: ppN runs a prompt of N tokens (--pass-rows of them a pass); tgN decodes N tokens after a prompt of 16, which is not timed;
 tgNxB decodes B sequences together, tokens/s of all of them. dN after a shape is the number of positions each sequence
@@ -55,7 +59,11 @@ peak        multiply-adds a second of the quantized matrices, as a share of the 
 ms/pass     median time of one pass: --pass-rows rows or the rest of a prompt, or one row of each sequence
 Repeats go over all shapes in turn, so that what disturbs the machine disturbs them alike.
 The machine is measured before and after the model, and the better of the two counts; the median of all readings of
-memory stands beside it, because on a machine that is shared the best is seldom to be had.")]
+memory stands beside it, because on a machine that is shared the best is seldom to be had.
+
+With --prompts a cluster of services is started instead, and each prompt is answered in each mode of speculation in turn,
+greedily: tokens_per_s is after the first token, speedup that beside mode off, total with the time of the prompt,
+acceptance of proposed tokens, tokens_per_pass of a sequence, identical whether all tokens are those of mode off.")]
 pub struct BenchArgs {
     /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
     #[arg(long, short, value_name = "NAME|PATH")]
@@ -96,6 +104,30 @@ pub struct BenchArgs {
     /// Write JSON, one object a line
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    speculation: SpeculationArgs,
+}
+
+impl BenchArgs {
+    /// The cluster that speculation is measured on.
+    fn cluster(&self) -> ClusterOptions {
+        ClusterOptions {
+            model: self.model.clone(),
+            draft: self.speculation.draft.clone(),
+            draft_threads: self.speculation.draft_threads,
+            ranks: Some(self.ranks),
+            threads: self.threads,
+            device: vec![self.device.device],
+            gpu_memory: Some(self.device.gpu_memory),
+            isa: Some(self.isa.clone()),
+            transport: None,
+            quantize: self.quantize,
+            kv_type: Some(self.kv_type),
+            kv_blocks: None,
+            context: None,
+            max_sequences: None,
+        }
+    }
 }
 
 /// Runs the command.
@@ -103,6 +135,10 @@ pub struct BenchArgs {
 /// # Errors
 /// When the model cannot be had, read or run, or the user interrupts.
 pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()> {
+    if args.speculation.prompts.is_some() {
+        let format = if args.json { speculation::Format::Json } else { speculation::Format::Table };
+        return speculation::compare(&args.speculation, &args.cluster(), places, format).await;
+    }
     let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
     let kernels = kernels(&args.isa)?;
     let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
