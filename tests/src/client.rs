@@ -58,6 +58,7 @@ pub fn request(input: Input, sampling: SamplingOptions, max_tokens: u32) -> Gene
         sampling: Some(sampling),
         stop: Some(stop),
         speculation: None,
+        priority: None,
     }
 }
 

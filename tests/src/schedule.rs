@@ -208,6 +208,7 @@ impl Job {
         let sampling = &self.sampling;
         GenerateRequest {
             speculation: None,
+            priority: None,
             model: None,
             input: Some(Input::TokenIds(TokenIds { ids: self.prompt.iter().map(|token| token.0).collect() })),
             sampling: Some(SamplingOptions {

@@ -69,7 +69,8 @@ async fn wait_for_tasks(cluster: &InProcessCluster, before: (usize, usize)) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn requests_and_cancels_leave_no_block_place_task_or_memory() {
     let (blocks, tokens) = (N_KV_BLOCKS.to_string(), POOL.to_string());
-    let flags = ["--kv-blocks", &blocks, "--max-queued-tokens", &tokens, "--context", &tokens];
+    let mut flags = vec!["--kv-blocks", &blocks, "--max-queued-tokens", &tokens, "--context", &tokens];
+    flags.extend(["--max-tenant-percent", "100"]);
     let spec = InProcessSpec::new(&HashModel::new(), &flags);
     let cluster = InProcessCluster::start(&spec).await.expect("starts");
     let client = cluster.client().await.expect("a connection");

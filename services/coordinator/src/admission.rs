@@ -1,7 +1,8 @@
 //! A place for a request, or a refusal at once. It counts tokens, prompt and output still allowed, of all requests
-//! that were accepted and have not ended; order is the scheduler's matter.
+//! that were accepted and have not ended, in all and by tenant; order is the scheduler's matter.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -9,16 +10,27 @@ use std::{
 /// Shortest and longest time a refused client is told to wait.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
+/// How much is let in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Budget {
+    /// Tokens of all requests.
+    pub n_tokens: u64,
+    /// Percent of them that one tenant may have: however much it sends, others find room.
+    pub tenant_percent: u32,
+}
+
 /// The token budget.
 #[derive(Debug)]
 pub struct Admission {
-    max_tokens: u64,
+    budget: Budget,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
     n_tokens: u64,
+    /// Of those that have some.
+    by_tenant: HashMap<Arc<str>, u64>,
     /// Tokens of ended requests since `busy_since`: how fast places become free.
     n_released: u64,
     busy_since: Instant,
@@ -27,10 +39,12 @@ struct State {
 /// A refusal, with the numbers.
 #[derive(thiserror::Error, Clone, PartialEq, Debug)]
 #[error(
-    "{n_tokens} tokens of other requests are ahead and at most {max_tokens} may be; try again in {} ms or ask for fewer tokens",
+    "{n_tokens} tokens of {whose} requests are ahead and at most {max_tokens} may be; try again in {} ms or ask for \
+     fewer tokens",
     retry_after.as_millis()
 )]
 pub struct Busy {
+    whose: &'static str,
     n_tokens: u64,
     max_tokens: u64,
     /// When it is worth trying again.
@@ -41,39 +55,61 @@ pub struct Busy {
 #[derive(Debug)]
 pub struct Place {
     admission: Arc<Admission>,
+    tenant: Arc<str>,
     n_tokens: u64,
 }
 
 impl Admission {
-    /// A budget of this many tokens.
-    pub fn new(max_tokens: u64, now: Instant) -> Arc<Self> {
-        let state = Mutex::new(State { n_tokens: 0, n_released: 0, busy_since: now });
-        Arc::new(Self { max_tokens, state })
+    /// Nobody has a place.
+    pub fn new(budget: Budget, now: Instant) -> Arc<Self> {
+        let state = State { n_tokens: 0, by_tenant: HashMap::new(), n_released: 0, busy_since: now };
+        Arc::new(Self { budget, state: Mutex::new(state) })
     }
 
-    /// A place for `n_tokens`. A request alone is always accepted.
+    /// A place for `n_tokens` of a tenant. A request alone is always accepted, and a tenant's only one as long as there
+    /// is room.
     ///
     /// # Errors
-    /// When the budget is used up; the hint follows from how fast requests ended so far.
-    pub fn admit(self: &Arc<Self>, n_tokens: u64, now: Instant) -> Result<Place, Busy> {
+    /// When the budget is used up, or the tenant's part of it; the hint follows from how fast requests ended so far.
+    pub fn admit(self: &Arc<Self>, tenant: &str, n_tokens: u64, now: Instant) -> Result<Place, Busy> {
         let mut state = self.lock();
         if state.n_tokens == 0 {
             (state.n_released, state.busy_since) = (0, now);
-        } else if state.n_tokens + n_tokens > self.max_tokens {
-            let excess = state.n_tokens + n_tokens - self.max_tokens;
-            let seconds_per_token = now.saturating_duration_since(state.busy_since).as_secs_f64()
-                / state.n_released.max(1) as f64;
-            let wait =
-                Duration::try_from_secs_f64(seconds_per_token * excess as f64).unwrap_or(RETRY_AFTER.1);
-            let retry_after = wait.clamp(RETRY_AFTER.0, RETRY_AFTER.1);
-            return Err(Busy { n_tokens: state.n_tokens, max_tokens: self.max_tokens, retry_after });
         }
+        let n_of_tenant = state.by_tenant.get(tenant).copied().unwrap_or(0);
+        let max_of_tenant =
+            (self.budget.n_tokens as u128 * u128::from(self.budget.tenant_percent) / 100) as u64;
+        for (whose, n_ahead, max_tokens) in
+            [("other", state.n_tokens, self.budget.n_tokens), ("this tenant's", n_of_tenant, max_of_tenant)]
+        {
+            let excess = (n_ahead + n_tokens).saturating_sub(max_tokens);
+            if n_ahead > 0 && excess > 0 {
+                return Err(Busy {
+                    whose,
+                    n_tokens: n_ahead,
+                    max_tokens,
+                    retry_after: state.wait_for(excess, now),
+                });
+            }
+        }
+        let tenant: Arc<str> = tenant.into();
         state.n_tokens += n_tokens;
-        Ok(Place { admission: self.clone(), n_tokens })
+        *state.by_tenant.entry(tenant.clone()).or_default() += n_tokens;
+        Ok(Place { admission: self.clone(), tenant, n_tokens })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().expect("invariant: no panic while the lock is held")
+    }
+}
+
+impl State {
+    /// How long it takes until so many tokens have ended, at the rate so far.
+    fn wait_for(&self, n_tokens: u64, now: Instant) -> Duration {
+        let seconds_per_token =
+            now.saturating_duration_since(self.busy_since).as_secs_f64() / self.n_released.max(1) as f64;
+        let wait = Duration::try_from_secs_f64(seconds_per_token * n_tokens as f64).unwrap_or(RETRY_AFTER.1);
+        wait.clamp(RETRY_AFTER.0, RETRY_AFTER.1)
     }
 }
 
@@ -82,6 +118,13 @@ impl Drop for Place {
         let mut state = self.admission.lock();
         state.n_tokens -= self.n_tokens;
         state.n_released += self.n_tokens;
+        let left = state.by_tenant.get_mut(&self.tenant).map(|n| {
+            *n -= self.n_tokens;
+            *n
+        });
+        if left == Some(0) {
+            state.by_tenant.remove(&self.tenant);
+        }
     }
 }
 
@@ -89,26 +132,49 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
+    fn admission(n_tokens: u64, tenant_percent: u32, now: Instant) -> Arc<Admission> {
+        Admission::new(Budget { n_tokens, tenant_percent }, now)
+    }
+
     #[test]
     fn places_come_back_and_the_hint_follows_the_rate() {
         let start = Instant::now();
-        let admission = Admission::new(100, start);
-        let first = admission.admit(60, start).unwrap();
-        let second = admission.admit(40, start).unwrap();
+        let admission = admission(100, 100, start);
+        let first = admission.admit("a", 60, start).unwrap();
+        let second = admission.admit("b", 40, start).unwrap();
         drop(second);
         // 40 tokens in 4 s: 10 tokens a second; 20 tokens too many.
-        let busy = admission.admit(60, start + Duration::from_secs(4)).unwrap_err();
+        let busy = admission.admit("a", 60, start + Duration::from_secs(4)).unwrap_err();
         assert_eq!(busy.retry_after, Duration::from_secs(2));
         assert!(busy.to_string().contains("60 tokens of other requests"), "{busy}");
         drop(first);
-        assert!(admission.admit(100, start).is_ok());
+        assert!(admission.admit("a", 100, start).is_ok());
     }
 
     #[test]
     fn a_request_alone_is_never_too_large() {
         let now = Instant::now();
-        let admission = Admission::new(10, now);
-        let _place = admission.admit(1000, now).unwrap();
-        assert!(admission.admit(1, now).is_err());
+        let admission = admission(10, 50, now);
+        let _place = admission.admit("a", 1000, now).unwrap();
+        assert!(admission.admit("b", 1, now).is_err());
+    }
+
+    #[test]
+    fn a_tenant_leaves_room_for_others() {
+        let now = Instant::now();
+        let admission = admission(100, 70, now);
+        let flood: Vec<Place> = (0..7).map(|_| admission.admit("flood", 10, now).unwrap()).collect();
+        let busy = admission.admit("flood", 1, now).unwrap_err();
+        assert!(
+            busy.to_string().starts_with("70 tokens of this tenant's requests are ahead and at most 70"),
+            "{busy}"
+        );
+        let light = admission.admit("light", 30, now).unwrap();
+        let busy = admission.admit("third", 1, now).unwrap_err();
+        assert!(busy.to_string().starts_with("100 tokens of other requests"), "{busy}");
+        drop(flood);
+        assert!(admission.admit("flood", 70, now).is_ok());
+        drop(light);
+        assert!(admission.lock().by_tenant.is_empty(), "nothing is kept of who is gone");
     }
 }

@@ -63,6 +63,18 @@ pub struct Config {
     /// Most tokens (prompt and output) that wait for a place before requests are refused
     #[arg(long, env = "PACELINE_MAX_QUEUED_TOKENS", default_value_t = 1_000_000)]
     pub max_queued_tokens: u64,
+    /// Percent of those tokens that one tenant (metadata x-tenant) may have, so that there is room for others
+    #[arg(long, env = "PACELINE_MAX_TENANT_PERCENT", default_value_t = 75)]
+    pub max_tenant_percent: u32,
+    /// Requests of other priorities that get a place before a waiting priority, however low, gets the next
+    #[arg(long, env = "PACELINE_PROMOTE_AFTER", default_value_t = 16)]
+    pub promote_after: u32,
+    /// Chunks that may wait for a client to read them before its request pauses
+    #[arg(long, env = "PACELINE_READER_BUFFER", default_value_t = 256)]
+    pub reader_buffer: usize,
+    /// Milliseconds that a client may read nothing while its buffer is full before its request is cancelled
+    #[arg(long, env = "PACELINE_READER_LIMIT_MS", default_value_t = 10_000)]
+    pub reader_limit_ms: u32,
     /// Address of a draft service, as http://host:port; its proposals are verified and change no token
     #[arg(long, env = "PACELINE_DRAFT")]
     pub draft: Option<Uri>,
@@ -121,6 +133,11 @@ impl Config {
         Duration::from_millis(self.run_ahead_below_ms.into())
     }
 
+    /// How long a client may read nothing.
+    pub fn reader_limit(&self) -> Duration {
+        Duration::from_millis(self.reader_limit_ms.into())
+    }
+
     /// How long one collective may wait.
     pub fn collective_deadline(&self) -> Duration {
         Duration::from_millis(self.collective_deadline_ms)
@@ -160,6 +177,7 @@ impl Config {
                 self.max_sequences, self.max_rows
             ));
         }
+        problems.extend(self.queue_problems());
         if self.shards.len() > 64 {
             problems.push(format!("--shards names {} shards; a group has at most 64", self.shards.len()));
         }
@@ -182,6 +200,17 @@ impl Config {
             max_sampled_rows,
             max_sequences: self.max_sequences,
         })
+    }
+
+    fn queue_problems(&self) -> impl Iterator<Item = String> {
+        let bounds = [
+            ("--max-tenant-percent", self.max_tenant_percent as usize, 100),
+            ("--promote-after", self.promote_after as usize, 1_000_000),
+            ("--reader-buffer", self.reader_buffer, 65_536),
+            ("--reader-limit-ms", self.reader_limit_ms as usize, 3_600_000),
+        ];
+        let wrong = bounds.into_iter().filter(|(_, given, most)| !(1..=*most).contains(given));
+        wrong.map(|(flag, given, most)| format!("{flag} is {given}; it must be from 1 to {most}"))
     }
 }
 
@@ -225,6 +254,10 @@ mod tests {
             ["--draft-ahead", "99"],
             ["--draft-wait-ms", "10001"],
             ["--collective-deadline-ms", "1"],
+            ["--max-tenant-percent", "101"],
+            ["--promote-after", "0"],
+            ["--reader-buffer", "0"],
+            ["--reader-limit-ms", "0"],
         ]
         .concat();
         let message = config(&flags).sizes(512).unwrap_err().to_string();
@@ -237,6 +270,10 @@ mod tests {
             "--draft-ahead",
             "--draft-wait-ms",
             "--collective-deadline-ms",
+            "--max-tenant-percent",
+            "--promote-after",
+            "--reader-buffer",
+            "--reader-limit-ms",
         ] {
             assert!(message.contains(flag), "{flag} in {message}");
         }

@@ -7,19 +7,21 @@ use std::{
 };
 
 use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepNumber, StepPlan, StepResult};
-use paceline_speculation::{Source, SourceCounters, StepLoad};
+use paceline_speculation::StepLoad;
 use paceline_telemetry::context;
-use paceline_wire::inference as proto;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use tracing::{Span, info_span};
 
 use crate::{
     admission::Place,
+    caller::Caller,
+    deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, sequence},
-    output::Output,
+    output::{Output, proposal_counts},
     pool::PoolWish,
-    scheduler::{Commit, Limits, NewSequence, Pace, Scheduler, Verified},
+    reader::{Flow, Progress, Reader},
+    scheduler::{Commit, Limits, NewSequence, Pace, Priority, Scheduler, Verified},
     shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
 };
 
@@ -36,6 +38,10 @@ pub enum Event {
     Rank(RankEvent),
     /// A group was formed, or could not be.
     Formed(Result<ShardGroup, FormError>),
+    /// A reader that had stalled read something, or nothing for too long.
+    Reader(SequenceId, Progress),
+    /// A deadline passed.
+    Due,
     /// End all requests and the loop.
     Stop,
 }
@@ -46,10 +52,12 @@ pub struct Submission {
     pub request: GenerateRequest,
     /// Its output side; the first chunk has been made.
     pub output: Output,
-    /// Where chunks go; holds all of them, so that sending never waits.
-    pub sender: mpsc::Sender<Result<proto::GenerateResponse, Status>>,
-    /// Whose it is.
-    pub tenant: String,
+    /// Where chunks go.
+    pub reader: Reader,
+    /// Whose it is, and until when it is wanted.
+    pub caller: Caller,
+    /// Its class in the queue.
+    pub priority: Priority,
     /// Its share of the token budget.
     pub place: Place,
     /// The request's span.
@@ -85,7 +93,7 @@ pub enum GroupStatus {
 
 struct Active {
     output: Output,
-    sender: mpsc::Sender<Result<proto::GenerateResponse, Status>>,
+    reader: Reader,
     _place: Place,
     span: Span,
 }
@@ -105,6 +113,9 @@ pub struct Engine {
     scheduler: Scheduler,
     drafter: Drafter,
     requests: HashMap<SequenceId, Active>,
+    deadlines: Deadlines,
+    /// How long a reader may stall.
+    reader_limit: Duration,
     group: Option<ShardGroup>,
     /// Oldest first.
     in_flight: VecDeque<InFlight>,
@@ -119,11 +130,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// A loop without a group. `events` is the sender of the channel that [`Self::run`] reads.
+    /// A loop without a group. A reader may stall for `reader_limit`; `events` is the sender of the channel that
+    /// [`Self::run`] reads.
     pub fn new(
         spec: GroupSpec,
         limits: Limits,
         drafter: DrafterConfig,
+        reader_limit: Duration,
         events: mpsc::Sender<Event>,
     ) -> (Self, watch::Receiver<GroupStatus>) {
         let (status, watcher) = watch::channel(GroupStatus::Forming(None));
@@ -132,6 +145,8 @@ impl Engine {
             scheduler: Scheduler::new(limits),
             drafter: Drafter::new(drafter),
             requests: HashMap::new(),
+            deadlines: Deadlines::default(),
+            reader_limit,
             group: None,
             in_flight: VecDeque::new(),
             n_preemptions: 0,
@@ -149,18 +164,28 @@ impl Engine {
         self.form_group();
         loop {
             self.drop_abandoned();
+            self.end_expired(Instant::now());
             self.start_steps().await;
-            match inbox.recv().await {
+            match self.next_event(&mut inbox).await {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Rank(event)) => self.rank_event(event),
                 Some(Event::Formed(outcome)) => self.formed(outcome),
+                Some(Event::Reader(id, progress)) => self.reader_event(id, progress),
+                Some(Event::Due) => {}
                 Some(Event::Stop) | None => break,
             }
         }
         for (_, mut request) in self.requests.drain() {
             let chunk = request.output.finished(&FinishReason::Cancelled, Vec::new(), Instant::now());
-            // A client that is gone needs no last chunk.
-            let _ = request.sender.try_send(Ok(chunk));
+            request.reader.end(Ok(chunk), self.reader_limit);
+        }
+    }
+
+    /// What happens next, the nearest deadline included.
+    async fn next_event(&self, inbox: &mut mpsc::Receiver<Event>) -> Option<Event> {
+        match self.deadlines.next() {
+            Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await.unwrap_or(Some(Event::Due)),
+            None => inbox.recv().await,
         }
     }
 
@@ -235,12 +260,13 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, output, sender, tenant, place, span } = submission;
+        let Submission { request, output, reader, caller, priority, place, span } = submission;
         let sequence = self.scheduler.submit(NewSequence {
             prompt: request.prompt.tokens().to_vec(),
             max_tokens: request.stop.max_tokens,
             sampling: request.sampling.clone(),
-            tenant,
+            tenant: caller.tenant,
+            priority,
         });
         self.drafter.submit(&sequence::NewSequence {
             id: sequence,
@@ -249,21 +275,67 @@ impl Engine {
             max_tokens: request.stop.max_tokens as usize,
             options: request.speculation,
         });
-        self.requests.insert(sequence, Active { output, sender, _place: place, span });
+        if let Some(deadline) = caller.deadline {
+            self.deadlines.set(sequence, deadline);
+        }
+        self.requests.insert(sequence, Active { output, reader, _place: place, span });
+    }
+
+    /// A request is over, wherever it was.
+    fn remove(&mut self, id: SequenceId) -> Option<Active> {
+        self.scheduler.finish(id);
+        self.drafter.finish(id);
+        self.deadlines.remove(id);
+        self.requests.remove(&id)
     }
 
     /// Ends requests whose client is gone.
     fn drop_abandoned(&mut self) {
-        let (scheduler, drafter) = (&mut self.scheduler, &mut self.drafter);
-        self.requests.retain(|sequence, request| {
-            let is_there = !request.sender.is_closed();
-            if !is_there {
-                tracing::debug!(%sequence, "client gone");
-                scheduler.finish(*sequence);
-                drafter.finish(*sequence);
+        let gone = self.requests.iter().filter(|(_, request)| request.reader.is_gone());
+        for id in gone.map(|(id, _)| *id).collect::<Vec<_>>() {
+            tracing::debug!(sequence = %id, "client gone");
+            self.remove(id);
+        }
+    }
+
+    /// Ends requests that nobody waits for any more, after what they have generated.
+    fn end_expired(&mut self, now: Instant) {
+        for id in self.deadlines.expired(now) {
+            let Some(Active { mut output, mut reader, .. }) = self.remove(id) else { continue };
+            if let Some(chunk) = output.rest() {
+                reader.push(chunk);
             }
-            is_there
+            let n_tokens = output.usage().n_completion;
+            let message =
+                format!("the client's deadline passed; {n_tokens} tokens were generated until then");
+            reader.end(Err(Status::deadline_exceeded(message)), self.reader_limit);
+        }
+    }
+
+    /// Nothing more is generated until the reader has read something.
+    fn await_reader(&mut self, id: SequenceId) {
+        let Some(request) = self.requests.get(&id) else { return };
+        self.scheduler.hold(id);
+        let (progress, events) = (request.reader.progress(self.reader_limit), self.events.clone());
+        tokio::spawn(async move {
+            let progress = progress.await;
+            let _ = events.send(Event::Reader(id, progress)).await;
         });
+    }
+
+    fn reader_event(&mut self, id: SequenceId, progress: Progress) {
+        let Some(request) = self.requests.get_mut(&id) else { return };
+        match (progress, request.reader.flush()) {
+            (_, Flow::Open) => self.scheduler.release(id),
+            (Progress::Moves, Flow::Stalled) => self.await_reader(id),
+            (Progress::Stuck, Flow::Stalled) => {
+                tracing::info!(sequence = %id, "a client that reads nothing is given up");
+                if let Some(request) = self.remove(id) {
+                    request.reader.give_up(self.reader_limit);
+                }
+            }
+            (_, Flow::Gone) => drop(self.remove(id)),
+        }
     }
 
     /// Sends steps until the next one needs an answer first.
@@ -403,41 +475,29 @@ impl Engine {
     fn commit(&mut self, commit: Commit, now: Instant) {
         let Some(request) = self.requests.get_mut(&commit.sequence) else { return };
         let pushed = request.output.push(&commit.sampled, now);
-        // The channel holds every chunk a request can have: it is closed or it has room.
-        let mut gone = request.sender.try_send(Ok(pushed.chunk)).is_err();
-        if let Some(reason) = &pushed.finish {
-            let usage = request.output.usage();
-            request.span.record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
-            request.span.record("gen_ai.usage.output_tokens", i64::from(usage.n_completion));
-            let proposals = self.drafter.finish(commit.sequence).map(proposal_counts).unwrap_or_default();
-            let chunk = request.output.finished(reason, proposals, now);
-            let _ = request.sender.try_send(Ok(chunk));
-            gone = true;
+        let flow = request.reader.push(pushed.chunk);
+        match (pushed.finish, flow) {
+            (Some(reason), _) => self.finish(commit.sequence, &reason, now),
+            (None, Flow::Open) => {}
+            (None, Flow::Stalled) => self.await_reader(commit.sequence),
+            (None, Flow::Gone) => drop(self.remove(commit.sequence)),
         }
-        if gone {
-            self.requests.remove(&commit.sequence);
-            self.scheduler.finish(commit.sequence);
-            self.drafter.finish(commit.sequence);
-        }
+    }
+
+    fn finish(&mut self, id: SequenceId, reason: &FinishReason, now: Instant) {
+        let proposals = self.drafter.finish(id).map(proposal_counts).unwrap_or_default();
+        let Some(mut request) = self.remove(id) else { return };
+        let usage = request.output.usage();
+        request.span.record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
+        request.span.record("gen_ai.usage.output_tokens", i64::from(usage.n_completion));
+        let chunk = request.output.finished(reason, proposals, now);
+        request.reader.end(Ok(chunk), self.reader_limit);
     }
 }
 
 fn outcome(verified: &Verified) -> Outcome {
     let Verified { sequence, n_proposed, n_accepted } = *verified;
     Outcome { sequence, n_proposed, n_accepted }
-}
-
-/// For the last chunk: the sources that proposed something.
-fn proposal_counts(counters: [SourceCounters; Source::ALL.len()]) -> Vec<proto::ProposalCounts> {
-    let sources = Source::ALL.into_iter().zip(counters).filter(|(_, counters)| counters.drafts > 0);
-    let counts = sources.map(|(source, counters)| proto::ProposalCounts {
-        source: source.name().into(),
-        drafts: counters.drafts,
-        draft_tokens: counters.draft_tokens,
-        accepted_tokens: counters.accepted_tokens,
-        accepted_tokens_per_pos: counters.accepted_per_position.to_vec(),
-    });
-    counts.collect()
 }
 
 /// Epochs only have to grow, also over restarts of this process: the time of day in milliseconds does.

@@ -4,10 +4,12 @@
 //! * [`config`] – command-line flags and environment
 //! * [`server`] – listens, forms the group, ends cleanly
 //! * [`service`] – the gRPC face for clients
+//! * [`caller`] – whose a request is, and until when it is wanted
 //! * [`validate`] – protobuf to domain; every limit is checked here, once
 //! * [`text`] – chat template and tokenizer, off the async threads
 //! * [`admission`] – a place in the queue, or a refusal at once
 //! * [`engine`] – the one event loop
+//! * [`deadlines`] – pure: which sequences nobody wants any more
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
 //! * [`ledger`] – pure: who holds which KV blocks, and which hold a known prefix
 //! * [`prefix`] – pure: names of token prefixes
@@ -15,16 +17,20 @@
 //! * [`drafter`] – proposals for the next step, from the draft service and from the requests' own tokens
 //! * [`shard_group`] – one stream to each rank
 //! * [`output`] – tokens of one request to text, stop rules, chunks
+//! * [`reader`] – chunks to a client, and what becomes of one that reads too slowly
 #![forbid(unsafe_code)]
 
 pub mod admission;
+pub mod caller;
 pub mod config;
+pub mod deadlines;
 pub mod drafter;
 pub mod engine;
 pub mod ledger;
 pub mod output;
 pub mod pool;
 pub mod prefix;
+pub mod reader;
 pub mod scheduler;
 pub mod server;
 pub mod service;

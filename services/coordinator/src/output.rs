@@ -4,6 +4,7 @@
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
 use paceline_domain::{FinishReason, GenerateRequest, SampledToken, StopRules, TokenId, Usage};
+use paceline_speculation::{Source, SourceCounters};
 use paceline_text::{Detokenizer, StopMatcher, Tokenizer};
 use paceline_wire::inference as proto;
 
@@ -154,8 +155,31 @@ impl Output {
         self.chunk(proto::generate_response::Event::Finished(finished))
     }
 
+    /// What is still held back when no token will follow, because it might have become a character or a stop string.
+    pub fn rest(&mut self) -> Option<proto::GenerateResponse> {
+        let (mut text, rest) = (String::new(), self.detokenizer.finish());
+        if self.match_stop(&rest, &mut text).is_none() {
+            text.push_str(&self.stop_matcher.finish());
+        }
+        let delta = proto::Delta { text, ..proto::Delta::default() };
+        (!delta.text.is_empty()).then(|| self.chunk(proto::generate_response::Event::Delta(delta)))
+    }
+
     /// Tokens counted so far.
     pub fn usage(&self) -> Usage {
         Usage { n_prompt: self.n_prompt, n_completion: self.n_tokens, n_cached: self.n_cached.unwrap_or(0) }
     }
+}
+
+/// For the last chunk: the sources that proposed something.
+pub fn proposal_counts(counters: [SourceCounters; Source::ALL.len()]) -> Vec<proto::ProposalCounts> {
+    let sources = Source::ALL.into_iter().zip(counters).filter(|(_, counters)| counters.drafts > 0);
+    let counts = sources.map(|(source, counters)| proto::ProposalCounts {
+        source: source.name().into(),
+        drafts: counters.drafts,
+        draft_tokens: counters.draft_tokens,
+        accepted_tokens: counters.accepted_tokens,
+        accepted_tokens_per_pos: counters.accepted_per_position.to_vec(),
+    });
+    counts.collect()
 }

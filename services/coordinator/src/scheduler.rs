@@ -4,7 +4,7 @@
 //!
 //! # Layout
 //! * `sequence` – one sequence: its tokens, and what of them the shards have
-//! * `waiting` – who is next
+//! * `waiting` – who is next: fair share among tenants, in classes
 //! * `admit` – a place and the first blocks; cached prefixes
 //! * `blocks` – more blocks as sequences grow; who gives up its own
 //! * [`plan`] – a step
@@ -34,6 +34,7 @@ use crate::{ledger::BlockLedger, prefix::PrefixKey};
 
 pub use apply::{Applied, Commit, ResultMismatch, Verified};
 pub use budget::ItlBound;
+pub use waiting::Priority;
 
 use plan::InFlight;
 use sequence::Sequence;
@@ -60,6 +61,8 @@ pub struct Limits {
     /// The step after one that takes longer is not planned ahead: there is little to hide, and new requests would
     /// wait for two steps.
     pub run_ahead_below: Duration,
+    /// A priority class that others were placed before this often while it waited gets the next place.
+    pub promote_after: u32,
     /// The model that computes keys and values.
     pub model: Digest,
 }
@@ -75,6 +78,8 @@ pub struct NewSequence {
     pub sampling: SamplingParams,
     /// Whose it is; prefixes are shared inside a tenant only.
     pub tenant: String,
+    /// Its class.
+    pub priority: Priority,
 }
 
 /// Whether steps of a sequence may be planned before its last token is known.
@@ -140,7 +145,7 @@ impl Scheduler {
             next_step: StepNumber(1),
             next_sequence: 1,
             next_age: 1,
-            waiting: Waiting::default(),
+            waiting: Waiting::new(limits.promote_after),
             running: Vec::new(),
             sequences: BTreeMap::new(),
             closes: Vec::new(),
@@ -173,7 +178,7 @@ impl Scheduler {
         }
     }
 
-    /// Puts a sequence at the end of the queue.
+    /// Puts a sequence at the end of its tenant's queue.
     ///
     /// # Panics
     /// When its prompt is empty, it may generate nothing or it could never fit: all this was checked before.
@@ -184,8 +189,10 @@ impl Scheduler {
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let root = PrefixKey::root(&new.tenant, &self.limits.model);
-        self.sequences.insert(id, Sequence::new(new, root));
-        self.waiting.push(id);
+        let priority = new.priority;
+        let sequence = Sequence::new(new, root);
+        self.waiting.push(id, &sequence.tenant, priority);
+        self.sequences.insert(id, sequence);
         id
     }
 
@@ -204,6 +211,20 @@ impl Scheduler {
     pub fn set_pace(&mut self, id: SequenceId, pace: Pace) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.pace = pace;
+        }
+    }
+
+    /// Plans nothing more for a sequence until it is released; it keeps its place. Unknown ids are ignored.
+    pub fn hold(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.is_held = true;
+        }
+    }
+
+    /// A sequence that was held goes on. Unknown ids are ignored.
+    pub fn release(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.is_held = false;
         }
     }
 

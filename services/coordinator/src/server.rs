@@ -22,7 +22,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::{
     Config,
-    admission::Admission,
+    admission::{Admission, Budget},
     drafter::{DrafterConfig, link::Target},
     engine::{Engine, Event, GroupStatus, MAX_EVENTS},
     scheduler::Limits,
@@ -73,8 +73,13 @@ async fn serve(
     print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
 
     let (events, inbox) = mpsc::channel(MAX_EVENTS);
-    let (engine, status) =
-        Engine::new(parts.group.clone(), parts.limits, parts.drafter.clone(), events.clone());
+    let (engine, status) = Engine::new(
+        parts.group.clone(),
+        parts.limits,
+        parts.drafter.clone(),
+        config.reader_limit(),
+        events.clone(),
+    );
     let engine = tokio::spawn(engine.run(inbox));
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let quantize = config.quantize.map_or("null".into(), |quantization| json_string(quantization.name()));
@@ -87,7 +92,11 @@ async fn serve(
         served: parts.served,
         model: parts.model,
         text: parts.text,
-        admission: Admission::new(config.max_queued_tokens, Instant::now()),
+        admission: Admission::new(
+            Budget { n_tokens: config.max_queued_tokens, tenant_percent: config.max_tenant_percent },
+            Instant::now(),
+        ),
+        reader_buffer: config.reader_buffer,
         events: events.clone(),
         status,
         pool,
@@ -165,6 +174,7 @@ impl Parts {
                 max_sequences: sizes.max_sequences,
                 itl_bound: config.itl_bound(),
                 run_ahead_below: config.run_ahead_below(),
+                promote_after: config.promote_after,
                 model: checkpoint.digest(),
             },
             drafter: DrafterConfig {

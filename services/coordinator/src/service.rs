@@ -19,23 +19,21 @@ use paceline_wire::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Request, Response, Status};
 use tracing::{Instrument as _, Span, field, info_span};
 
 use crate::{
     admission::Admission,
+    caller::Caller,
     engine::{Event, GroupStatus, Submission},
     output::Output,
+    reader::Reader,
     text::{PromptError, TextModel},
     validate::{self, GivenOptions, Served, Source},
 };
 
 /// Most token ids that Detokenize takes.
 const MAX_DETOKENIZE: usize = 1 << 20;
-/// Metadata that says whose a request is. Tenants share no cached prefixes.
-const TENANT: &str = "x-tenant";
-/// Longest name of a tenant, in bytes.
-const MAX_TENANT_BYTES: usize = 128;
 
 /// Answers clients.
 pub struct InferenceService {
@@ -47,6 +45,8 @@ pub struct InferenceService {
     pub text: TextModel,
     /// The token budget.
     pub admission: Arc<Admission>,
+    /// Chunks that may wait for a client to read them.
+    pub reader_buffer: usize,
     /// Into the loop.
     pub events: mpsc::Sender<Event>,
     /// State of the group.
@@ -63,19 +63,6 @@ fn random<const N: usize>() -> Result<[u8; N], Status> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| Status::internal(format!("no random numbers: {error}")))?;
     Ok(bytes)
-}
-
-/// Whose a request is; empty when it does not say.
-fn tenant(metadata: &MetadataMap) -> Result<String, Status> {
-    let Some(value) = metadata.get(TENANT) else { return Ok(String::new()) };
-    let problem = |problem: &str| bad_request(&[(TENANT.into(), format!("metadata {TENANT} {problem}"))]);
-    match value.to_str() {
-        Ok(name) if name.len() > MAX_TENANT_BYTES => {
-            Err(problem(&format!("has {} bytes; at most {MAX_TENANT_BYTES} are taken", name.len())))
-        }
-        Ok(name) => Ok(name.to_owned()),
-        Err(_) => Err(problem("is not printable ASCII")),
-    }
 }
 
 impl InferenceService {
@@ -101,14 +88,14 @@ impl InferenceService {
     async fn submit(
         &self,
         request: GenerateRequest,
-        tenant: String,
-        span: Span,
+        caller: Caller,
+        arrived: Instant,
     ) -> Result<ReceiverStream<Result<GenerateResponse, Status>>, Status> {
-        let arrived = Instant::now();
         let Some(n_kv_blocks) = self.pool.get().copied() else {
             return Err(Status::unavailable("the shard group is still being formed; try again in a moment"));
         };
         validate::model(&self.served, request.model.as_deref())?;
+        let priority = validate::priority(request.priority)?;
         let seed = u64::from_le_bytes(random()?);
         let given =
             GivenOptions { sampling: request.sampling, stop: request.stop, speculation: request.speculation };
@@ -126,18 +113,19 @@ impl InferenceService {
         let max_tokens = request.stop.max_tokens;
         let place = self
             .admission
-            .admit(u64::from(n_prompt_tokens) + u64::from(max_tokens), Instant::now())
+            .admit(&caller.tenant, u64::from(n_prompt_tokens) + u64::from(max_tokens), Instant::now())
             .map_err(|refusal| busy(refusal.to_string(), refusal.retry_after))?;
         let mut output = Output::new(&request, self.text.tokenizer(), arrived);
-        let (sender, chunks) = mpsc::channel(max_tokens as usize + 2);
+        let (mut reader, chunks) = Reader::new(self.reader_buffer);
         let started = Started {
             request_id: id.to_string(),
             model: self.served.model.clone(),
             n_prompt_tokens,
             seed: request.sampling.seed,
         };
-        let _ = sender.try_send(Ok(output.chunk(Chunk::Started(started))));
-        let submission = Box::new(Submission { request, output, sender, tenant, place, span });
+        reader.push(output.chunk(Chunk::Started(started)));
+        let span = Span::current();
+        let submission = Box::new(Submission { request, output, reader, caller, priority, place, span });
         self.events
             .send(Event::Submit(submission))
             .await
@@ -154,9 +142,9 @@ impl Inference for InferenceService {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let span = self.span(&request);
-        let tenant = tenant(request.metadata())?;
-        let submit = self.submit(request.into_inner(), tenant, span.clone());
+        let (span, arrived) = (self.span(&request), Instant::now());
+        let caller = Caller::of(request.metadata(), arrived)?;
+        let submit = self.submit(request.into_inner(), caller, arrived);
         submit.instrument(span).await.map(Response::new)
     }
 

@@ -8,7 +8,10 @@ use paceline_text::{ChatMessage, SpecialTokens};
 use paceline_wire::{inference as proto, status::bad_request};
 use tonic::Status;
 
-use crate::{scheduler::Scheduler, text::TextInput};
+use crate::{
+    scheduler::{Priority, Scheduler},
+    text::TextInput,
+};
 
 /// Most stop tokens of one request.
 const MAX_STOP_TOKENS: usize = 64;
@@ -45,6 +48,17 @@ pub fn model(served: &Served, name: Option<&str>) -> Result<(), Status> {
             served.model
         ))),
         _ => Ok(()),
+    }
+}
+
+/// The class of a request in the queue.
+pub fn priority(given: Option<i32>) -> Result<Priority, Status> {
+    use proto::Priority as Given;
+    match given.map(Given::try_from) {
+        None | Some(Ok(Given::Unspecified | Given::Normal)) => Ok(Priority::Normal),
+        Some(Ok(Given::Low)) => Ok(Priority::Low),
+        Some(Ok(Given::High)) => Ok(Priority::High),
+        Some(Err(error)) => Err(violation("priority", format!("priority {} is not known", error.0))),
     }
 }
 
@@ -304,6 +318,14 @@ mod tests {
         use Speculation::{Auto, Draft, Ngram, Off};
         assert_eq!(modes, [Ok(Auto), Ok(Auto), Ok(Off), Ok(Ngram), Ok(Draft)]);
         assert_eq!(mode(5), Err(Code::InvalidArgument));
+    }
+
+    #[test]
+    fn priorities_are_told_apart() {
+        let classes = [None, Some(0), Some(1), Some(2), Some(3)].map(|given| priority(given).unwrap());
+        use Priority::{High, Low, Normal};
+        assert_eq!(classes, [Normal, Normal, Low, Normal, High]);
+        assert_eq!(priority(Some(4)).unwrap_err().code(), Code::InvalidArgument);
     }
 
     #[test]

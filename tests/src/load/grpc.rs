@@ -63,6 +63,7 @@ impl Grpc {
         };
         GenerateRequest {
             speculation: None,
+            priority: None,
             model: Some(self.model.clone()),
             input: Some(input),
             sampling: Some(self.sampling.clone()),

@@ -21,7 +21,11 @@ impl Scheduler {
             let next_age = self.next_age;
             let sequence = self.sequence(id);
             sequence.start(blocks, n_cached);
+            // What it reads again after it lost its place is not its tenant's fault.
+            let n_read = if sequence.age.is_none() { sequence.tokens.len() - sequence.n_computed } else { 0 };
             let age = *sequence.age.get_or_insert(next_age);
+            let tenant = sequence.tenant.clone();
+            self.waiting.charge(&tenant, n_read, 0);
             self.next_age = next_age.max(age + 1);
             let place = self.running.partition_point(|other| self.sequences[other].age < Some(age));
             self.running.insert(place, id);
@@ -77,9 +81,9 @@ impl Scheduler {
         let block_idx = self.ledger.cached_run(keys).n_blocks;
         let Some(missing) = keys.get(block_idx).copied() else { return false };
         let older = self.running.iter().take_while(|other| **other != id);
-        older
-            .map(|other| &self.sequences[other])
-            .any(|other| other.n_published <= block_idx && other.keys.get(block_idx) == Some(&missing))
+        older.map(|other| &self.sequences[other]).any(|other| {
+            !other.is_held && other.n_published <= block_idx && other.keys.get(block_idx) == Some(&missing)
+        })
     }
 
     /// Gives a sequence that the shards do not know yet what was cached since it has its place.

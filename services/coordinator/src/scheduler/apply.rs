@@ -98,6 +98,7 @@ impl Scheduler {
                 sequence.n_planned = sequence.n_computed;
             }
         }
+        self.waiting.charge(&sequence.tenant, 0, sampled.len());
         sequence.tokens.extend(sampled.iter().map(|sampled| sampled.token));
         applied.commits.extend(sampled.into_iter().map(|sampled| Commit { sequence: id, sampled }));
         if has_kept_place {

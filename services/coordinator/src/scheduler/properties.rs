@@ -18,6 +18,7 @@ enum Event {
         n_prompt: usize,
         max_tokens: u32,
         tenant: u8,
+        priority: Priority,
     },
     /// Proposals for all that can have some; `misled` of eight are wrong from a random place on.
     Propose {
@@ -39,9 +40,15 @@ enum Event {
 fn events() -> impl Strategy<Value = Vec<Event>> {
     // Around the ends of blocks, or anything.
     let n_prompt = prop_oneof![Just(15usize), Just(16), Just(17), Just(31), Just(32), Just(33), 1usize..70];
-    let submit = (0u32..3, n_prompt, 1u32..40, 0u8..2).prop_map(|(family, n_prompt, max_tokens, tenant)| {
-        Event::Submit { family, n_prompt, max_tokens, tenant }
-    });
+    let submit = (0u32..3, n_prompt, 1u32..40, 0u8..2, priority()).prop_map(
+        |(family, n_prompt, max_tokens, tenant, priority)| Event::Submit {
+            family,
+            n_prompt,
+            max_tokens,
+            tenant,
+            priority,
+        },
+    );
     let pace = prop_oneof![Just(Pace::RunAhead), Just(Pace::StepByStep)];
     let event = prop_oneof![
         3 => submit,
@@ -55,6 +62,10 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     prop::collection::vec(event, 0..150)
 }
 
+fn priority() -> impl Strategy<Value = Priority> {
+    prop_oneof![Just(Priority::High), Just(Priority::Normal), Just(Priority::Low)]
+}
+
 fn limits() -> impl Strategy<Value = (Limits, u32)> {
     let sizes = (3u32..40, 0u32..8, 1usize..4, prop_oneof![Just(7u32), Just(8), 9u32..30]);
     let bound = prop_oneof![Just(ItlBound::Twice), Just(ItlBound::Millis(1e9)), Just(ItlBound::Millis(5.0))];
@@ -63,8 +74,15 @@ fn limits() -> impl Strategy<Value = (Limits, u32)> {
         |((max_rows, n_more, max_sequences, n_blocks), itl_bound, run_ahead_below)| {
             let max_sampled_rows = (max_sequences as u32 + n_more).min(max_rows);
             let model = Digest([7; 32]);
-            let limits =
-                Limits { max_rows, max_sampled_rows, max_sequences, itl_bound, run_ahead_below, model };
+            let limits = Limits {
+                max_rows,
+                max_sampled_rows,
+                max_sequences,
+                itl_bound,
+                run_ahead_below,
+                promote_after: 1 + max_rows % 4,
+                model,
+            };
             (limits, n_blocks)
         },
     )
@@ -110,9 +128,11 @@ impl World {
 
     fn happen(&mut self, event: &Event) {
         match *event {
-            Event::Submit { family, n_prompt, max_tokens, tenant } => {
+            Event::Submit { family, n_prompt, max_tokens, tenant, priority } => {
                 let seed = u64::from(family) * 31 + n_prompt as u64;
-                self.submit(prompt(family, n_prompt), max_tokens, seed, tenant);
+                let sampling = SamplingParams { seed, ..SamplingParams::greedy() };
+                let (prompt, tenant) = (prompt(family, n_prompt), tenant.to_string());
+                self.submit(NewSequence { prompt, max_tokens, sampling, tenant, priority });
             }
             Event::Propose { n, misled } => self.propose(n, misled),
             Event::Plan => self.plan(),
@@ -142,14 +162,13 @@ impl World {
         self.live.keys().nth(which % self.live.len().max(1)).copied()
     }
 
-    fn submit(&mut self, prompt: Vec<TokenId>, max_tokens: u32, seed: u64, tenant: u8) {
-        if !Scheduler::could_fit(self.n_blocks, prompt.len() + max_tokens as usize) {
+    fn submit(&mut self, new: NewSequence) {
+        if !Scheduler::could_fit(self.n_blocks, new.prompt.len() + new.max_tokens as usize) {
             return;
         }
-        let sampling = SamplingParams { seed, ..SamplingParams::greedy() };
-        let tenant = tenant.to_string();
-        let id = self.scheduler.submit(NewSequence { prompt: prompt.clone(), max_tokens, sampling, tenant });
-        self.live.insert(id, (prompt, seed));
+        let expected = (new.prompt.clone(), new.sampling.seed);
+        let id = self.scheduler.submit(new);
+        self.live.insert(id, expected);
     }
 
     fn propose(&mut self, n: usize, misled: u64) {

@@ -1,5 +1,7 @@
 //! One sequence: its tokens, which of them the shards have, and what plans in flight will add. It knows no other one.
 
+use std::sync::Arc;
+
 use paceline_domain::{
     BlockId, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber, TokenId, UNKNOWN_TOKEN,
 };
@@ -16,6 +18,10 @@ pub(super) struct Sequence {
     pub(super) n_limit: usize,
     pub(super) sampling: SamplingParams,
     pub(super) pace: Pace,
+    /// Whose it is.
+    pub(super) tenant: Arc<str>,
+    /// Nothing more is planned for it: what it has cannot be delivered now.
+    pub(super) is_held: bool,
     /// Order of first places; kept when the place is lost.
     pub(super) age: Option<u64>,
     pub(super) n_preempted: u32,
@@ -62,6 +68,8 @@ impl Sequence {
             tokens: new.prompt,
             sampling: new.sampling,
             pace: Pace::default(),
+            tenant: new.tenant.into(),
+            is_held: false,
             age: None,
             n_preempted: 0,
             n_computed: 0,
@@ -80,7 +88,7 @@ impl Sequence {
     }
 
     pub(super) fn next(&self) -> Next {
-        if self.is_verifying || self.tokens.len() + self.n_unknown >= self.n_limit {
+        if self.is_held || self.is_verifying || self.tokens.len() + self.n_unknown >= self.n_limit {
             return Next::Nothing;
         }
         match self.tokens.len().saturating_sub(self.n_planned) {

@@ -12,6 +12,7 @@ const LIMITS: Limits = Limits {
     max_sequences: 3,
     itl_bound: ItlBound::Millis(1e9),
     run_ahead_below: Duration::ZERO,
+    promote_after: 16,
     model: Digest([7; 32]),
 };
 
@@ -31,7 +32,13 @@ fn ahead() -> Limits {
 
 fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
     let prompt = (0..n_prompt as u32).map(TokenId).collect();
-    NewSequence { prompt, max_tokens, sampling: SamplingParams::greedy(), tenant: String::new() }
+    NewSequence {
+        prompt,
+        max_tokens,
+        sampling: SamplingParams::greedy(),
+        tenant: String::new(),
+        priority: Priority::Normal,
+    }
 }
 
 /// Of another tenant: it shares nothing.
@@ -380,4 +387,33 @@ fn who_lost_its_place_three_times_keeps_the_fourth() {
         4,
         "all it can ever need"
     );
+}
+
+#[test]
+fn who_is_held_keeps_its_place_and_nobody_else_waits() {
+    let mut scheduler = scheduler(LIMITS, N_KV_BLOCKS);
+    let id = scheduler.submit(sequence(3, 9));
+    scheduler.submit(stranger("b", 3, 9));
+    step(&mut scheduler);
+    scheduler.hold(id);
+    assert_eq!(shape(&step(&mut scheduler)), [(2, 3, 1, 1)]);
+    scheduler.release(id);
+    assert_eq!(shape(&step(&mut scheduler)), [(1, 3, 1, 1), (2, 4, 1, 1)]);
+}
+
+#[test]
+fn a_flooding_tenant_leaves_every_other_place_to_a_light_one() {
+    let mut scheduler = scheduler(Limits { max_sequences: 1, ..LIMITS }, N_KV_BLOCKS);
+    (0..6).for_each(|_| drop(scheduler.submit(stranger("flood", 5, 3))));
+    let order: Vec<u64> = (0..6)
+        .map(|i| {
+            let id = step(&mut scheduler).chunks[0].sequence;
+            scheduler.finish(id);
+            if i < 2 {
+                scheduler.submit(stranger("light", 5, 3));
+            }
+            id.0
+        })
+        .collect();
+    assert_eq!(order, [1, 2, 7, 3, 8, 4]);
 }

@@ -1,0 +1,68 @@
+//! Until when sequences are wanted. It is told the time and does not end anything itself.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Instant,
+};
+
+use paceline_domain::SequenceId;
+
+/// Deadlines of live sequences; most have none.
+#[derive(Debug, Default)]
+pub struct Deadlines {
+    in_order: BTreeSet<(Instant, SequenceId)>,
+    by_sequence: HashMap<SequenceId, Instant>,
+}
+
+impl Deadlines {
+    /// A sequence is wanted until then.
+    pub fn set(&mut self, id: SequenceId, deadline: Instant) {
+        self.remove(id);
+        self.in_order.insert((deadline, id));
+        self.by_sequence.insert(id, deadline);
+    }
+
+    /// A sequence ended. It need not have a deadline.
+    pub fn remove(&mut self, id: SequenceId) {
+        if let Some(deadline) = self.by_sequence.remove(&id) {
+            self.in_order.remove(&(deadline, id));
+        }
+    }
+
+    /// The nearest.
+    pub fn next(&self) -> Option<Instant> {
+        self.in_order.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// Sequences that nobody wants any more, until they are removed.
+    pub fn expired(&self, now: Instant) -> Vec<SequenceId> {
+        self.in_order.iter().take_while(|(deadline, _)| *deadline <= now).map(|(_, id)| *id).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_expired_are_those_whose_time_has_come() {
+        let start = Instant::now();
+        let at = |n_seconds| start + Duration::from_secs(n_seconds);
+        let [a, b, c] = [1, 2, 3].map(SequenceId);
+        let mut deadlines = Deadlines::default();
+        deadlines.set(a, at(9));
+        deadlines.set(b, at(5));
+        deadlines.set(c, at(5));
+        deadlines.set(a, at(7));
+        assert_eq!(deadlines.next(), Some(at(5)));
+        assert_eq!(deadlines.expired(at(4)), []);
+        assert_eq!(deadlines.expired(at(5)), [b, c]);
+        assert_eq!(deadlines.expired(at(7)), [b, c, a]);
+        [a, c, c].into_iter().for_each(|id| deadlines.remove(id));
+        assert_eq!(deadlines.expired(at(8)), [b]);
+        deadlines.remove(b);
+        assert_eq!((deadlines.next(), deadlines.by_sequence.len()), (None, 0));
+    }
+}
