@@ -11,6 +11,7 @@ use paceline_telemetry::shutdown::ParentWatch;
 use tonic::transport::Uri;
 
 use crate::{
+    admission::Budget,
     pool::{MAX_BLOCKS, PoolBounds, PoolWish},
     scheduler::ItlBound,
 };
@@ -131,6 +132,11 @@ impl Config {
     /// Steps above this are not followed by one that was sent before they were done: little would be hidden.
     pub fn run_ahead_below(&self) -> Duration {
         Duration::from_millis(self.run_ahead_below_ms.into())
+    }
+
+    /// How much is let in.
+    pub fn budget(&self) -> Budget {
+        Budget { n_tokens: self.max_queued_tokens, tenant_percent: self.max_tenant_percent }
     }
 
     /// How long a client may read nothing.

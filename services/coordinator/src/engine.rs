@@ -1,6 +1,8 @@
 //! The one event loop. It alone changes the scheduler and the requests; everything reaches it as an [`Event`].
 //! When a rank fails it forms the group anew and every live request goes on from its tokens.
 
+mod ends;
+
 use std::{
     collections::{HashMap, VecDeque},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -10,7 +12,6 @@ use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepNumb
 use paceline_speculation::StepLoad;
 use paceline_telemetry::context;
 use tokio::sync::{mpsc, watch};
-use tonic::Status;
 use tracing::{Span, info_span};
 
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
     caller::Caller,
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, sequence},
-    output::{Output, proposal_counts},
+    output::Output,
     pool::PoolWish,
     reader::{Flow, Progress, Reader},
     scheduler::{Commit, Limits, NewSequence, Pace, Priority, Scheduler, Verified},
@@ -281,63 +282,6 @@ impl Engine {
         self.requests.insert(sequence, Active { output, reader, _place: place, span });
     }
 
-    /// A request is over, wherever it was.
-    fn remove(&mut self, id: SequenceId) -> Option<Active> {
-        self.scheduler.finish(id);
-        self.drafter.finish(id);
-        self.deadlines.remove(id);
-        self.requests.remove(&id)
-    }
-
-    /// Ends requests whose client is gone.
-    fn drop_abandoned(&mut self) {
-        let gone = self.requests.iter().filter(|(_, request)| request.reader.is_gone());
-        for id in gone.map(|(id, _)| *id).collect::<Vec<_>>() {
-            tracing::debug!(sequence = %id, "client gone");
-            self.remove(id);
-        }
-    }
-
-    /// Ends requests that nobody waits for any more, after what they have generated.
-    fn end_expired(&mut self, now: Instant) {
-        for id in self.deadlines.expired(now) {
-            let Some(Active { mut output, mut reader, .. }) = self.remove(id) else { continue };
-            if let Some(chunk) = output.rest() {
-                reader.push(chunk);
-            }
-            let n_tokens = output.usage().n_completion;
-            let message =
-                format!("the client's deadline passed; {n_tokens} tokens were generated until then");
-            reader.end(Err(Status::deadline_exceeded(message)), self.reader_limit);
-        }
-    }
-
-    /// Nothing more is generated until the reader has read something.
-    fn await_reader(&mut self, id: SequenceId) {
-        let Some(request) = self.requests.get(&id) else { return };
-        self.scheduler.hold(id);
-        let (progress, events) = (request.reader.progress(self.reader_limit), self.events.clone());
-        tokio::spawn(async move {
-            let progress = progress.await;
-            let _ = events.send(Event::Reader(id, progress)).await;
-        });
-    }
-
-    fn reader_event(&mut self, id: SequenceId, progress: Progress) {
-        let Some(request) = self.requests.get_mut(&id) else { return };
-        match (progress, request.reader.flush()) {
-            (_, Flow::Open) => self.scheduler.release(id),
-            (Progress::Moves, Flow::Stalled) => self.await_reader(id),
-            (Progress::Stuck, Flow::Stalled) => {
-                tracing::info!(sequence = %id, "a client that reads nothing is given up");
-                if let Some(request) = self.remove(id) {
-                    request.reader.give_up(self.reader_limit);
-                }
-            }
-            (_, Flow::Gone) => drop(self.remove(id)),
-        }
-    }
-
     /// Sends steps until the next one needs an answer first.
     async fn start_steps(&mut self) {
         while self.group.is_some() {
@@ -482,16 +426,6 @@ impl Engine {
             (None, Flow::Stalled) => self.await_reader(commit.sequence),
             (None, Flow::Gone) => drop(self.remove(commit.sequence)),
         }
-    }
-
-    fn finish(&mut self, id: SequenceId, reason: &FinishReason, now: Instant) {
-        let proposals = self.drafter.finish(id).map(proposal_counts).unwrap_or_default();
-        let Some(mut request) = self.remove(id) else { return };
-        let usage = request.output.usage();
-        request.span.record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
-        request.span.record("gen_ai.usage.output_tokens", i64::from(usage.n_completion));
-        let chunk = request.output.finished(reason, proposals, now);
-        request.reader.end(Ok(chunk), self.reader_limit);
     }
 }
 

@@ -22,7 +22,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::{
     Config,
-    admission::{Admission, Budget},
+    admission::Admission,
     drafter::{DrafterConfig, link::Target},
     engine::{Engine, Event, GroupStatus, MAX_EVENTS},
     scheduler::Limits,
@@ -92,10 +92,7 @@ async fn serve(
         served: parts.served,
         model: parts.model,
         text: parts.text,
-        admission: Admission::new(
-            Budget { n_tokens: config.max_queued_tokens, tenant_percent: config.max_tenant_percent },
-            Instant::now(),
-        ),
+        admission: Admission::new(config.budget(), Instant::now()),
         reader_buffer: config.reader_buffer,
         events: events.clone(),
         status,

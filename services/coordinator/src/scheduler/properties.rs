@@ -34,6 +34,13 @@ enum Event {
         which: usize,
         pace: Pace,
     },
+    /// A slow reader, or one that reads again.
+    Hold {
+        which: usize,
+    },
+    Release {
+        which: usize,
+    },
     NewEpoch,
 }
 
@@ -57,6 +64,8 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         8 => Just(Event::Answer),
         1 => (0usize..8).prop_map(|which| Event::Finish { which }),
         1 => (0usize..8, pace).prop_map(|(which, pace)| Event::SetPace { which, pace }),
+        1 => (0usize..8).prop_map(|which| Event::Hold { which }),
+        2 => (0usize..8).prop_map(|which| Event::Release { which }),
         1 => Just(Event::NewEpoch),
     ];
     prop::collection::vec(event, 0..150)
@@ -148,6 +157,16 @@ impl World {
                     self.scheduler.set_pace(id, pace);
                 }
             }
+            Event::Hold { which } => {
+                if let Some(id) = self.some_live(which) {
+                    self.scheduler.hold(id);
+                }
+            }
+            Event::Release { which } => {
+                if let Some(id) = self.some_live(which) {
+                    self.scheduler.release(id);
+                }
+            }
             Event::NewEpoch => {
                 self.n_epochs += 1;
                 self.plans.clear();
@@ -190,7 +209,7 @@ impl World {
         let n_in_flight = self.plans.len();
         let Some(plan) = self.scheduler.plan() else {
             assert!(
-                n_in_flight > 0 || self.live.is_empty(),
+                n_in_flight > 0 || self.live.is_empty() || self.is_somebody_held(),
                 "nothing runs, nothing is planned, somebody waits"
             );
             return;
@@ -201,11 +220,19 @@ impl World {
         assert!(n_in_flight < MAX_STEPS_IN_FLIGHT && plan.chunks.len() <= self.limits.max_sequences);
         if n_in_flight == 0
             && let Some(oldest) = self.scheduler.running.first()
+            && !self.is_somebody_held()
         {
             assert!(plan.chunks.iter().any(|chunk| chunk.sequence == *oldest), "{oldest} stands still");
         }
+        let was_held =
+            |id: &SequenceId| self.scheduler.sequences.get(id).is_some_and(|sequence| sequence.is_held);
+        assert!(!plan.chunks.iter().any(|chunk| was_held(&chunk.sequence)), "a step for one that is held");
         self.plans.push_back(plan.clone());
         self.log.push(plan);
+    }
+
+    fn is_somebody_held(&self) -> bool {
+        self.scheduler.sequences.values().any(|sequence| sequence.is_held)
     }
 
     fn answer(&mut self) {
@@ -256,6 +283,7 @@ impl World {
 
     /// Everybody comes to the end in a bounded number of steps.
     fn drain(&mut self) {
+        self.live.keys().for_each(|id| self.scheduler.release(*id));
         let pending = |one: &Sequence| one.n_limit * (1 + MAX_PREEMPTIONS as usize) + 2;
         let n_most: usize = self.scheduler.sequences.values().map(pending).sum();
         for _ in 0..2 * n_most {
@@ -275,7 +303,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1024))]
 
     /// Whatever happens, each sequence gets the tokens it has alone, no budget is exceeded, no block is lost, owned
-    /// twice or written while shared, the oldest goes on, and everybody ends.
+    /// twice or written while shared, the oldest goes on, and
+    /// everybody ends, once all may go on.
     #[test]
     fn every_sequence_gets_the_tokens_it_has_alone((limits, n_blocks) in limits(), events in events()) {
         let mut world = World::new(limits, n_blocks);

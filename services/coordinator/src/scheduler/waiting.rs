@@ -216,7 +216,9 @@ impl Waiting {
             .collect();
         idle.sort_unstable_by(|one, other| other.cmp(one));
         let n_kept = idle.iter().take(MAX_IDLE_TENANTS).take_while(|(counter, _)| *counter > least).count();
-        idle[n_kept..].iter().for_each(|(_, tenant)| drop(self.counters.remove(tenant)));
+        for (_, tenant) in idle.drain(n_kept..) {
+            self.counters.remove(&tenant);
+        }
     }
 }
 
