@@ -22,6 +22,7 @@ use paceline_model::{
     synthetic::{Synthetic, tiny_config},
 };
 use paceline_sampling::{TokenHistory, sample_row};
+use paceline_speculation::controller::Forecast;
 use paceline_wire::draft::{
     InfoRequest, InfoResponse, Open, Proposal, ProposalFrame,
     draft_server::{Draft, DraftServer},
@@ -30,7 +31,7 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Request, Response, Status, Streaming,
-    transport::{Server, server::TcpIncoming},
+    transport::{Server, Uri, server::TcpIncoming},
 };
 
 use super::*;

@@ -274,6 +274,7 @@ impl Comparison {
         };
         let mode = SpeculationMode::from(mode);
         GenerateRequest {
+            priority: None,
             model: Some(self.model.name.clone()),
             input: Some(input),
             sampling: Some(SamplingOptions { temperature: Some(0.0), ..SamplingOptions::default() }),
