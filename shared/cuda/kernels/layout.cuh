@@ -1,6 +1,7 @@
-// Where elements of matrices, activations and the KV cache lie in device memory. The layouts are those of the operands
-// of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"), so that a lane's operands
-// are one aligned load and no shuffle or transpose stands between memory and the tensor cores.
+// Where elements of matrices, activations and the KV cache lie in device memory. Matrices and activations consist of core
+// matrices, 8 rows of 16 bytes in a row, as wgmma reads them from shared memory (PTX ISA, "Shared memory matrix layout") and
+// ldmatrix hands them to mma.m16n8k16. The KV cache has the order of that instruction's fragments itself, so that a lane's
+// operands are one aligned load. No shuffle or transpose stands between memory and the tensor cores.
 //
 // In all of them lane = 4 * g + t, with g = lane / 4 and t = lane % 4.
 #pragma once
@@ -13,19 +14,22 @@ constexpr int TILE_ROWS = 16;
 // Positions of a KV block.
 constexpr int BLOCK_POSITIONS = 16;
 
-// Elements of 16 bits with the fragment of operand B: tiles of 8 rows by 32 columns, 512 bytes each, in lane order; row
-// tile by row tile, in each along the columns. Lane (g, t) holds row g, columns {0, 1, 8, 9, 16, 17, 24, 25} + 2 t.
-// `k_padded` is a multiple of 32.
+// Bytes of a core matrix.
+constexpr int CORE_BYTES = 128;
+
+// Activations, elements of 16 bits: 8 rows by 8 columns are a core matrix; these follow each other along the columns, and
+// then come the next 8 rows. `k_padded` is a multiple of 8.
 HOST_DEVICE inline size_t operand_b_index(int row, int k, int k_padded) {
-    int in_row = row % 8, in_k = k % 32;
-    int half = in_k / 16, high = in_k % 16 / 8, t = in_k % 8 / 2, low = in_k % 2;
-    size_t tile = (size_t)(row / 8) * (k_padded / 32) + k / 32;
-    return tile * 256 + (in_row * 4 + t) * 8 + half * 4 + high * 2 + low;
+    size_t core = (size_t)(row / 8) * (k_padded / 8) + k / 8;
+    return core * (CORE_BYTES / 2) + row % 8 * 8 + k % 8;
 }
 
-// Keys of one KV head in one block: operand B with positions as rows, head_dim as columns.
+// Keys of one KV head in one block: the fragment of operand B with positions as rows, head_dim as columns, in tiles of 8 rows
+// by 32 columns. Lane (g, t) holds row g, columns {0, 1, 8, 9, 16, 17, 24, 25} + 2 t.
 HOST_DEVICE inline int key_index(int slot, int dim, int head_dim) {
-    return (int)operand_b_index(slot, dim, head_dim);
+    int in_k = dim % 32, half = in_k / 16, high = in_k % 16 / 8, t = in_k % 8 / 2, low = in_k % 2;
+    int tile = slot / 8 * (head_dim / 32) + dim / 32;
+    return tile * 256 + (slot % 8 * 4 + t) * 8 + half * 4 + high * 2 + low;
 }
 
 // Values of one KV head in one block: operand B of the second product, dimensions as rows and the 16 positions as

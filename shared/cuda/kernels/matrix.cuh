@@ -1,7 +1,7 @@
 // Packed weight matrices: how a lane finds its operands and scales in them. Nothing is multiplied here.
 //
-// A matrix is cut into tiles of 16 output rows and units of 64 columns. A unit of codes is stored in the order of operand A of
-// mma.m16n8k16: for each step s of 16 columns, lane (g, t) has the pairs p = 0..3 of columns 2 t and 2 t + 1 (+ 8 for p >= 2)
+// A matrix is cut into tiles of 16 output rows and units of 64 columns. A unit of plain numbers is core matrices: the upper 8 rows
+// along the columns, then the lower 8. A unit of codes is stored in the order of operand A of mma.m16n8k16: for each step s of 16 columns, lane (g, t) has the pairs p = 0..3 of columns 2 t and 2 t + 1 (+ 8 for p >= 2)
 // of row g (p even) or g + 8 (p odd). The Rust side of this is src/pack.rs.
 #pragma once
 #include "layout.cuh"
@@ -114,8 +114,7 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
     // which 128 + OFFSET is subtracted.
     DEVICE static void operand_a(uint32_t (&a)[4], const Unit &unit, int lane, int s) {
         if constexpr (!QUANTIZED) {
-            uint4 fragment = *reinterpret_cast<const uint4 *>(unit.codes + s * 512 + lane * 16);
-            a[0] = fragment.x, a[1] = fragment.y, a[2] = fragment.z, a[3] = fragment.w;
+            load_matrices(a, unit.codes + s * 2 * CORE_BYTES, CODE_BYTES / 2, CORE_BYTES, lane);
         } else {
 #pragma unroll
             for (int p = 0; p < 4; p++) {
@@ -166,7 +165,8 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
         int lane = r % 8 * 4 + kk % 8 / 2, p = kk / 8 * 2 + r / 8, low = kk % 2;
         Unit unit = unit_of(matrix, row / TILE_ROWS, k / UNIT_K);
         if constexpr (!QUANTIZED) {
-            return bf16_to_float((uint16_t)(word_at(unit.codes, s * 512 + lane * 16 + p * 4) >> (16 * low)));
+            int core = r / 8 * (CODE_BYTES / 2) + k % UNIT_K / 8 * CORE_BYTES;
+            return bf16_to_float((uint16_t)(word_at(unit.codes, core + lane * 4) >> (16 * low)));
         } else {
             int code = (int)(code_pair(unit, lane, s, p) >> (16 * low) & 255);
             ScalePair pair = scales(unit, r % 8, k % UNIT_K / 32, k % 32 / 16);

@@ -46,9 +46,7 @@ DEVICE float block_sum(float sum) {
 
 DEVICE void store(const AddNormArgs &args, uint32_t slot, uint32_t k, float4 x) {
     size_t at = operand_b_index((int)slot, (int)k, (int)args.k_padded);
-    // The next two columns are the next lane's.
-    *(uint32_t *)(args.normed + at) = pack_bf16(x.x, x.y);
-    *(uint32_t *)(args.normed + at + 8) = pack_bf16(x.z, x.w);
+    *(uint2 *)(args.normed + at) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
 }
 
 }  // namespace rms

@@ -92,6 +92,16 @@ DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, c
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four core matrices in shared memory, where `b`, `a` in {0, 1} tell matrix 2 b + a: at first + a * along_a + b * along_b. Lane
+// (g, t) gets columns 2 t and 2 t + 1 of row g of each: operand A when rows are along a, two steps of operand B along columns.
+DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, int along_b, int lane) {
+    const uint8_t *row = first + lane / 8 % 2 * along_a + lane / 16 * along_b + lane % 8 * 16;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
 // Copies 16 bytes from global to shared memory without waiting; zeros instead when not `valid`.
 DEVICE void copy_async(void *shared, const void *global, bool valid) {
     uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);

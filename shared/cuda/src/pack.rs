@@ -14,6 +14,8 @@ use std::ops::Range;
 pub const TILE_ROWS: usize = 16;
 /// Columns of a unit.
 pub const UNIT_COLUMNS: usize = 64;
+/// Bytes of 8 rows by 8 columns of plain numbers.
+const CORE_BYTES: usize = 128;
 const GROUPS_PER_UNIT: usize = UNIT_COLUMNS / GROUP_LEN;
 
 /// A packed matrix's type, as the kernels' names and numbers have it.
@@ -293,9 +295,9 @@ impl Packer {
                 dequantize_row(weight_type, bytes, &mut value);
                 bf16::from_f32(value[0]).to_le_bytes()
             };
-            let Place { lane, pair, upper } = Place::new(row, column);
-            let step = column / 16;
-            let at = step * 512 + lane * 16 + pair * 4 + upper * 2;
+            let (unit, in_unit) = (column / UNIT_COLUMNS, column % UNIT_COLUMNS);
+            let core = unit * 16 + row / 8 * 8 + in_unit / 8;
+            let at = core * CORE_BYTES + row % 8 * 16 + in_unit % 8 * 2;
             tile[at..at + 2].copy_from_slice(&bits);
         }
     }

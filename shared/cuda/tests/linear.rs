@@ -137,9 +137,7 @@ fn floats(device: &mut Emulated, from: DevicePtr, n: usize) -> Vec<f32> {
 
 /// As kernels/layout.cuh has it.
 fn operand_b_index(row: usize, k: usize, k_padded: usize) -> usize {
-    let (in_row, in_k) = (row % 8, k % 32);
-    let tile = row / 8 * (k_padded / 32) + k / 32;
-    tile * 256 + (in_row * 4 + in_k % 8 / 2) * 8 + in_k / 16 * 4 + in_k % 16 / 8 * 2 + in_k % 2
+    (row / 8 * (k_padded / 8) + k / 8) * 64 + row % 8 * 8 + k % 8
 }
 
 /// Rows of bfloat16 activations; rows that are not in the batch hold something else.
@@ -368,7 +366,7 @@ fn mistakes_in_the_kernels_are_found() {
     }
     // Reading a stage before its copies have arrived.
     let early = Sources::product().mutated(
-        "linear.cu",
+        "linear_few_quantized.cu",
         "copy_wait<STAGES - 2>();\n        sync_warp();\n        load(",
         "sync_warp();\n        load(",
     );

@@ -1,4 +1,4 @@
-//! Launches of the matrix products of kernels/linear.cu and of the embedding's look-up. The numbers of rows, columns and
+//! Launches of the matrix products of kernels/linear_*.cu and of the embedding's look-up. The numbers of rows, columns and
 //! stages are those of the kernels.
 
 use crate::pack::{Kind, Planes, TILE_ROWS, UNIT_COLUMNS};
@@ -31,7 +31,7 @@ pub struct Matrix {
     pub first_group: i32,
 }
 
-/// `LinearArgs` of kernels/linear.cu.
+/// `LinearArgs` of kernels/linear.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct LinearArgs {
@@ -75,7 +75,7 @@ pub struct EmbedArgs {
     pub n_embd: i32,
 }
 
-/// `SiluArgs` of kernels/linear.cu.
+/// `SiluArgs` of kernels/linear_many.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct SiluArgs {

@@ -165,6 +165,13 @@ DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, c
     emulator::multiply(emulator::Format::half, c, a, b0, b1, where);
 }
 
+DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, int along_b, int lane,
+                          emulator::Where where = emulator::Where::current()) {
+    // Lanes hand out what others asked for: all must be there.
+    emulator::meet_in_warp(where);
+    for (int i = 0; i < 4; i++) memcpy(&r[i], first + i % 2 * along_a + i / 2 * along_b + lane * 4, 4);
+}
+
 DEVICE void copy_async(void *shared, const void *global, bool valid,
                        emulator::Where where = emulator::Where::current()) {
     emulator::begin_copy(shared, global, valid, where);

@@ -53,13 +53,13 @@ impl Random {
 }
 
 pub fn operand_b_index(row: usize, k: usize, k_padded: usize) -> usize {
-    let (in_row, in_k) = (row % 8, k % 32);
-    let tile = row / 8 * (k_padded / 32) + k / 32;
-    tile * 256 + (in_row * 4 + in_k % 8 / 2) * 8 + in_k / 16 * 4 + in_k % 16 / 8 * 2 + in_k % 2
+    (row / 8 * (k_padded / 8) + k / 8) * 64 + row % 8 * 8 + k % 8
 }
 
 pub fn key_index(slot: usize, dim: usize, head_dim: usize) -> usize {
-    operand_b_index(slot, dim, head_dim)
+    let in_k = dim % 32;
+    let tile = slot / 8 * (head_dim / 32) + dim / 32;
+    tile * 256 + (slot % 8 * 4 + in_k % 8 / 2) * 8 + in_k / 16 * 4 + in_k % 16 / 8 * 2 + in_k % 2
 }
 
 pub fn value_index(slot: usize, dim: usize) -> usize {

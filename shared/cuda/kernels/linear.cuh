@@ -1,0 +1,133 @@
+// Products of packed weights with rows of activations, by kernels for several sizes of batch. All of them give an output element by
+// the same sequence of operations, in the order of K and 16 columns at a time. So a row's result does not depend on who else
+// is in the batch, and each kernel is free in its tiling.
+//
+//   bf16       total = mma(a, b, total)
+//   quantized  part = mma(codes, b, 0) over a group; sum = fma(scale, part, sum); sum = fma(min, sum of b, sum);
+//              total = total + sum after each chunk of 256 columns, which begins with a sum of zero
+//
+// Unpacking codes takes more than one warp a tile: chunks can be dealt out. One accumulator less lets a warp of the large
+// kernel for bf16 have 64 x 64 outputs, which saves a quarter of the traffic from the L2 cache.
+#pragma once
+#include "matrix.cuh"
+
+struct LinearArgs {
+    Matrix matrix;
+    const uint16_t *x;   // rows as operand B, padded to what the kernel reads; its first column meets the matrix's first
+    const float *bias;   // [n_outputs], or null
+    float *out;          // [n_rows][out_stride]; null for gated products
+    uint16_t *gated;     // silu(gate) * up as operand B, [n_rows][gated_k_padded]; null for plain ones
+    int64_t x_tile_bytes;  // from 8 rows of x to the next 8
+    int32_t n_rows;      // rows of activations
+    int32_t n_outputs;   // rows of the matrix; for gated products features, half of them
+    int32_t out_stride;
+    int32_t gated_k_padded;
+};
+
+namespace linear {
+
+constexpr uint32_t ONE_BF16 = 0x3f80u;
+// Bytes of 8 rows of activations in one unit.
+constexpr int X_BYTES = 8 * UNIT_K * 2;
+
+// Units of a chunk.
+constexpr int CHUNK = 4;
+
+// Adds a group's part to the sums: rows g (0, 1) and g + 8 (2, 3); `of_x` are the sums of the two columns' activations.
+template <class F>
+DEVICE void add_scaled(float (&sum)[4], const float (&part)[4], const ScalePair &pair, const float (&of_x)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum[i] = fmaf(pair.scale[i / 2], part[i], sum[i]);
+        if constexpr (F::MIN) sum[i] = fmaf(pair.min[i / 2], of_x[i % 2], sum[i]);
+    }
+}
+
+// Adds half a unit, a group of 32 columns: MT tiles of 16 outputs, `tile_bytes` apart, by NT tiles of 8 rows `b`.
+template <class F, int MT, int NT>
+DEVICE void multiply_group(float (&sum)[MT][NT][4], const uint8_t *weights, int tile_bytes, const uint32_t (&b)[NT][4], int group,
+                           int lane) {
+    if constexpr (!F::QUANTIZED) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t a[MT][4];
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                F::operand_a(a[m], F::staged(weights + m * tile_bytes), lane, group * 2 + half);
+            }
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    mma_bf16(sum[m][n], a[m], b[n][2 * half], b[n][2 * half + 1]);
+                }
+            }
+        }
+    } else {
+        // Sums of the activations over the group, or over each half of it.
+        float of_x[NT][2][4] = {};
+        if constexpr (F::MIN) {
+            uint32_t ones[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) ones[i] = ONE_BF16 << 16 | ONE_BF16;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                mma_bf16(of_x[n][0], ones, b[n][0], b[n][1]);
+                mma_bf16(of_x[n][F::PER_HALF ? 1 : 0], ones, b[n][2], b[n][3]);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            Unit unit = F::staged(weights + m * tile_bytes);
+            uint32_t a[2][4];
+            F::operand_a(a[0], unit, lane, group * 2);
+            F::operand_a(a[1], unit, lane, group * 2 + 1);
+            ScalePair first = F::scales(unit, lane / 4, group, 0);
+            ScalePair second = F::PER_HALF ? F::scales(unit, lane / 4, group, 1) : first;
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                float part[4] = {};
+                mma_bf16(part, a[0], b[n][0], b[n][1]);
+                if constexpr (F::PER_HALF) {
+                    add_scaled<F>(sum[m][n], part, first, of_x[n][0]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) part[i] = 0.0f;
+                }
+                mma_bf16(part, a[1], b[n][2], b[n][3]);
+                add_scaled<F>(sum[m][n], part, second, of_x[n][F::PER_HALF ? 1 : 0]);
+            }
+        }
+    }
+}
+
+DEVICE float silu_times(float gate, float up) {
+    float exponential = exp2_fast(__fmul_rn(gate, -1.4426950408889634f));
+    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, exponential)), up);
+}
+
+// Writes a tile of 16 outputs by 8 rows.
+DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile, int first_row, int lane) {
+    int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int row = first_row + 2 * t + i;
+        if (row >= args.n_rows) continue;
+        if (args.gated) {
+            // A tile has 8 rows of the gate, then the same 8 of the other matrix.
+            int feature = tile * 8 + g;
+            if (feature >= args.n_outputs) continue;
+            args.gated[operand_b_index(row, feature, args.gated_k_padded)] =
+                float_to_bf16(silu_times(total[i], total[2 + i]));
+        } else {
+#pragma unroll
+            for (int high = 0; high < 2; high++) {
+                int output = tile * TILE_ROWS + g + 8 * high;
+                if (output >= args.n_outputs) continue;
+                float bias = args.bias ? args.bias[output] : 0.0f;
+                args.out[(size_t)row * args.out_stride + output] = __fadd_rn(total[2 * high + i], bias);
+            }
+        }
+    }
+}
+
+}  // namespace linear
