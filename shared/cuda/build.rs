@@ -15,7 +15,7 @@ const FAT_BINARY: [&str; 8] = [
     "-gencode",
     "arch=compute_80,code=sm_80",
     "-gencode",
-    "arch=compute_90,code=sm_90",
+    "arch=compute_90a,code=sm_90a",
     "-gencode",
     "arch=compute_90,code=compute_90",
     "-fatbin",

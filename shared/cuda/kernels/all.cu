@@ -5,6 +5,7 @@
 #include "linear_few.cu"
 #include "linear_few_quantized.cu"
 #include "linear_many.cu"
+#include "linear_wide.cu"
 #include "norm.cu"
 #include "reduce.cu"
 #include "rope.cu"

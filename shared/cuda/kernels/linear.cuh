@@ -130,4 +130,16 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
     }
 }
 
+// A tile of gated results, 8 features by 8 rows, as a whole core matrix of the next operand.
+DEVICE void store_gated_tile(const LinearArgs &args, const float (&total)[4], int tile, int n_tile, int lane) {
+    int row = n_tile * 8 + lane % 4 * 2;
+    bool is_feature = tile * 8 + lane / 4 < args.n_outputs;
+    float first = is_feature && row < args.n_rows ? silu_times(total[0], total[2]) : 0.0f;
+    float second = is_feature && row + 1 < args.n_rows ? silu_times(total[1], total[3]) : 0.0f;
+    uint32_t pair = transpose(pack_bf16(first, second));
+    if (tile * 8 >= args.gated_k_padded) return;
+    uint8_t *core = reinterpret_cast<uint8_t *>(args.gated) + ((size_t)n_tile * (args.gated_k_padded / 8) + tile) * CORE_BYTES;
+    *reinterpret_cast<uint32_t *>(core + lane * 4) = pair;
+}
+
 }  // namespace linear

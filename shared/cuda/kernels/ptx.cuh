@@ -102,6 +102,13 @@ DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, i
                  : "memory");
 }
 
+// A matrix of 8 x 8 elements of 16 bits, of which lane (g, t) has columns 2 t and 2 t + 1 of row g, transposed.
+DEVICE uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // Copies 16 bytes from global to shared memory without waiting; zeros instead when not `valid`.
 DEVICE void copy_async(void *shared, const void *global, bool valid) {
     uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);

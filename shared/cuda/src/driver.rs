@@ -431,6 +431,10 @@ impl Runtime for Driver {
         self.device.n_multiprocessors
     }
 
+    fn is_hopper(&self) -> bool {
+        self.device.is_hopper()
+    }
+
     fn name(&self) -> String {
         self.device.name()
     }

@@ -142,6 +142,9 @@ pub trait Runtime: Send {
     /// Multiprocessors of the device.
     fn n_multiprocessors(&self) -> u32;
 
+    /// Whether it runs the kernels made for sm_90a (kernels/hopper.cuh).
+    fn is_hopper(&self) -> bool;
+
     /// Name and architecture, for logs and fingerprints ("NVIDIA H100 80GB HBM3, sm_90").
     fn name(&self) -> String;
 }

@@ -10,7 +10,7 @@ const MAY_SPILL: [(&str, &str); 3] = [
     ("linear_many_q4_1", "a few words at the border of its loop"),
     ("linear_many_q5_1", "a few words at the border of its loop"),
 ];
-const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90"];
+const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
 
 #[test]
 fn every_kernel_is_compiled_for_every_architecture_and_none_spills() {

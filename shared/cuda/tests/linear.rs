@@ -259,18 +259,47 @@ fn a_row_has_the_same_bits_in_every_batch_and_kernel() {
             assert!(same, "{kind:?}: {size:?} with {n_rows} rows differs from rows alone");
         }
     }
-    let size = |n_rows: usize, max_shared_bytes: u32| Size::of(Kind::BF16, n_rows, max_shared_bytes);
-    let sizes = [8, 9, SOME_ROWS, SOME_ROWS + 1].map(|n_rows| size(n_rows, 227 << 10));
+}
+
+#[test]
+fn the_size_of_a_batch_chooses_the_kernel() {
+    let (hopper, small) = (Emulated::new(), Emulated::small());
+    let sizes = [8, 9, SOME_ROWS, SOME_ROWS + 1].map(|n_rows| Size::of(Kind::Q4_K, n_rows, &hopper));
     assert_eq!(sizes, [Size::Few, Size::Some, Size::Some, Size::Many]);
-    assert_eq!(size(SOME_ROWS + 1, 99 << 10), Size::Some, "blocks of small GPUs");
+    assert_eq!(Size::of(Kind::BF16, SOME_ROWS + 1, &hopper), Size::Wide);
+    assert_eq!(Size::of(Kind::BF16, SOME_ROWS + 1, &small), Size::Some, "blocks of small GPUs");
+}
+
+#[test]
+fn wide_blocks_give_the_same_bits() {
+    // Two blocks of outputs, rows and columns that fill none; blocks take several turns.
+    let (n_outputs, n_columns) = (280, 480);
+    let file = FileMatrix::new(WeightType::BF16, n_outputs, n_columns, 31);
+    let packed = packed_of(&file, 0..n_columns);
+    let bias: Vec<f32> = (0..n_outputs).map(|output| number(6, output)).collect();
+    for (n_rows, seed) in [(1, 1), (130, 2), (397, 3), (600, 4)] {
+        let x = Activations::new(0, n_rows, n_columns);
+        let run = |size| {
+            let device = Emulated::new().with_seed(seed);
+            Bench::new(device, &packed).multiply(size, &x, n_outputs, Some(&bias))
+        };
+        let (wide, many) = (run(Size::Wide), run(Size::Many));
+        let differ = wide.iter().zip(&many).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differ, None, "{n_rows} rows, {n_outputs} outputs");
+    }
 }
 
 #[test]
 fn gated_products_are_silu_of_the_gate_times_up_in_operand_order() {
+    check_gated(WeightType::Q4_K, &[Size::Few, Size::Some, Size::Many]);
+    check_gated(WeightType::BF16, &[Size::Few, Size::Some, Size::Many, Size::Wide]);
+}
+
+fn check_gated(weight_type: WeightType, sizes: &[Size]) {
     let (n_features, n_cols, n_rows) = (21, 256, 5);
-    let [gate, up] = [4, 5].map(|seed| FileMatrix::new(WeightType::Q4_K, n_features, n_cols, seed));
+    let [gate, up] = [4, 5].map(|seed| FileMatrix::new(weight_type, n_features, n_cols, seed));
     let (gate_row, up_row) = (|row: usize| gate.row(row).into(), |row: usize| up.row(row).into());
-    let rows = |row| Rows { weight_type: WeightType::Q4_K, n_rows: n_features, row };
+    let rows = |row| Rows { weight_type, n_rows: n_features, row };
     let packed = pack(&Arrangement::Gated([rows(&gate_row), rows(&up_row)]), 0..n_cols, &pool());
     let x = Activations::new(0, n_rows, n_cols);
     let apart = [&gate, &up].map(|file| {
@@ -301,7 +330,7 @@ fn gated_products_are_silu_of_the_gate_times_up_in_operand_order() {
             );
         }
     }
-    for size in [Size::Few, Size::Some, Size::Many] {
+    for size in sizes {
         let mut bench = Bench::new(Emulated::new(), &packed);
         let gated = bench.device.alloc(2 * expected.len()).expect("memory");
         let args = LinearArgs {
@@ -316,7 +345,7 @@ fn gated_products_are_silu_of_the_gate_times_up_in_operand_order() {
             out_stride: 0,
             gated_k_padded: 64,
         };
-        linear(&mut bench.device, bench.kind, size, &args).expect("multiplies");
+        linear(&mut bench.device, bench.kind, *size, &args).expect("multiplies");
         let mut got = vec![0u16; expected.len()];
         bench.device.download(gated, bytemuck::cast_slice_mut(&mut got)).expect("downloads");
         assert!(got == expected, "{size:?} gives other bits than two products");

@@ -106,6 +106,10 @@ impl Runtime for Counter {
         1
     }
 
+    fn is_hopper(&self) -> bool {
+        false
+    }
+
     fn name(&self) -> String {
         "a counter of bytes".into()
     }

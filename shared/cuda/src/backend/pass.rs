@@ -193,7 +193,7 @@ impl GpuBackend {
 
     /// A product of all columns of an operand.
     fn multiply(&mut self, matrix: &GpuMatrix, args: LinearArgs) -> Result<(), CudaError> {
-        let size = Size::of(matrix.kind, args.n_rows as usize, self.runtime.max_shared_bytes());
+        let size = Size::of(matrix.kind, args.n_rows as usize, self.runtime.as_ref());
         linear::linear(self.runtime.as_mut(), matrix.kind, size, &args)
     }
 

@@ -109,6 +109,11 @@ impl Device {
         Ok(Self { handle, context, name, capability, n_multiprocessors, max_shared_bytes, waits_in_kernels })
     }
 
+    /// Whether machine code for sm_90a runs here: on no other device than that.
+    pub(super) fn is_hopper(&self) -> bool {
+        self.capability == (9, 0)
+    }
+
     /// Makes the context current on the calling thread; every call on the device needs it.
     pub(super) fn enter(&self) -> Result<(), CudaError> {
         // SAFETY: the context is retained until drop.

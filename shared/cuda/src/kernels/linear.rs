@@ -104,14 +104,17 @@ pub enum Size {
     Some,
     /// Any number.
     Many,
+    /// Any number of rows with plain numbers, on Hopper.
+    Wide,
 }
 
 impl Size {
-    /// The kernel for this number of rows on a device whose blocks may have so much shared memory.
-    pub fn of(kind: Kind, n_rows: usize, max_shared_bytes: u32) -> Self {
-        let fits = Blocking::many(kind).shared_bytes(kind.planes()) <= max_shared_bytes;
+    /// The kernel for this number of rows on a device.
+    pub fn of(kind: Kind, n_rows: usize, device: &dyn Runtime) -> Self {
+        let fits = Blocking::many(kind).shared_bytes(kind.planes()) <= device.max_shared_bytes();
         match n_rows {
             0..=FEW_ROWS => Self::Few,
+            _ if n_rows > SOME_ROWS && device.is_hopper() && kind == Kind::BF16 => Self::Wide,
             _ if n_rows <= SOME_ROWS || !fits => Self::Some,
             _ => Self::Many,
         }
@@ -155,6 +158,48 @@ impl Blocking {
     }
 }
 
+/// Blocking of one of the wide kernels: 128 outputs by `block_rows` rows of activations.
+struct Wide {
+    name: &'static str,
+    block_rows: usize,
+}
+
+const WIDE: [Wide; 3] = [
+    Wide { name: "linear_wide_128_bf16", block_rows: 128 },
+    Wide { name: "linear_wide_192_bf16", block_rows: 192 },
+    Wide { name: "linear_wide_256_bf16", block_rows: 256 },
+];
+/// Tiles of a block, its threads, and bytes of shared memory that its stages may have.
+const WIDE_TILES: usize = 8;
+const WIDE_THREADS: u32 = 384;
+const WIDE_STAGES_BYTES: usize = 200 << 10;
+/// What a block costs beside its products, in rows.
+const WIDE_BLOCK_COST: usize = 16;
+
+impl Wide {
+    fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
+        n_tiles.div_ceil(WIDE_TILES) * n_rows.div_ceil(self.block_rows)
+    }
+
+    /// The kernel whose blocks are done first when each multiprocessor has one at a time.
+    fn of(n_tiles: usize, n_rows: usize, n_multiprocessors: usize) -> &'static Self {
+        let cost = |wide: &&Self| {
+            let rounds = wide.n_blocks(n_tiles, n_rows).div_ceil(n_multiprocessors);
+            rounds * (wide.block_rows + WIDE_BLOCK_COST)
+        };
+        WIDE.iter().min_by_key(cost).expect("invariant: there is one")
+    }
+
+    fn launch(&self, n_tiles: usize, n_rows: usize, n_multiprocessors: usize) -> Launch {
+        let stage_bytes = WIDE_TILES * Kind::BF16.planes().codes + self.block_rows / 8 * X_BYTES;
+        let stages = WIDE_STAGES_BYTES / stage_bytes;
+        // Behind each stage's bytes come two barriers.
+        let shared_bytes = (stages * (stage_bytes + 2 * size_of::<u64>())) as u32;
+        let n_blocks = self.n_blocks(n_tiles, n_rows).min(n_multiprocessors) as u32;
+        Launch { grid: [n_blocks, 1, 1], threads: WIDE_THREADS, shared_bytes }
+    }
+}
+
 /// Units under way in the kernel for few rows of plain numbers.
 const PLAIN_RING: usize = 16;
 
@@ -177,7 +222,7 @@ macro_rules! kernel_names {
             match (kind, size) {
                 $((Kind::$kind, Size::Few) => concat!("linear_few_", $name),
                 (Kind::$kind, Size::Some) => concat!("linear_some_", $name),
-                (Kind::$kind, Size::Many) => concat!("linear_many_", $name),)*
+                (Kind::$kind, Size::Many | Size::Wide) => concat!("linear_many_", $name),)*
             }
         }
 
@@ -185,6 +230,9 @@ macro_rules! kernel_names {
         pub const SIGNATURES: &[(&str, usize)] = &[
             ("embed", size_of::<EmbedArgs>()),
             ("silu_times_up", size_of::<SiluArgs>()),
+            (WIDE[0].name, size_of::<LinearArgs>()),
+            (WIDE[1].name, size_of::<LinearArgs>()),
+            (WIDE[2].name, size_of::<LinearArgs>()),
             $((concat!("linear_few_", $name), size_of::<LinearArgs>()),
             (concat!("linear_some_", $name), size_of::<LinearArgs>()),
             (concat!("linear_many_", $name), size_of::<LinearArgs>()),)*
@@ -203,12 +251,19 @@ kernel_names!(
 /// What the device reports.
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
+    let mut name = kernel_name(kind, size);
     let launch = match size {
         Size::Few => few_launch(kind, &args.matrix, n_rows),
         Size::Some => SOME.launch(kind.planes(), n_tiles, n_rows),
         Size::Many => Blocking::many(kind).launch(kind.planes(), n_tiles, n_rows),
+        Size::Wide => {
+            let n_multiprocessors = runtime.n_multiprocessors() as usize;
+            let wide = Wide::of(n_tiles, n_rows, n_multiprocessors);
+            name = wide.name;
+            wide.launch(n_tiles, n_rows, n_multiprocessors)
+        }
     };
-    runtime.launch(kernel_name(kind, size), launch, bytemuck::bytes_of(args))
+    runtime.launch(name, launch, bytemuck::bytes_of(args))
 }
 
 /// Looks `n_rows` tokens up; rows that the batch does not have are left alone.

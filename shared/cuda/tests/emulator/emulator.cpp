@@ -39,13 +39,28 @@ std::vector<Kernel> &kernels() {
     return all;
 }
 
-enum class Meeting { warp, block, shuffle, mma_bf16, mma_half };
-constexpr const char *MEETING_NAMES[] = {"sync_warp", "sync_block", "shuffle_xor", "mma_bf16", "mma_half"};
+enum class Meeting { warp, block, shuffle, transpose, mma_bf16, mma_half };
+constexpr const char *MEETING_NAMES[] = {"sync_warp", "sync_block", "shuffle_xor", "transpose", "mma_bf16", "mma_half"};
 
 struct Copy {
     void *to;
     const void *from;
     bool valid;
+    uint32_t group;
+};
+
+// Copies whose bytes a barrier counts.
+struct BulkCopy {
+    void *to;
+    const void *from;
+    uint32_t n_bytes;
+    Barrier *barrier;
+};
+// A lane's part of a product of a warpgroup.
+struct Product {
+    float (*d)[4];
+    int n_tiles;
+    uint64_t a, b;
     uint32_t group;
 };
 
@@ -58,6 +73,8 @@ struct Fiber {
     unsigned char *stack;
     uint32_t n_groups;
     std::vector<Copy> copies;
+    uint32_t n_product_groups;
+    std::vector<Product> products;
 };
 
 struct Warp {
@@ -91,6 +108,9 @@ struct Worker {
     const void *args = nullptr;
     uint32_t n_warps = 0, n_at_barrier = 0, n_left = 0, n_threads = 0, shared_bytes = 0;
     uint64_t random = 0;
+    std::vector<BulkCopy> bulk_copies;
+    // Looks at barriers since something last happened.
+    uint64_t n_looks = 0;
     bool failed = false;
     char problem[512];
 
@@ -338,6 +358,128 @@ void finish_copies(int n_under_way) {
     fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + (ptrdiff_t)n_done);
 }
 
+uint32_t transposed(uint32_t x, Where where) {
+    Fiber &fiber = self();
+    Warp &warp = *fiber.warp;
+    warp.values[fiber.lane] = x;
+    if (arrive(Meeting::transpose, where)) {
+        memcpy(warp.results, warp.values, sizeof warp.values);
+        adjourn();
+    }
+    uint32_t row = fiber.lane / 4, column = fiber.lane % 4 * 2;
+    auto element = [&](uint32_t r, uint32_t c) { return warp.results[r * 4 + c / 2] >> (16 * (c % 2)) & 0xffffu; };
+    return element(column, row) | element(column + 1, row) << 16;
+}
+
+constexpr uint8_t BARRIER_MARK = 0xb5;
+
+void check(const Barrier *barrier, Where where) {
+    const unsigned char *at = (const unsigned char *)barrier;
+    if ((uintptr_t)at % 8 || at < worker->shared || at + 8 > worker->shared + worker->shared_bytes)
+        fail("the barrier at %s:%u lies at shared + %td, of %u bytes", file_of(where), where.line(), at - worker->shared,
+             worker->shared_bytes);
+    if (barrier->mark != BARRIER_MARK) fail("the barrier at %s:%u was never set", file_of(where), where.line());
+}
+void end_phase_if_complete(Barrier *barrier) {
+    worker->n_looks = 0;
+    if (barrier->pending || barrier->bytes) return;
+    barrier->phase ^= 1;
+    barrier->pending = barrier->n_arrivals;
+}
+void set_barrier(Barrier *barrier, uint32_t n_arrivals, Where where) {
+    barrier->mark = BARRIER_MARK;
+    check(barrier, where);
+    barrier->phase = 0;
+    barrier->n_arrivals = barrier->pending = (uint8_t)n_arrivals;
+    barrier->bytes = 0;
+}
+void arrive_at(Barrier *barrier, uint32_t n_bytes, Where where) {
+    check(barrier, where);
+    if (!barrier->pending) fail("one arrival too many at %s:%u", file_of(where), where.line());
+    barrier->pending--;
+    barrier->bytes += (int32_t)n_bytes;
+    end_phase_if_complete(barrier);
+}
+// Copies are made while somebody waits for a barrier; until then the target holds poison.
+void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where) {
+    check(barrier, where);
+    unsigned char *to = (unsigned char *)shared;
+    if ((uintptr_t)to % 16 || (uintptr_t)global % 16 || n_bytes % 16 || !n_bytes)
+        fail("copy_bulk at %s:%u of %u bytes from %p to shared + %td: not in pieces of 16", file_of(where), where.line(),
+             n_bytes, global, to - worker->shared);
+    if (to < worker->shared || to + n_bytes > worker->shared + worker->shared_bytes)
+        fail("copy_bulk at %s:%u of %u bytes to shared + %td, of %u bytes", file_of(where), where.line(), n_bytes,
+             to - worker->shared, worker->shared_bytes);
+    memset(to, POISON, n_bytes);
+    worker->bulk_copies.push_back({shared, global, n_bytes, barrier});
+}
+void await_phase(Barrier *barrier, uint32_t parity, Where where) {
+    check(barrier, where);
+    Fiber &fiber = self();
+    while (barrier->phase == parity) {
+        if (!worker->bulk_copies.empty()) {
+            std::vector<BulkCopy> &copies = worker->bulk_copies;
+            std::swap(copies[worker->draw() % copies.size()], copies.back());
+            BulkCopy copy = copies.back();
+            copies.pop_back();
+            memcpy(copy.to, copy.from, copy.n_bytes);
+            copy.barrier->bytes -= (int32_t)copy.n_bytes;
+            end_phase_if_complete(copy.barrier);
+        } else if (worker->n_looks++ > 64 * (uint64_t)worker->n_threads) {
+            fail("nobody ends the phase awaited at %s:%u", file_of(where), where.line());
+        }
+        fiber.warp->ready |= 1u << fiber.lane;
+        run(&fiber, take(*other_warp()));
+    }
+}
+
+// As PTX has it: address, distance of core matrices along the columns, along the rows, in 16 bytes.
+uint64_t operand_at(const void *shared, int along_columns, int along_rows) {
+    uint64_t offset = (uint64_t)((const unsigned char *)shared - worker->shared);
+    return (offset >> 4 & 0x3fff) | (uint64_t)(along_columns >> 4) << 16 | (uint64_t)(along_rows >> 4) << 32;
+}
+// A product is made when it is waited for: who changes its operands or reads its sums before does not get away with it.
+void begin_product(float (*d)[4], int n_tiles, uint64_t a, uint64_t b) {
+    Fiber &fiber = self();
+    fiber.products.push_back({d, n_tiles, a, b, fiber.n_product_groups});
+}
+void commit_products() { self().n_product_groups++; }
+// Sixteen numbers of a row of an operand.
+static void row_of(float (&numbers)[16], uint64_t operand, uint32_t row) {
+    uint32_t along_columns = (uint32_t)(operand >> 16 & 0x3fff) << 4, along_rows = (uint32_t)(operand >> 32 & 0x3fff) << 4;
+    uint32_t first = (uint32_t)(operand & 0x3fff) << 4, core = first + row / 8 * along_rows + row % 8 * 16;
+    for (uint32_t k = 0; k < 16; k++) {
+        uint16_t bits;
+        memcpy(&bits, worker->shared + core + k / 8 * along_columns + k % 8 * 2, 2);
+        numbers[k] = bf16_to_float(bits);
+    }
+}
+static void make(const Product &product, uint32_t warp, uint32_t lane) {
+    uint32_t g = lane / 4, t = lane % 4;
+    float a[2][16], b[16];
+    for (uint32_t i = 0; i < 2; i++) row_of(a[i], product.a, warp * 16 + g + 8 * i);
+    for (int tile = 0; tile < product.n_tiles; tile++) {
+        for (uint32_t column = 0; column < 2; column++) {
+            row_of(b, product.b, (uint32_t)tile * 8 + 2 * t + column);
+            for (uint32_t i = 0; i < 2; i++) {
+                float sum = product.d[tile][2 * i + column];
+                for (int k = 0; k < 16; k++) sum += a[i][k] * b[k];
+                product.d[tile][2 * i + column] = sum;
+            }
+        }
+    }
+}
+void finish_products(int n_under_way) {
+    Fiber &fiber = self();
+    size_t n_done = 0;
+    for (const Product &product : fiber.products) {
+        if ((int64_t)product.group >= (int64_t)fiber.n_product_groups - n_under_way) break;
+        make(product, fiber.position.thread.x / WARP % 4, fiber.lane);
+        n_done++;
+    }
+    fiber.products.erase(fiber.products.begin(), fiber.products.begin() + (ptrdiff_t)n_done);
+}
+
 namespace {
 
 void leave() {
@@ -363,6 +505,8 @@ void prepare_block(Worker &worker, const Position &position, uint64_t seed) {
     worker.n_warps = worker.n_threads / WARP;
     worker.n_at_barrier = worker.n_left = 0;
     worker.failed = false;
+    worker.bulk_copies.clear();
+    worker.n_looks = 0;
     memset(worker.shared, POISON, worker.shared_bytes + SHARED_GUARD_BYTES);
     for (uint32_t i = 0; i < worker.n_threads; i++) {
         Fiber &fiber = worker.fibers[i];
@@ -373,6 +517,8 @@ void prepare_block(Worker &worker, const Position &position, uint64_t seed) {
         fiber.stack = worker.stacks + i * STACK_BYTES;
         fiber.n_groups = 0;
         fiber.copies.clear();
+        fiber.n_product_groups = 0;
+        fiber.products.clear();
         memcpy(fiber.stack, &STACK_MARK, sizeof STACK_MARK);
         prepare(fiber.context, fiber.stack, STACK_BYTES, enter);
     }

@@ -35,9 +35,24 @@ void meet_in_warp(Where where);
 uint32_t shuffle(uint32_t x, int mask, Where where);
 enum class Format { bf16, half };
 void multiply(Format format, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where where);
+uint32_t transposed(uint32_t x, Where where);
 void begin_copy(void *shared, const void *global, bool valid, Where where);
 void commit_copies();
 void finish_copies(int n_under_way);
+
+// Of sm_90a, see kernels/hopper.cuh.
+struct Barrier {
+    uint8_t mark, phase, n_arrivals, pending;
+    int32_t bytes;
+};
+void set_barrier(Barrier *barrier, uint32_t n_arrivals, Where where);
+void arrive_at(Barrier *barrier, uint32_t n_bytes, Where where);
+void await_phase(Barrier *barrier, uint32_t parity, Where where);
+void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where);
+uint64_t operand_at(const void *shared, int along_columns, int along_rows);
+void begin_product(float (*d)[4], int n_tiles, uint64_t a, uint64_t b);
+void commit_products();
+void finish_products(int n_under_way);
 
 }  // namespace emulator
 
@@ -172,6 +187,10 @@ DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, i
     for (int i = 0; i < 4; i++) memcpy(&r[i], first + i % 2 * along_a + i / 2 * along_b + lane * 4, 4);
 }
 
+DEVICE uint32_t transpose(uint32_t x, emulator::Where where = emulator::Where::current()) {
+    return emulator::transposed(x, where);
+}
+
 DEVICE void copy_async(void *shared, const void *global, bool valid,
                        emulator::Where where = emulator::Where::current()) {
     emulator::begin_copy(shared, global, valid, where);
@@ -198,3 +217,40 @@ DEVICE uint32_t fetch_add(uint32_t *shared, uint32_t x) {
 }
 DEVICE void sync_warp(emulator::Where where = emulator::Where::current()) { emulator::meet_in_warp(where); }
 DEVICE void sync_block(emulator::Where where = emulator::Where::current()) { emulator::meet_in_block(where); }
+
+namespace hopper {
+
+using emulator::Barrier;
+using emulator::Where;
+typedef uint64_t Operand;
+
+DEVICE void set_barrier(Barrier *barrier, uint32_t n_arrivals, Where where = Where::current()) {
+    emulator::set_barrier(barrier, n_arrivals, where);
+}
+DEVICE void barriers_are_set() {}
+DEVICE void arrive(Barrier *barrier, Where where = Where::current()) { emulator::arrive_at(barrier, 0, where); }
+DEVICE void arrive_expecting(Barrier *barrier, uint32_t n_bytes, Where where = Where::current()) {
+    emulator::arrive_at(barrier, n_bytes, where);
+}
+DEVICE void await(Barrier *barrier, uint32_t parity, Where where = Where::current()) {
+    emulator::await_phase(barrier, parity, where);
+}
+DEVICE void copy_bulk(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where = Where::current()) {
+    emulator::begin_bulk_copy(shared, global, n_bytes, barrier, where);
+}
+template <int n> DEVICE void fewer_registers() {}
+template <int n> DEVICE void more_registers() {}
+DEVICE Operand operand(const void *shared, int along_rows) { return emulator::operand_at(shared, 128, along_rows); }
+DEVICE Operand next_step(Operand operand, int steps) { return operand + (uint64_t)steps * (2 * 128 >> 4); }
+DEVICE void begin_products(Where where = Where::current()) { emulator::meet_in_warp(where); }
+DEVICE void commit_products() { emulator::commit_products(); }
+template <int n> DEVICE void products_wait(Where where = Where::current()) {
+    // A warp's products end together.
+    emulator::finish_products(n);
+    emulator::meet_in_warp(where);
+}
+template <int n_tiles> DEVICE void multiply(float (&d)[n_tiles][4], Operand a, Operand b) {
+    emulator::begin_product(d, n_tiles, a, b);
+}
+
+}  // namespace hopper

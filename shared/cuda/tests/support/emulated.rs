@@ -37,6 +37,8 @@ pub struct Emulated {
     capture: Option<Vec<Recorded>>,
     graphs: Vec<Vec<Recorded>>,
     link: Option<PretendedLink>,
+    max_shared_bytes: u32,
+    is_hopper: bool,
     /// Decides the order in which threads run.
     seed: u64,
     n_launches: u64,
@@ -119,6 +121,11 @@ impl Drop for Allocation {
 }
 
 impl Emulated {
+    /// A device of another generation, whose blocks have less shared memory.
+    pub fn small() -> Self {
+        Self { max_shared_bytes: 99 << 10, is_hopper: false, ..Self::new() }
+    }
+
     /// The kernels of the product.
     pub fn new() -> Self {
         Self::of(&Sources::product())
@@ -134,6 +141,8 @@ impl Emulated {
             capture: None,
             graphs: Vec::new(),
             link: None,
+            max_shared_bytes: 227 << 10,
+            is_hopper: true,
             seed: 1,
             n_launches: 0,
             n_replays: Arc::default(),
@@ -322,11 +331,15 @@ impl Runtime for Emulated {
     }
 
     fn max_shared_bytes(&self) -> u32 {
-        227 << 10
+        self.max_shared_bytes
     }
 
     fn n_multiprocessors(&self) -> u32 {
         4
+    }
+
+    fn is_hopper(&self) -> bool {
+        self.is_hopper
     }
 
     fn name(&self) -> String {
