@@ -1,5 +1,5 @@
 // What sm_90a has beyond other devices: matrix instructions of four warps that read shared memory (wgmma), copies of whole
-// pieces (cp.async.bulk) and the barriers in shared memory that count them. On other devices a kernel that uses them stops:
+// boxes by a map of the memory (cp.async.bulk.tensor) and the barriers in shared memory that count them. On other devices a kernel that uses them stops:
 // the host launches it on none (src/kernels/linear.rs).
 //
 // A warpgroup is four warps, the first of which has a number divisible by 4.
@@ -45,12 +45,19 @@ DEVICE void await(Barrier *barrier, uint32_t parity) {
                            "}" ::"r"(shared_address(barrier)), "r"(parity)
                            : "memory"));
 }
-// Copies a multiple of 16 bytes; the barrier counts them.
-DEVICE void copy_bulk(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier) {
-    ON_HOPPER(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                               shared_address(shared)),
-                           "l"(global), "r"(n_bytes), "r"(shared_address(barrier))
-                           : "memory"));
+// Tiles of core matrices in memory, and how many of both a copy takes at once; the host makes it (Runtime::tile_map). It must
+// be an argument of the kernel.
+struct alignas(64) TileMap {
+    uint64_t opaque[16];
+};
+// Copies the map's box from this core matrix and tile on, tile after tile; zeros for what is not there. The barrier counts the
+// bytes of the whole box. One instruction for a stage: many small copies take turns, each for some 75 cycles.
+DEVICE void copy_tiles(void *shared, const TileMap &map, int core, int tile, Barrier *barrier) {
+    ON_HOPPER(asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+            shared_address(shared)),
+        "l"(&map), "r"(0), "r"(core), "r"(tile), "r"(shared_address(barrier))
+        : "memory"));
 }
 
 // Registers of each thread of the warpgroup from here on.

@@ -1,4 +1,4 @@
-// Products of plain numbers with many rows on Hopper: a warp copies, two warpgroups multiply by wgmma. Its sums are the same
+// Products of plain numbers with many rows on Hopper: a thread copies, two warpgroups multiply by wgmma. Its sums are the same
 // chain of 16 columns as in the other kernels, and the instruction rounds as theirs does (tests/device/mma_bits.cu).
 #include "hopper.cuh"
 #include "linear.cuh"
@@ -11,19 +11,28 @@ constexpr int WIDE_GROUPS = 2, WIDE_THREADS = 128 * (WIDE_GROUPS + 1);
 constexpr int WIDE_M_TILES = 4 * WIDE_GROUPS;
 constexpr int WIDE_WEIGHT_BYTES = WIDE_M_TILES * Bf16::CODE_BYTES;
 
+// Arguments of the kernels; the maps' boxes are a unit of a block's tiles.
+struct WideArgs {
+    hopper::TileMap weights, x;
+    LinearArgs linear;
+    uint64_t unused[5];
+};
+
 template <int N> struct Wide {
     static constexpr int N_TILES = N / 8;
     static constexpr int STAGE_BYTES = WIDE_WEIGHT_BYTES + N_TILES * X_BYTES;
     static constexpr int STAGES = 200 * 1024 / STAGE_BYTES;
 
+    const WideArgs &wide;
     const LinearArgs &args;
     uint8_t *stages;
     hopper::Barrier *full, *empty;
     int n_blocks_n, n_blocks;
 
-    DEVICE Wide(const LinearArgs &args, uint8_t *shared)
-        : args(args), stages(shared), full(reinterpret_cast<hopper::Barrier *>(shared + STAGES * STAGE_BYTES)),
-          empty(full + STAGES), n_blocks_n((args.n_rows + N - 1) / N),
+    DEVICE Wide(const WideArgs &wide, uint8_t *shared)
+        : wide(wide), args(wide.linear), stages(shared),
+          full(reinterpret_cast<hopper::Barrier *>(shared + STAGES * STAGE_BYTES)), empty(full + STAGES),
+          n_blocks_n((args.n_rows + N - 1) / N),
           n_blocks(n_blocks_n * ((args.matrix.n_tiles + WIDE_M_TILES - 1) / WIDE_M_TILES)) {}
 
     DEVICE int first_m(int block) const { return block / n_blocks_n * WIDE_M_TILES; }
@@ -31,52 +40,30 @@ template <int N> struct Wide {
     DEVICE uint8_t *weights(int stage) const { return stages + stage * STAGE_BYTES; }
     DEVICE uint8_t *x(int stage) const { return weights(stage) + WIDE_WEIGHT_BYTES; }
 
-    // Tiles of outputs and of rows that a block has. What is not there is not copied: nobody stores its products.
-    DEVICE int m_tiles(int block) const { return min(WIDE_M_TILES, args.matrix.n_tiles - first_m(block)); }
-    DEVICE int n_tiles(int block) const { return min(N_TILES, (args.n_rows + 7) / 8 - first_n(block)); }
-
-    DEVICE void copy_weights(int block, int unit, int stage, int lane) const {
-        const uint8_t *from = args.matrix.tiles + (int64_t)unit * Bf16::CODE_BYTES;
-        int first = first_m(block);
-        if (lane < m_tiles(block)) {
-            hopper::copy_bulk(weights(stage) + lane * Bf16::CODE_BYTES, from + (first + lane) * args.matrix.tile_bytes,
-                              Bf16::CODE_BYTES, &full[stage]);
-        }
+    DEVICE void copy_weights(int block, int unit, int stage) const {
+        hopper::arrive_expecting(&full[stage], STAGE_BYTES);
+        hopper::copy_tiles(weights(stage), wide.weights, unit * (Bf16::CODE_BYTES / CORE_BYTES), first_m(block), &full[stage]);
     }
-    DEVICE void copy_x(int block, int unit, int stage, int lane) const {
-        const uint8_t *from = reinterpret_cast<const uint8_t *>(args.x) + (int64_t)unit * X_BYTES;
-        int first = first_n(block);
-        if (lane < n_tiles(block)) {
-            hopper::copy_bulk(x(stage) + lane * X_BYTES, from + (first + lane) * args.x_tile_bytes, X_BYTES, &full[stage]);
-        }
-    }
-    DEVICE void expect(int block, int stage, int lane) const {
-        uint32_t n_bytes = m_tiles(block) * Bf16::CODE_BYTES + n_tiles(block) * X_BYTES;
-        if (lane == 0) hopper::arrive_expecting(&full[stage], n_bytes);
+    DEVICE void copy_x(int block, int unit, int stage) const {
+        hopper::copy_tiles(x(stage), wide.x, unit * (X_BYTES / CORE_BYTES), first_n(block), &full[stage]);
     }
 
-    // The copying warp.
-    DEVICE void copy(int lane) const {
+    // One thread copies.
+    DEVICE void copy() const {
         const int n_units = args.matrix.n_units, n_ahead = min(STAGES, n_units);
         // Weights do not depend on the kernels before: they are under way while those end.
-        for (int unit = 0; unit < n_ahead; unit++) {
-            expect(blockIdx.x, unit, lane);
-            copy_weights(blockIdx.x, unit, unit, lane);
-        }
+        for (int unit = 0; unit < n_ahead; unit++) copy_weights(blockIdx.x, unit, unit);
         grid_wait();
         int stage = 0;
         uint32_t parity = 1;
         for (int block = blockIdx.x; block < n_blocks; block += gridDim.x) {
             for (int unit = 0; unit < n_units; unit++) {
                 if (block != (int)blockIdx.x || unit >= n_ahead) {
-                    // Of a barrier nobody has arrived at, the phase before counts as ended. One lane looks: another that has
-                    // nothing to copy might come so late that the parity is the same again.
-                    if (lane == 0) hopper::await(&empty[stage], parity);
-                    sync_warp();
-                    expect(block, stage, lane);
-                    copy_weights(block, unit, stage, lane);
+                    // Of a barrier nobody has arrived at, the phase before counts as ended.
+                    hopper::await(&empty[stage], parity);
+                    copy_weights(block, unit, stage);
                 }
-                copy_x(block, unit, stage, lane);
+                copy_x(block, unit, stage);
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
         }
@@ -136,7 +123,7 @@ template <int N> struct Wide {
         sync_block();
         if (group == 0) {
             hopper::fewer_registers<40>();
-            warp == 0 ? copy(lane) : grid_wait();
+            threadIdx.x == 0 ? copy() : grid_wait();
         } else {
             hopper::more_registers<232>();
             multiply(group - 1, warp, lane);
@@ -148,7 +135,7 @@ template <int N> struct Wide {
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
 #define WIDE(name, N)                                                \
-    KERNEL_AHEAD(name, LinearArgs, linear::WIDE_THREADS, 1) {        \
+    KERNEL_AHEAD(name, linear::WideArgs, linear::WIDE_THREADS, 1) {        \
         SHARED(uint8_t, shared);                                     \
         grid_release();                                              \
         linear::Wide<N>(args, shared).run();                         \

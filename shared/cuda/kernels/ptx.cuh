@@ -39,7 +39,7 @@ DEVICE void grid_release() {
     }                                                \
     static DEVICE void name##_body(const Args &args)
 #define SHARED(type, name)                                       \
-    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
 
 // bfloat16 and IEEE half, as bits; rounded to nearest even.

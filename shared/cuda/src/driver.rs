@@ -3,8 +3,9 @@
 mod device;
 mod link;
 mod staging;
+mod tile_map;
 
-use crate::runtime::{DevicePtr, GraphId, Launch, Membership, Runtime};
+use crate::runtime::{DevicePtr, GraphId, Launch, Membership, Runtime, TileMap, Tiles};
 use crate::{CudaError, image, kernels};
 use cudarc::driver::{result, sys};
 use device::{Device, check, problem_of};
@@ -433,6 +434,10 @@ impl Runtime for Driver {
 
     fn is_hopper(&self) -> bool {
         self.device.is_hopper()
+    }
+
+    fn tile_map(&self, tiles: &Tiles) -> Result<TileMap, CudaError> {
+        tile_map::encode(tiles)
     }
 
     fn name(&self) -> String {

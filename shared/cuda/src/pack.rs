@@ -15,7 +15,7 @@ pub const TILE_ROWS: usize = 16;
 /// Columns of a unit.
 pub const UNIT_COLUMNS: usize = 64;
 /// Bytes of 8 rows by 8 columns of plain numbers.
-const CORE_BYTES: usize = 128;
+pub const CORE_BYTES: usize = 128;
 const GROUPS_PER_UNIT: usize = UNIT_COLUMNS / GROUP_LEN;
 
 /// A packed matrix's type, as the kernels' names and numbers have it.

@@ -21,6 +21,28 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
+/// Tiles of core matrices in device memory, and the box of them that a copy takes (kernels/hopper.cuh, `TileMap`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tiles {
+    /// The first core matrix; a multiple of 16.
+    pub first: DevicePtr,
+    /// Bytes from a tile to the next; a multiple of 16.
+    pub tile_bytes: u64,
+    /// Tiles; a box may reach beyond, and gets zeros there.
+    pub n_tiles: u32,
+    /// Core matrices of a tile, one behind the other.
+    pub n_cores: u32,
+    /// Tiles of a box, at most 256.
+    pub box_tiles: u32,
+    /// Core matrices of each tile in a box, at most 256.
+    pub box_cores: u32,
+}
+
+/// What a kernel takes for [`Tiles`].
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct TileMap(pub [u64; 16]);
+
 /// A sequence of launches that was captured and can be replayed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct GraphId(pub usize);
@@ -144,6 +166,12 @@ pub trait Runtime: Send {
 
     /// Whether it runs the kernels made for sm_90a (kernels/hopper.cuh).
     fn is_hopper(&self) -> bool;
+
+    /// The map a kernel for Hopper copies tiles by.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn tile_map(&self, tiles: &Tiles) -> Result<TileMap, CudaError>;
 
     /// Name and architecture, for logs and fingerprints ("NVIDIA H100 80GB HBM3, sm_90").
     fn name(&self) -> String;

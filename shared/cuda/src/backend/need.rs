@@ -7,6 +7,7 @@ use paceline_model::{Capacity, LoadSpec, ModelError};
 use super::batch::TABLE_BYTES_PER_BLOCK;
 use super::weights::{Packing, model_error};
 use super::{GpuBackend, GraphMode};
+use crate::runtime::{TileMap, Tiles};
 use crate::{CudaError, DevicePtr, GraphId, Launch, Runtime};
 
 /// Devices give out memory in pieces of this size; small allocations share one.
@@ -108,6 +109,10 @@ impl Runtime for Counter {
 
     fn is_hopper(&self) -> bool {
         false
+    }
+
+    fn tile_map(&self, _tiles: &Tiles) -> Result<TileMap, CudaError> {
+        Ok(TileMap([0; 16]))
     }
 
     fn name(&self) -> String {

@@ -1,7 +1,8 @@
 //! Launches of the matrix products of kernels/linear_*.cu and of the embedding's look-up. The numbers of rows, columns and
 //! stages are those of the kernels.
 
-use crate::pack::{Kind, Planes, TILE_ROWS, UNIT_COLUMNS};
+use crate::pack::{CORE_BYTES, Kind, Planes, TILE_ROWS, UNIT_COLUMNS};
+use crate::runtime::{TileMap, Tiles};
 use crate::{CudaError, DevicePtr, Launch, Runtime};
 
 /// Rows up to which the kernel of one warp a tile is used.
@@ -164,6 +165,17 @@ struct Wide {
     block_rows: usize,
 }
 
+/// `WideArgs` of kernels/linear_wide.cu.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+struct WideArgs {
+    weights: TileMap,
+    x: TileMap,
+    linear: LinearArgs,
+    /// Fills the struct up.
+    unused: [u64; 5],
+}
+
 const WIDE: [Wide; 3] = [
     Wide { name: "linear_wide_128_bf16", block_rows: 128 },
     Wide { name: "linear_wide_192_bf16", block_rows: 192 },
@@ -174,7 +186,7 @@ const WIDE_TILES: usize = 8;
 const WIDE_THREADS: u32 = 384;
 const WIDE_STAGES_BYTES: usize = 200 << 10;
 /// What a block costs beside its products, in rows.
-const WIDE_BLOCK_COST: usize = 16;
+const WIDE_BLOCK_COST: usize = 32;
 
 impl Wide {
     fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
@@ -230,9 +242,9 @@ macro_rules! kernel_names {
         pub const SIGNATURES: &[(&str, usize)] = &[
             ("embed", size_of::<EmbedArgs>()),
             ("silu_times_up", size_of::<SiluArgs>()),
-            (WIDE[0].name, size_of::<LinearArgs>()),
-            (WIDE[1].name, size_of::<LinearArgs>()),
-            (WIDE[2].name, size_of::<LinearArgs>()),
+            (WIDE[0].name, size_of::<WideArgs>()),
+            (WIDE[1].name, size_of::<WideArgs>()),
+            (WIDE[2].name, size_of::<WideArgs>()),
             $((concat!("linear_few_", $name), size_of::<LinearArgs>()),
             (concat!("linear_some_", $name), size_of::<LinearArgs>()),
             (concat!("linear_many_", $name), size_of::<LinearArgs>()),)*
@@ -251,19 +263,41 @@ kernel_names!(
 /// What the device reports.
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
-    let mut name = kernel_name(kind, size);
     let launch = match size {
         Size::Few => few_launch(kind, &args.matrix, n_rows),
         Size::Some => SOME.launch(kind.planes(), n_tiles, n_rows),
         Size::Many => Blocking::many(kind).launch(kind.planes(), n_tiles, n_rows),
-        Size::Wide => {
-            let n_multiprocessors = runtime.n_multiprocessors() as usize;
-            let wide = Wide::of(n_tiles, n_rows, n_multiprocessors);
-            name = wide.name;
-            wide.launch(n_tiles, n_rows, n_multiprocessors)
-        }
+        Size::Wide => return wide(runtime, args),
     };
-    runtime.launch(name, launch, bytemuck::bytes_of(args))
+    runtime.launch(kernel_name(kind, size), launch, bytemuck::bytes_of(args))
+}
+
+/// Multiplies with plain numbers, on Hopper.
+fn wide(runtime: &mut dyn Runtime, args: &LinearArgs) -> Result<(), CudaError> {
+    let Matrix { tiles, tile_bytes, n_tiles, n_units, .. } = args.matrix;
+    let n_multiprocessors = runtime.n_multiprocessors() as usize;
+    let wide = Wide::of(n_tiles as usize, args.n_rows as usize, n_multiprocessors);
+    let unit_bytes = Kind::BF16.planes().codes;
+    let weights = Tiles {
+        first: tiles,
+        tile_bytes: tile_bytes as u64,
+        n_tiles: n_tiles as u32,
+        n_cores: n_units as u32 * (unit_bytes / CORE_BYTES) as u32,
+        box_tiles: WIDE_TILES as u32,
+        box_cores: (unit_bytes / CORE_BYTES) as u32,
+    };
+    let x = Tiles {
+        first: args.x,
+        tile_bytes: args.x_tile_bytes as u64,
+        n_tiles: (args.n_rows as u32).div_ceil(8),
+        n_cores: n_units as u32 * (X_BYTES / CORE_BYTES) as u32,
+        box_tiles: wide.block_rows as u32 / 8,
+        box_cores: (X_BYTES / CORE_BYTES) as u32,
+    };
+    let [weights, x] = [runtime.tile_map(&weights)?, runtime.tile_map(&x)?];
+    let launch = wide.launch(n_tiles as usize, args.n_rows as usize, n_multiprocessors);
+    let args = WideArgs { weights, x, linear: *args, unused: [0; 5] };
+    runtime.launch(wide.name, launch, bytemuck::bytes_of(&args))
 }
 
 /// Looks `n_rows` tokens up; rows that the batch does not have are left alone.

@@ -49,8 +49,8 @@ struct Copy {
     uint32_t group;
 };
 
-// Copies whose bytes a barrier counts.
-struct BulkCopy {
+// A tile of a copy whose bytes a barrier counts; zeros when it comes from nowhere.
+struct TileCopy {
     void *to;
     const void *from;
     uint32_t n_bytes;
@@ -108,7 +108,7 @@ struct Worker {
     const void *args = nullptr;
     uint32_t n_warps = 0, n_at_barrier = 0, n_left = 0, n_threads = 0, shared_bytes = 0;
     uint64_t random = 0;
-    std::vector<BulkCopy> bulk_copies;
+    std::vector<TileCopy> tile_copies;
     // Looks at barriers since something last happened.
     uint64_t n_looks = 0;
     bool failed = false;
@@ -401,28 +401,36 @@ void arrive_at(Barrier *barrier, uint32_t n_bytes, Where where) {
     end_phase_if_complete(barrier);
 }
 // Copies are made while somebody waits for a barrier; until then the target holds poison.
-void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where) {
+void begin_tile_copy(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where) {
     check(barrier, where);
     unsigned char *to = (unsigned char *)shared;
-    if ((uintptr_t)to % 16 || (uintptr_t)global % 16 || n_bytes % 16 || !n_bytes)
-        fail("copy_bulk at %s:%u of %u bytes from %p to shared + %td: not in pieces of 16", file_of(where), where.line(),
-             n_bytes, global, to - worker->shared);
-    if (to < worker->shared || to + n_bytes > worker->shared + worker->shared_bytes)
-        fail("copy_bulk at %s:%u of %u bytes to shared + %td, of %u bytes", file_of(where), where.line(), n_bytes,
-             to - worker->shared, worker->shared_bytes);
-    memset(to, POISON, n_bytes);
-    worker->bulk_copies.push_back({shared, global, n_bytes, barrier});
+    uint32_t n_bytes = map.box_cores * 128;
+    if ((to - worker->shared) % 128 || (uintptr_t)map.first % 16 || map.tile_bytes % 16)
+        fail("copy_tiles at %s:%u from %p by %llu to shared + %td: not aligned", file_of(where), where.line(), map.first,
+             (unsigned long long)map.tile_bytes, to - worker->shared);
+    if (to < worker->shared || to + map.box_tiles * n_bytes > worker->shared + worker->shared_bytes)
+        fail("copy_tiles at %s:%u of %u times %u bytes to shared + %td, of %u bytes", file_of(where), where.line(),
+             map.box_tiles, n_bytes, to - worker->shared, worker->shared_bytes);
+    if (core < 0 || tile < 0 || (uint32_t)core + map.box_cores > map.n_cores)
+        fail("copy_tiles at %s:%u of core matrices %d to %u, of %u", file_of(where), where.line(), core,
+             (uint32_t)core + map.box_cores, map.n_cores);
+    memset(to, POISON, map.box_tiles * n_bytes);
+    for (uint32_t i = 0; i < map.box_tiles; i++) {
+        uint64_t at = ((uint64_t)tile + i) * map.tile_bytes + (uint64_t)core * 128;
+        const void *from = (uint32_t)tile + i < map.n_tiles ? map.first + at : nullptr;
+        worker->tile_copies.push_back({to + i * n_bytes, from, n_bytes, barrier});
+    }
 }
 void await_phase(Barrier *barrier, uint32_t parity, Where where) {
     check(barrier, where);
     Fiber &fiber = self();
     while (barrier->phase == parity) {
-        if (!worker->bulk_copies.empty()) {
-            std::vector<BulkCopy> &copies = worker->bulk_copies;
+        if (!worker->tile_copies.empty()) {
+            std::vector<TileCopy> &copies = worker->tile_copies;
             std::swap(copies[worker->draw() % copies.size()], copies.back());
-            BulkCopy copy = copies.back();
+            TileCopy copy = copies.back();
             copies.pop_back();
-            memcpy(copy.to, copy.from, copy.n_bytes);
+            copy.from ? memcpy(copy.to, copy.from, copy.n_bytes) : memset(copy.to, 0, copy.n_bytes);
             copy.barrier->bytes -= (int32_t)copy.n_bytes;
             end_phase_if_complete(copy.barrier);
         } else if (worker->n_looks++ > 64 * (uint64_t)worker->n_threads) {
@@ -505,7 +513,7 @@ void prepare_block(Worker &worker, const Position &position, uint64_t seed) {
     worker.n_warps = worker.n_threads / WARP;
     worker.n_at_barrier = worker.n_left = 0;
     worker.failed = false;
-    worker.bulk_copies.clear();
+    worker.tile_copies.clear();
     worker.n_looks = 0;
     memset(worker.shared, POISON, worker.shared_bytes + SHARED_GUARD_BYTES);
     for (uint32_t i = 0; i < worker.n_threads; i++) {
@@ -652,7 +660,10 @@ EXPORT int emulator_launch(const char *name, uint32_t grid_x, uint32_t grid_y, u
                  grid_x, grid_y, grid_z, n_threads, shared_bytes, args_bytes, job.kernel ? job.kernel->args_bytes : 0, why);
         return 1;
     }
-    std::vector<uint4> aligned((args_bytes + 15) / 16);
+    struct alignas(64) Line {
+        unsigned char bytes[64];
+    };
+    std::vector<Line> aligned((args_bytes + 63) / 64);
     if (args_bytes) memcpy(aligned.data(), args, args_bytes);
     job.args = aligned.data();
     std::vector<std::thread> others;

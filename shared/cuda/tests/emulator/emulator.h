@@ -48,7 +48,14 @@ struct Barrier {
 void set_barrier(Barrier *barrier, uint32_t n_arrivals, Where where);
 void arrive_at(Barrier *barrier, uint32_t n_bytes, Where where);
 void await_phase(Barrier *barrier, uint32_t parity, Where where);
-void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where);
+// Tiles of core matrices; `tests/support/emulated.rs` makes it.
+struct alignas(64) TileMap {
+    const unsigned char *first;
+    uint64_t tile_bytes;
+    uint32_t n_tiles, n_cores, box_tiles, box_cores;
+    uint64_t unused[12];
+};
+void begin_tile_copy(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where);
 uint64_t operand_at(const void *shared, int along_columns, int along_rows);
 void begin_product(float (*d)[4], int n_tiles, uint64_t a, uint64_t b);
 void commit_products();
@@ -235,8 +242,9 @@ DEVICE void arrive_expecting(Barrier *barrier, uint32_t n_bytes, Where where = W
 DEVICE void await(Barrier *barrier, uint32_t parity, Where where = Where::current()) {
     emulator::await_phase(barrier, parity, where);
 }
-DEVICE void copy_bulk(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where = Where::current()) {
-    emulator::begin_bulk_copy(shared, global, n_bytes, barrier, where);
+using emulator::TileMap;
+DEVICE void copy_tiles(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where = Where::current()) {
+    emulator::begin_tile_copy(shared, map, core, tile, barrier, where);
 }
 template <int n> DEVICE void fewer_registers() {}
 template <int n> DEVICE void more_registers() {}

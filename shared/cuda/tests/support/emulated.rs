@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use paceline_cuda::runtime::Membership;
+use paceline_cuda::runtime::{Membership, TileMap, Tiles};
 use paceline_cuda::{CudaError, DevicePtr, GraphId, Launch, Runtime};
 use paceline_model::link::{LinkId, Offer};
 
@@ -340,6 +340,19 @@ impl Runtime for Emulated {
 
     fn is_hopper(&self) -> bool {
         self.is_hopper
+    }
+
+    /// As `TileMap` of emulator.h has it.
+    fn tile_map(&self, tiles: &Tiles) -> Result<TileMap, CudaError> {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let mut map = [0; 16];
+        map[..4].copy_from_slice(&[
+            tiles.first,
+            tiles.tile_bytes,
+            pair(tiles.n_tiles, tiles.n_cores),
+            pair(tiles.box_tiles, tiles.box_cores),
+        ]);
+        Ok(TileMap(map))
     }
 
     fn name(&self) -> String {
