@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""A cluster on a device, asked by `paceline generate`: the same tokens alone and in a crowd, greedy and sampled, and
-greedy tokens that agree with the CPU's up to the first near-tie. One JSON object a line for each check; after one that
+"""A cluster on a device, asked by `paceline generate`: the same tokens alone and in a crowd, with and without
+speculation, greedy and sampled, and greedy tokens that agree with the CPU's up to the first near-tie. One JSON object a line for each check; after one that
 failed the exit code is 1 and the last line says which.
 
 It starts its own clusters on free ports and stops them. Standard library only."""
@@ -23,11 +23,12 @@ PROMPTS = ["Once", WORDS, "0123456789" * 7, WORDS * 3, "Zwölf Boxkämpfer", WOR
 
 
 class Cluster:
-    """A coordinator and one shard, while the block runs."""
+    """A coordinator, one shard and perhaps a draft service, all on one device, while the block runs."""
 
-    def __init__(self, paceline, model, device):
+    def __init__(self, paceline, model, device, draft=None):
         self.paceline = paceline
         self.command = [paceline, "up", "--model", model, "--device", device, "--ranks", "1"]
+        self.command += ["--draft", draft] if draft else []
         self.command += ["--listen", "127.0.0.1:0"]
 
     def __enter__(self):
@@ -76,17 +77,41 @@ def first_difference(left, right):
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), None)
 
 
-def alone_and_together(arguments, checks):
-    """Every prompt greedy and sampled, one after the other, then all at once."""
+def requests(arguments):
+    """Every prompt greedy and sampled."""
     length = ["--max-tokens", str(arguments.tokens)]
     asked = [(prompt, length + ["--temperature", "0"]) for prompt in PROMPTS]
-    asked += [(prompt, length + ["--temperature", "1", "--seed", str(seed)]) for seed, prompt in enumerate(PROMPTS)]
+    return asked + [(prompt, length + ["--temperature", "1", "--seed", str(i)]) for i, prompt in enumerate(PROMPTS)]
+
+
+def at_once(cluster, asked, *options):
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(lambda request: cluster.generate(request[0], *request[1], *options), asked))
+
+
+def with_speculation(arguments, checks):
+    """The model drafts for itself: greedy proposals are right then, and every mode must give the same tokens."""
+    asked = requests(arguments)
+    with Cluster(arguments.paceline, arguments.batch, arguments.device, draft=arguments.batch) as cluster:
+        plain = at_once(cluster, asked, "--speculate", "off")
+        answers = {mode: at_once(cluster, asked, "--speculate", mode) for mode in ["ngram", "draft", "auto"]}
+    for mode, mode_answers in answers.items():
+        differ = [i for i, (a, b) in enumerate(zip(plain, mode_answers)) if a["tokens"] != b["tokens"]]
+        counts = [count for answer in mode_answers for count in answer.get("speculation", [])]
+        proposed = sum(count["draft_tokens"] for count in counts)
+        accepted = sum(count["accepted_tokens"] for count in counts)
+        is_ok = not differ and (mode != "draft" or accepted > 0)
+        checks.add(f"speculation {mode}", is_ok, differ=differ, proposed=proposed, accepted=accepted)
+
+
+def alone_and_together(arguments, checks):
+    """One after the other, then all at once."""
+    asked = requests(arguments)
     with Cluster(arguments.paceline, arguments.batch, arguments.device) as cluster:
         alone = [cluster.generate(prompt, *options) for prompt, options in asked]
         again = cluster.generate(*[asked[-1][0], *asked[-1][1]])
         started = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
-            together = list(pool.map(lambda request: cluster.generate(request[0], *request[1]), asked))
+        together = at_once(cluster, asked)
         seconds = time.monotonic() - started
     speed = statistics.median(answer["timings"]["decode_tokens_per_second"] for answer in alone)
     n_tokens = sum(len(answer["tokens"]) for answer in alone)
@@ -132,6 +157,7 @@ def main():
     for model in arguments.against_cpu:
         against_cpu(arguments, model, checks)
     alone_and_together(arguments, checks)
+    with_speculation(arguments, checks)
     if checks.failed:
         print(f"failed: {', '.join(checks.failed)}")
         sys.exit(1)
