@@ -8,7 +8,7 @@ use paceline_cuda::kernels::linear::{
     EmbedArgs, LinearArgs, Matrix, SOME_ROWS, SiluArgs, Size, embed, linear, silu_times_up,
 };
 use paceline_cuda::pack::{Arrangement, Kind, Packed, Rows, UNIT_COLUMNS, pack};
-use paceline_cuda::{DevicePtr, Runtime};
+use paceline_cuda::{CudaError, DevicePtr, Runtime};
 use paceline_domain::WeightType;
 use paceline_kernels::{Pinning, ThreadPool, dequantize_row};
 use support::{compiled::Sources, emulated::Emulated};
@@ -104,6 +104,16 @@ impl Bench {
     }
 
     fn multiply(&mut self, size: Size, x: &Activations, n_outputs: usize, bias: Option<&[f32]>) -> Vec<f32> {
+        self.try_multiply(size, x, n_outputs, bias).expect("multiplies")
+    }
+
+    fn try_multiply(
+        &mut self,
+        size: Size,
+        x: &Activations,
+        n_outputs: usize,
+        bias: Option<&[f32]>,
+    ) -> Result<Vec<f32>, CudaError> {
         let out = self.device.alloc(x.n_rows * n_outputs * 4).expect("memory");
         let bias = bias.map_or(0, |bias| put(&mut self.device, bytemuck::cast_slice(bias)));
         let args = LinearArgs {
@@ -118,8 +128,8 @@ impl Bench {
             out_stride: n_outputs as i32,
             gated_k_padded: 0,
         };
-        linear(&mut self.device, self.kind, size, &args).expect("multiplies");
-        floats(&mut self.device, out, x.n_rows * n_outputs)
+        linear(&mut self.device, self.kind, size, &args)?;
+        Ok(floats(&mut self.device, out, x.n_rows * n_outputs))
     }
 }
 
@@ -401,4 +411,27 @@ fn mistakes_in_the_kernels_are_found() {
     );
     let worst = check_product(Emulated::of(&early), &file, 0..512, 2, Size::Few);
     assert!(worst > 100.0 * TOLERANCE, "the missing wait was not found");
+}
+
+#[test]
+fn mistakes_in_the_wide_kernel_are_found() {
+    let file = FileMatrix::new(WeightType::BF16, 160, 640, 9);
+    for (from, to) in [
+        // Multiplying a stage that is still being copied.
+        ("hopper::await(&full[stage], parity);\n", "\n"),
+        // Giving a stage back that is still being read.
+        ("hopper::products_wait<1>();\n", "\n"),
+        // Storing sums of products that are under way.
+        ("hopper::products_wait<0>();\n", "\n"),
+        // The second operand a step behind.
+        ("hopper::next_step(b, s)", "hopper::next_step(b, s & 2)"),
+    ] {
+        let products = |sources: &Sources| {
+            let mut bench = Bench::new(Emulated::of(sources), &packed_of(&file, 0..640));
+            bench.try_multiply(Size::Wide, &Activations::new(0, 300, 640), 160, None).ok()
+        };
+        let mutated = products(&Sources::product().mutated("linear_wide.cu", from, to));
+        let right = products(&Sources::product()).expect("multiplies");
+        assert_ne!(mutated, Some(right), "`{from}`");
+    }
 }
