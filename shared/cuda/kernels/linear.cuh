@@ -102,7 +102,7 @@ DEVICE void multiply_group(float (&sum)[MT][NT][4], const uint8_t *weights, int 
 
 DEVICE float silu_times(float gate, float up) {
     float exponential = exp2_fast(__fmul_rn(gate, -1.4426950408889634f));
-    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, exponential)), up);
+    return __fmul_rn(__fmul_rn(gate, reciprocal_fast(__fadd_rn(1.0f, exponential))), up);
 }
 
 // Writes a tile of 16 outputs by 8 rows.

@@ -103,11 +103,31 @@ template <int N> struct Wide {
 
     DEVICE void store(const float (&sums)[N_TILES][4], int tile, int first_n, int lane) const {
         if (tile >= args.matrix.n_tiles) return;
+        if (args.gated) {
+#pragma unroll
+            for (int n = 0; n < N_TILES; n++) {
+                if ((first_n + n) * 8 < args.n_rows) store_gated_tile(args, sums[n], tile, first_n + n, lane);
+            }
+            return;
+        }
+        // As store_tile, with what all rows share read once.
+        float bias[2];
+#pragma unroll
+        for (int high = 0; high < 2; high++) {
+            int output = tile * TILE_ROWS + lane / 4 + 8 * high;
+            bias[high] = args.bias && output < args.n_outputs ? args.bias[output] : 0.0f;
+        }
+        int output = tile * TILE_ROWS + lane / 4, row = first_n * 8 + lane % 4 * 2;
+        float *out = args.out + (size_t)row * args.out_stride + output;
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
-            if ((first_n + n) * 8 >= args.n_rows) continue;
-            args.gated ? store_gated_tile(args, sums[n], tile, first_n + n, lane)
-                       : store_tile(args, sums[n], tile, (first_n + n) * 8, lane);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (row + 8 * n + i >= args.n_rows) continue;
+                float *at = out + (size_t)(8 * n + i) * args.out_stride;
+                if (output < args.n_outputs) at[0] = __fadd_rn(sums[n][i], bias[0]);
+                if (output + 8 < args.n_outputs) at[8] = __fadd_rn(sums[n][2 + i], bias[1]);
+            }
         }
     }
 

@@ -39,7 +39,7 @@ use crate::kernels::attention::HEAD_DIMS;
 use crate::{CudaError, DevicePtr, Runtime};
 
 /// Grows when a kernel, or the order in which they are used, comes to give other bits.
-const KERNEL_SET: u32 = 1;
+const KERNEL_SET: u32 = 2;
 
 /// Query heads of a rank by the key head they share, on the device: u32 each.
 #[derive(Clone, Copy, Debug)]

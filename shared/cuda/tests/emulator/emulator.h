@@ -210,6 +210,7 @@ DEVICE float exp2_fast(float x) {
     float y = exp2f(x);
     return fabsf(y) < 0x1p-126f ? 0.0f : y;
 }
+DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask, emulator::Where where = emulator::Where::current()) {
     return emulator::shuffle(x, mask, where);
 }
