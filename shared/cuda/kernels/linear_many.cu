@@ -18,39 +18,6 @@ template <int MT, int NT> DEVICE void end_chunk(float (&total)[MT][NT][4], float
     }
 }
 
-// Gated results of a block: through shared memory into the order of operand B, so that whole sectors are written. All
-// threads of the block call it, when nobody reads the stages any more.
-template <int MT, int NT, int WARPS_M, int WARPS_N, class Result>
-DEVICE void store_gated(const LinearArgs &args, const Result &result, int first_m, int first_n, uint16_t *staged) {
-    constexpr int BLOCK_M = MT * WARPS_M, BLOCK_N = NT * WARPS_N, THREADS = 32 * WARPS_M * WARPS_N;
-    constexpr int K_TILES = BLOCK_M * 8 / 32;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int warp_m = warp % WARPS_M, warp_n = warp / WARPS_M;
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        int tile = warp_m * MT + m, feature = tile * 8 + g;
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = (warp_n * NT + n) * 8 + 2 * t + i;
-                bool is_there = first_m + tile < args.matrix.n_tiles && first_n * 8 + row < args.n_rows;
-                float value = is_there ? silu_times(result(m, n)[i], result(m, n)[2 + i]) : 0.0f;
-                staged[operand_b_index(row, feature, K_TILES * 32)] = float_to_bf16(value);
-            }
-        }
-    }
-    sync_block();
-    const uint4 *from = reinterpret_cast<const uint4 *>(staged);
-    const int k_tiles = args.gated_k_padded / 32, first_k = first_m * 8 / 32;
-    for (int piece = threadIdx.x; piece < BLOCK_N * K_TILES * 32; piece += THREADS) {
-        int tile = piece / (K_TILES * 32), k_tile = first_k + piece / 32 % K_TILES;
-        if (k_tile >= k_tiles || (first_n + tile) * 8 >= args.n_rows) continue;
-        uint4 *to = reinterpret_cast<uint4 *>(args.gated) + ((size_t)(first_n + tile) * k_tiles + k_tile) * 32;
-        to[piece % 32] = from[piece];
-    }
-}
-
 // More rows: a block for BLOCK_M tiles of outputs by BLOCK_N tiles of rows, a warp of it for MT by NT of them. Weights and
 // activations pass through STAGES stages of UNITS units in shared memory.
 template <class F, int MT, int NT, int WARPS_M, int WARPS_N, int STAGES, int UNITS>
@@ -142,18 +109,17 @@ DEVICE void many_rows(const LinearArgs &args, uint8_t *shared) {
         copy_commit();
     }
     auto result = [&](int m, int n) -> const float(&)[4] { return F::QUANTIZED ? total[m][n] : sum[m][n]; };
-    if (args.gated) {
-        copy_wait<0>();
-        sync_block();
-        store_gated<MT, NT, WARPS_M, WARPS_N>(args, result, first_m, first_n, reinterpret_cast<uint16_t *>(shared));
-        return;
-    }
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         int tile = first_m + warp_m * MT + m;
         if (tile >= args.matrix.n_tiles) break;
 #pragma unroll
-        for (int n = 0; n < NT; n++) store_tile(args, result(m, n), tile, (first_n + warp_n * NT + n) * 8, lane);
+        for (int n = 0; n < NT; n++) {
+            int n_tile = first_n + warp_n * NT + n;
+            if (n_tile * 8 >= args.n_rows) continue;
+            args.gated ? store_gated_tile(args, result(m, n), tile, n_tile, lane)
+                       : store_tile(args, result(m, n), tile, n_tile * 8, lane);
+        }
     }
 }
 
@@ -180,11 +146,13 @@ KERNEL(silu_times_up, SiluArgs, 256, 4) {
 }
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
+// A block for some rows has few tiles, so that narrow matrices fill the device.
+constexpr int SOME_M = 2;
 #define MORE_ROWS(name, F, NT, STAGES, UNITS)                            \
-    KERNEL_AHEAD(linear_some_##name, LinearArgs, 128, 2) {               \
+    KERNEL_AHEAD(linear_some_##name, LinearArgs, 32 * SOME_M, 3) {       \
         SHARED(uint8_t, shared);                                         \
         grid_release();                                                  \
-        linear::many_rows<F, 1, 4, 4, 1, 8, 1>(args, shared);            \
+        linear::many_rows<F, 1, 4, SOME_M, 1, 8, 1>(args, shared);       \
     }                                                                    \
     KERNEL_AHEAD(linear_many_##name, LinearArgs, 256, 1) {               \
         SHARED(uint8_t, shared);                                         \

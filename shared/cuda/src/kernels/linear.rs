@@ -7,7 +7,7 @@ use crate::{CudaError, DevicePtr, Launch, Runtime};
 
 /// Rows up to which the kernel of one warp a tile is used.
 pub const FEW_ROWS: usize = 8;
-/// Rows up to which the kernel of four tiles a block is used.
+/// Rows up to which the kernel of few tiles a block is used.
 pub const SOME_ROWS: usize = 64;
 /// Rows that a buffer of activations is padded to, so that every kernel may read whole blocks of it.
 pub const ROW_PADDING: usize = 256;
@@ -137,7 +137,7 @@ struct Blocking {
     stages: usize,
 }
 
-const SOME: Blocking = Blocking { block_m: 4, block_n: 4, threads: 128, stages: 8 };
+const SOME: Blocking = Blocking { block_m: 2, block_n: 4, threads: 64, stages: 8 };
 const MANY: Blocking = Blocking { block_m: 8, block_n: 16, threads: 256, stages: 4 };
 /// The same for plain numbers, which need fewer registers.
 const MANY_PLAIN: Blocking = Blocking { block_n: 32, ..MANY };
