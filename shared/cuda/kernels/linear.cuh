@@ -105,8 +105,21 @@ DEVICE float silu_times(float gate, float up) {
     return __fmul_rn(__fmul_rn(gate, reciprocal_fast(__fadd_rn(1.0f, exponential))), up);
 }
 
+// Of the lane's outputs in a tile; they may be read long before the tile is written.
+struct TileBias {
+    float of[2] = {0.0f, 0.0f};
+
+    DEVICE TileBias(const LinearArgs &args, int tile, int lane) {
+        if (!args.bias) return;
+        for (int high = 0; high < 2; high++) {
+            int output = tile * TILE_ROWS + lane / 4 + 8 * high;
+            if (output < args.n_outputs) of[high] = args.bias[output];
+        }
+    }
+};
+
 // Writes a tile of 16 outputs by 8 rows.
-DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile, int first_row, int lane) {
+DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], const TileBias &bias, int tile, int first_row, int lane) {
     int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -123,11 +136,13 @@ DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile
             for (int high = 0; high < 2; high++) {
                 int output = tile * TILE_ROWS + g + 8 * high;
                 if (output >= args.n_outputs) continue;
-                float bias = args.bias ? args.bias[output] : 0.0f;
-                args.out[(size_t)row * args.out_stride + output] = __fadd_rn(total[2 * high + i], bias);
+                args.out[(size_t)row * args.out_stride + output] = __fadd_rn(total[2 * high + i], bias.of[high]);
             }
         }
     }
+}
+DEVICE void store_tile(const LinearArgs &args, const float (&total)[4], int tile, int first_row, int lane) {
+    store_tile(args, total, TileBias(args, tile, lane), tile, first_row, lane);
 }
 
 // A tile of gated results, 8 features by 8 rows, as a whole core matrix of the next operand.

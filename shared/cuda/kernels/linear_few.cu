@@ -3,87 +3,142 @@
 
 namespace linear {
 
-// Activations of the rows that are there, up to 8, in one unit: of each core matrix the first n_rows * 16 bytes. They
-// pass through shared memory, not straight to registers: in a chain a product must not wait for a load from far away that
-// went out with its operands.
-struct FewX {
-    const uint8_t *from;  // of the lane
-    int n_rows;
-    int row_bytes;        // of a group
-    bool is_there;        // the lane copies a row
+// Units of a stage, and the core matrices of 8 rows of activations in it: one for each lane.
+constexpr int FEW_UNITS = 4;
+constexpr int FEW_CORES = FEW_UNITS * UNIT_K / 8;
+constexpr int FEW_WEIGHT_BYTES = FEW_UNITS * Bf16::CODE_BYTES;
 
-    DEVICE FewX(const LinearArgs &args, int lane)
-        : from(reinterpret_cast<const uint8_t *>(args.x) + lane * 16), n_rows(args.n_rows), row_bytes(n_rows * 64),
-          is_there(lane % 8 < args.n_rows) {}
+// Of each core matrix of activations there are ROWS rows in shared memory: 1, 2, 4 or 8, at least those that the batch has. The
+// others have any values: what becomes of them is not stored.
+template <int ROWS> struct Few {
+    static constexpr int CORE = ROWS * 16, X_STAGE_BYTES = FEW_CORES * CORE;
+    // A stage and its two barriers.
+    static constexpr int STAGE_BYTES = FEW_WEIGHT_BYTES + X_STAGE_BYTES + 16;
 
-    // Bytes of a unit.
-    DEVICE int bytes() const { return 2 * row_bytes; }
-    DEVICE void copy(uint8_t *unit_x, int unit, int group, int lane) const {
-        const uint8_t *at = from + (size_t)unit * X_BYTES + group * 512;
-        if (is_there) copy_async(unit_x + group * row_bytes + (lane / 8 * n_rows + lane % 8) * 16, at, true);
+    const LinearArgs &args;
+    int n_units, n_stages, n_slots;
+    uint8_t *weights, *x;    // of the slots for stages, as many as fit
+    uint64_t *full, *empty;  // of each slot
+
+    DEVICE Few(const LinearArgs &args, uint8_t *shared)
+        : args(args), n_units(args.matrix.n_units), n_stages((n_units + FEW_UNITS - 1) / FEW_UNITS),
+          n_slots(shared_size() / STAGE_BYTES), weights(shared), x(weights + n_slots * FEW_WEIGHT_BYTES),
+          full(reinterpret_cast<uint64_t *>(x + n_slots * X_STAGE_BYTES)), empty(full + n_slots) {}
+
+    // Goes to the next slot, and changes the parity with every turn.
+    DEVICE void advance(int &slot, int &parity) const {
+        if (++slot == n_slots) slot = 0, parity ^= 1;
     }
-    // The rows that are not there repeat the last: their products are not stored.
-    DEVICE uint4 load(const uint8_t *unit_x, int group, int lane) const {
-        const uint8_t *at = unit_x + group * row_bytes + min(lane / 4, n_rows - 1) * 16 + lane % 4 * 4;
-        int core = n_rows * 16;
-        return make_uint4(word_at(at, 0), word_at(at, core), word_at(at, 2 * core), word_at(at, 3 * core));
+
+    DEVICE void copy_weights(int stage, int slot, int lane) const {
+        const uint8_t *from = args.matrix.tiles + blockIdx.x * args.matrix.tile_bytes + (size_t)stage * FEW_WEIGHT_BYTES;
+        int n_bytes = min(FEW_UNITS, n_units - stage * FEW_UNITS) * Bf16::CODE_BYTES;
+        copy_range(weights + slot * FEW_WEIGHT_BYTES, from, n_bytes, full + slot, lane);
+    }
+    DEVICE void copy_x(int stage, int slot, int lane) const {
+        const uint8_t *from = reinterpret_cast<const uint8_t *>(args.x) + (size_t)stage * FEW_UNITS * X_BYTES;
+        uint8_t *to = x + slot * X_STAGE_BYTES;
+        int n_cores = min(FEW_UNITS, n_units - stage * FEW_UNITS) * (UNIT_K / 8);
+        if constexpr (ROWS == 8) {
+            copy_range(to, from, n_cores * CORE_BYTES, full + slot, lane);
+        } else {
+#pragma unroll
+            for (int piece = lane; piece < FEW_CORES * ROWS; piece += 32) {
+                int core = piece / ROWS, row = piece % ROWS;
+                if (core < n_cores) copy_async(to + piece * 16, from + core * CORE_BYTES + row * 16, true);
+            }
+        }
+        arrive_with_copies(full + slot);
+    }
+    // Weights do not depend on the kernels before: they are under way while those end.
+    DEVICE void copy(int lane) const {
+        const int n_first = min(n_slots, n_stages);
+        for (int stage = 0; stage < n_first; stage++) copy_weights(stage, stage, lane);
+        grid_wait();
+        for (int stage = 0; stage < n_first; stage++) copy_x(stage, stage, lane);
+        int slot = 0, parity = 0;
+        for (int stage = n_slots; stage < n_stages; stage++) {
+            await(empty + slot, parity);
+            copy_weights(stage, slot, lane);
+            copy_x(stage, slot, lane);
+            advance(slot, parity);
+        }
+    }
+
+    // Operands of a unit.
+    struct Unit {
+        uint32_t a[4][4];
+        uint32_t b[2][4];
+
+        DEVICE void load(const uint8_t *weights, const uint8_t *x, int lane) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], Bf16::staged(weights), lane, s);
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) load_matrices(b[pair], x + pair * 4 * CORE, CORE, 2 * CORE, lane, ROWS - 1);
+        }
+        DEVICE void multiply(float (&total)[4], int s) const {
+            mma_bf16(total, a[s], b[s / 2][s % 2 * 2], b[s / 2][s % 2 * 2 + 1]);
+        }
+    };
+
+    // One chain of products; operands of the next unit come from shared memory in the latency of this one's.
+    DEVICE void multiply(float (&total)[4], int lane) const {
+        Unit operands[2];
+        await(full, 0);
+        operands[0].load(weights, x, lane);
+        int slot = 0, parity = 0;
+        for (int stage = 0; stage < n_stages; stage++) {
+            const int here = slot, count = n_units - stage * FEW_UNITS;
+            const uint8_t *weights_here = weights + here * FEW_WEIGHT_BYTES, *x_here = x + here * X_STAGE_BYTES;
+            advance(slot, parity);
+#pragma unroll
+            for (int unit = 0; unit < FEW_UNITS; unit++) {
+                if (unit >= count) break;
+                const Unit &now = operands[unit % 2];
+                Unit &then = operands[(unit + 1) % 2];
+                now.multiply(total, 0);
+                if (unit < FEW_UNITS - 1) {
+                    int next = unit + 1;
+                    then.load(weights_here + next * Bf16::CODE_BYTES, x_here + next * (UNIT_K / 8) * CORE, lane);
+                } else if (stage + 1 < n_stages) {
+                    await(full + slot, parity);
+                    then.load(weights + slot * FEW_WEIGHT_BYTES, x + slot * X_STAGE_BYTES, lane);
+                }
+#pragma unroll
+                for (int s = 1; s < 4; s++) now.multiply(total, s);
+            }
+            // Products have begun with all operands of the stage: its slot may be filled.
+            if (lane == 0) arrive(empty + here);
+        }
     }
 };
 
-// Up to 8 rows, plain numbers: a warp for each tile of 16 outputs. It is one chain of products, whose latency hides the
-// copies that are issued between them: RING units of weights and activations are under way.
-template <int RING> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *shared) {
-    const int lane = threadIdx.x, n_units = args.matrix.n_units;
-    const FewX x(args, lane);
-    const uint8_t *const weights = args.matrix.tiles + blockIdx.x * args.matrix.tile_bytes + lane * 16;
-    auto weights_at = [&](int unit) { return shared + unit % RING * Bf16::CODE_BYTES; };
-    auto x_at = [&](int unit) { return shared + RING * Bf16::CODE_BYTES + unit % RING * x.bytes(); };
-    auto copy_weights = [&](int unit, int s) {
-        const uint8_t *from = weights + (size_t)unit * Bf16::CODE_BYTES + s * 512;
-        if (unit < n_units) copy_async(weights_at(unit) + s * 512 + lane * 16, from, true);
-    };
-    auto copy_x = [&](int unit, int group) {
-        if (unit < n_units) x.copy(x_at(unit), unit, group, lane);
-    };
-    // Weights do not depend on the kernels before: they are under way while those end.
-#pragma unroll
-    for (int unit = 0; unit < RING - 1; unit++) {
-#pragma unroll
-        for (int s = 0; s < 4; s++) copy_weights(unit, s);
+// A tile of 16 outputs; one warp multiplies, another copies.
+template <int ROWS> DEVICE void few_rows_plain(const LinearArgs &args, uint8_t *shared) {
+    const Few<ROWS> few(args, shared);
+    const int lane = threadIdx.x % 32;
+    const bool is_copying = threadIdx.x >= 32;
+    if (is_copying) {
+        set_barriers(few.full, few.n_slots, 32, lane);
+        set_barriers(few.empty, few.n_slots, 1, lane);
     }
-    grid_wait();
-#pragma unroll
-    for (int unit = 0; unit < RING - 1; unit++) {
-        copy_x(unit, 0), copy_x(unit, 1);
-        copy_commit();
-    }
+    sync_block();
+    if (is_copying) return few.copy(lane);
+    const TileBias bias(args, blockIdx.x, lane);
     float total[4] = {};
-#pragma unroll 4
-    for (int unit = 0; unit < n_units; unit++) {
-        copy_wait<RING - 2>();
-        sync_warp();
-        const uint4 low = x.load(x_at(unit), 0, lane), high = x.load(x_at(unit), 1, lane);
-        uint32_t a[4][4];
-#pragma unroll
-        for (int s = 0; s < 4; s++) Bf16::operand_a(a[s], Bf16::staged(weights_at(unit)), lane, s);
-        const int next = unit + RING - 1;
-        mma_bf16(total, a[0], low.x, low.y);
-        copy_weights(next, 0), copy_weights(next, 1);
-        mma_bf16(total, a[1], low.z, low.w);
-        copy_weights(next, 2), copy_weights(next, 3);
-        mma_bf16(total, a[2], high.x, high.y);
-        copy_x(next, 0), copy_x(next, 1);
-        mma_bf16(total, a[3], high.z, high.w);
-        copy_commit();
-    }
-    store_tile(args, total, blockIdx.x, 0, lane);
+    grid_wait();
+    few.multiply(total, lane);
+    store_tile(args, total, bias, blockIdx.x, 0, lane);
 }
 
 }  // namespace linear
 
 // Shapes of the kernels; src/kernels/linear.rs computes grids and shared memory from the same numbers.
-KERNEL_AHEAD(linear_few_bf16, LinearArgs, 32, 6) {
+KERNEL_AHEAD(linear_few_bf16, LinearArgs, 64, 1) {
     SHARED(uint8_t, shared);
     grid_release();
-    linear::few_rows_plain<16>(args, shared);
+    if (args.n_rows > 4) return linear::few_rows_plain<8>(args, shared);
+    if (args.n_rows > 2) return linear::few_rows_plain<4>(args, shared);
+    if (args.n_rows > 1) return linear::few_rows_plain<2>(args, shared);
+    linear::few_rows_plain<1>(args, shared);
 }

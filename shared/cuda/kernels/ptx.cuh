@@ -94,8 +94,9 @@ DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, c
 
 // Four core matrices in shared memory, where `b`, `a` in {0, 1} tell matrix 2 b + a: at first + a * along_a + b * along_b. Lane
 // (g, t) gets columns 2 t and 2 t + 1 of row g of each: operand A when rows are along a, two steps of operand B along columns.
-DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, int along_b, int lane) {
-    const uint8_t *row = first + lane / 8 % 2 * along_a + lane / 16 * along_b + lane % 8 * 16;
+// Of matrices with fewer than 8 rows, 1, 2 or 4, all rows from 0 to `last_row` stand for the others too.
+DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, int along_b, int lane, int last_row = 7) {
+    const uint8_t *row = first + lane / 8 % 2 * along_a + lane / 16 * along_b + (lane & last_row) * 16;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"((uint32_t)__cvta_generic_to_shared(row))
@@ -118,6 +119,80 @@ DEVICE void copy_async(void *shared, const void *global, bool valid) {
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `n` groups are under way.
 template <int n> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
+
+// What other blocks of the grid, or the kernel before, have just written: not from this multiprocessor's own cache.
+DEVICE float4 load_shared_by_blocks(const float4 *global) { return __ldcg(global); }
+DEVICE float2 load_shared_by_blocks(const float2 *global) { return __ldcg(global); }
+// Counts the block in, in global memory, after everything that its threads have written, when all of them call it; for every
+// thread, whether it was the last of `n_blocks`, which sees what all have written and finds the count at zero for the next
+// time. `shared` is room for a word.
+DEVICE bool is_last_block(uint32_t *count, uint32_t n_blocks, uint32_t *shared) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+        *shared = before;
+        if (before + 1 == n_blocks) *count = 0;
+    }
+    __syncthreads();
+    return *shared + 1 == n_blocks;
+}
+
+// Bytes of dynamic shared memory of the block.
+DEVICE int shared_size() {
+    uint32_t n_bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(n_bytes));
+    return (int)n_bytes;
+}
+
+// Barriers in shared memory between the warp that copies and those that use it. A phase ends when all arrivals are there, and
+// what they brought. (PTX ISA, "mbarrier"; copies of a whole range are sm_90's, before it lanes copy 16 bytes each.)
+DEVICE uint32_t shared_address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+// By a warp, before a barrier of the block.
+DEVICE void set_barriers(uint64_t *barriers, int n, int n_arrivals, int lane) {
+    for (int i = lane; i < n; i += 32) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barriers + i)), "r"(n_arrivals) : "memory");
+    }
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+DEVICE void arrive(uint64_t *barrier) {
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier)) : "memory");
+}
+// Copies `n_bytes`, a multiple of 16, from global to shared memory, by all lanes of a warp, which then `arrive_with_copies`.
+DEVICE void copy_range(void *shared, const void *global, int n_bytes, uint64_t *barrier, int lane) {
+#if __CUDA_ARCH__ >= 900
+    if (lane > 0) return;
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(n_bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(n_bytes), "r"(shared_address(barrier))
+                 : "memory");
+#else
+    for (int at = lane * 16; at < n_bytes; at += 512) copy_async((uint8_t *)shared + at, (const uint8_t *)global + at, true);
+#endif
+}
+// Arrives when the thread's copies are done, those by `copy_async` too.
+DEVICE void arrive_with_copies(uint64_t *barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+#define LOOK_AT_BARRIER "mbarrier.try_wait.parity.shared.b64"
+#else
+#define LOOK_AT_BARRIER "mbarrier.test_wait.parity.shared.b64"
+#endif
+// Waits for the end of a phase with this parity: 0 for the first, third, ...
+DEVICE void await(uint64_t *barrier, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n" LOOK_AT_BARRIER " done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
 
 // 2^x, about 2 ulp; -inf gives 0.
 DEVICE float exp2_fast(float x) {

@@ -247,15 +247,18 @@ fn columns_may_begin_and_end_inside_a_superblock() {
 #[test]
 fn a_row_has_the_same_bits_in_every_batch_and_kernel() {
     for kind in Kind::ALL {
-        let file = FileMatrix::new(kind.weight_type(), 40, 2560, 21);
-        let packed = packed_of(&file, 0..2560);
+        // Plain numbers: more than what is under way at once.
+        let n_columns = if kind == Kind::BF16 { 4_352 } else { 2_560 };
+        let file = FileMatrix::new(kind.weight_type(), 40, n_columns, 21);
+        let packed = packed_of(&file, 0..n_columns);
         let run = |size: Size, first: usize, n_rows: usize, seed: u64| {
             let mut bench = Bench::new(Emulated::new().with_seed(seed), &packed);
-            bench.multiply(size, &Activations::new(first, n_rows, 2560), 40, None)
+            bench.multiply(size, &Activations::new(first, n_rows, n_columns), 40, None)
         };
         let alone: Vec<f32> = (0..3).flat_map(|row| run(Size::Few, row, 1, 1)).collect();
         assert!(alone.iter().all(|value| value.is_finite()));
         for (size, n_rows) in [
+            (Size::Few, 2),
             (Size::Few, 3),
             (Size::Few, 8),
             (Size::Some, 5),
@@ -411,6 +414,14 @@ fn mistakes_in_the_kernels_are_found() {
     );
     let worst = check_product(Emulated::of(&early), &file, 0..512, 2, Size::Few);
     assert!(worst > 100.0 * TOLERANCE, "the missing wait was not found");
+    let plain = FileMatrix::new(WeightType::BF16, 16, 4_096, 5);
+    for (from, to) in
+        [("                    await(full + slot, parity);\n", ""), ("row = piece % ROWS", "row = piece % 2")]
+    {
+        let device = Emulated::of(&Sources::product().mutated("linear_few.cu", from, to));
+        let worst = check_product(device, &plain, 0..4_096, 3, Size::Few);
+        assert!(worst > 100.0 * TOLERANCE, "`{to}` was not found: {worst:e}");
+    }
 }
 
 #[test]

@@ -212,20 +212,36 @@ impl Wide {
     }
 }
 
-/// Units under way in the kernel for few rows of plain numbers.
-const PLAIN_RING: usize = 16;
+/// Units of a stage of the kernel for few rows of plain numbers.
+const PLAIN_UNITS: usize = 4;
+/// Fewest stages of a block, and most bytes of all of them: what else would lie idle is left to the kernels that follow.
+const PLAIN_STAGES: usize = 4;
+const PLAIN_BYTES: usize = 100 << 10;
+/// A block's memory that is not its own to use.
+const RESERVED_BYTES: usize = 1 << 10;
 
-fn few_launch(kind: Kind, matrix: &Matrix, n_rows: usize) -> Launch {
+/// Two warps a tile. Blocks take so much memory that as many fit on a multiprocessor as there are for each: blocks that begin
+/// while others end would else gather where there is room first.
+fn plain_launch(matrix: &Matrix, n_rows: usize, device: &dyn Runtime) -> Launch {
+    let (n_tiles, n_units) = (matrix.n_tiles as usize, matrix.n_units as usize);
+    // Weights, rows of activations, two barriers.
+    let x_bytes = n_rows.next_power_of_two() * UNIT_COLUMNS * 2;
+    let stage_bytes = PLAIN_UNITS * (Kind::BF16.planes().codes + x_bytes) + 2 * size_of::<u64>();
+    let blocks = n_tiles.div_ceil(device.n_multiprocessors() as usize);
+    let share = (device.max_shared_bytes() as usize + RESERVED_BYTES) / blocks;
+    let even = share.saturating_sub(RESERVED_BYTES).min(PLAIN_BYTES) / stage_bytes;
+    let n_stages = even.max(PLAIN_STAGES).min(n_units.div_ceil(PLAIN_UNITS));
+    Launch { grid: [n_tiles as u32, 1, 1], threads: 64, shared_bytes: (n_stages * stage_bytes) as u32 }
+}
+
+fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
     let staged = kind.planes().staged_bytes();
     let sums = (matrix.n_units as usize).div_ceil(CHUNK_UNITS) * CHUNK_SUM_BYTES;
-    let (warps, shared_bytes) = match kind {
-        Kind::BF16 => (1, PLAIN_RING * (staged + n_rows * X_BYTES / 8)),
-        // Units of a stage: about as many bytes for every kind.
-        Kind::Q8_0 => (FEW_WARPS, FEW_WARPS * FEW_STAGES * staged + sums),
-        _ => (FEW_WARPS, FEW_WARPS * FEW_STAGES * 2 * staged + sums),
-    };
+    // Units of a stage: about as many bytes for every kind.
+    let units = if kind == Kind::Q8_0 { 1 } else { 2 };
+    let shared_bytes = FEW_WARPS * FEW_STAGES * units * staged + sums;
     let grid = [matrix.n_tiles as u32, 1, 1];
-    Launch { grid, threads: 32 * warps as u32, shared_bytes: shared_bytes as u32 }
+    Launch { grid, threads: 32 * FEW_WARPS as u32, shared_bytes: shared_bytes as u32 }
 }
 
 macro_rules! kernel_names {
@@ -264,7 +280,8 @@ kernel_names!(
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
     let launch = match size {
-        Size::Few => few_launch(kind, &args.matrix, n_rows),
+        Size::Few if kind == Kind::BF16 => plain_launch(&args.matrix, n_rows, runtime),
+        Size::Few => few_launch(kind, &args.matrix),
         Size::Some => SOME.launch(kind.planes(), n_tiles, n_rows),
         Size::Many => Blocking::many(kind).launch(kind.planes(), n_tiles, n_rows),
         Size::Wide => return wide(runtime, args),

@@ -50,7 +50,7 @@ struct Copy {
 };
 
 // A tile of a copy whose bytes a barrier counts; zeros when it comes from nowhere.
-struct TileCopy {
+struct BarrierCopy {
     void *to;
     const void *from;
     uint32_t n_bytes;
@@ -108,7 +108,7 @@ struct Worker {
     const void *args = nullptr;
     uint32_t n_warps = 0, n_at_barrier = 0, n_left = 0, n_threads = 0, shared_bytes = 0;
     uint64_t random = 0;
-    std::vector<TileCopy> tile_copies;
+    std::vector<BarrierCopy> barrier_copies;
     // Looks at barriers since something last happened.
     uint64_t n_looks = 0;
     bool failed = false;
@@ -418,17 +418,42 @@ void begin_tile_copy(void *shared, const TileMap &map, int core, int tile, Barri
     for (uint32_t i = 0; i < map.box_tiles; i++) {
         uint64_t at = ((uint64_t)tile + i) * map.tile_bytes + (uint64_t)core * 128;
         const void *from = (uint32_t)tile + i < map.n_tiles ? map.first + at : nullptr;
-        worker->tile_copies.push_back({to + i * n_bytes, from, n_bytes, barrier});
+        worker->barrier_copies.push_back({to + i * n_bytes, from, n_bytes, barrier});
     }
 }
+void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where) {
+    check(barrier, where);
+    unsigned char *to = (unsigned char *)shared;
+    if ((uintptr_t)to % 16 || (uintptr_t)global % 16 || n_bytes % 16 || !n_bytes)
+        fail("copy_range at %s:%u of %u bytes from %p to shared + %td: not in pieces of 16", file_of(where), where.line(),
+             n_bytes, global, to - worker->shared);
+    if (to < worker->shared || to + n_bytes > worker->shared + worker->shared_bytes)
+        fail("copy_range at %s:%u of %u bytes to shared + %td, of %u bytes", file_of(where), where.line(), n_bytes,
+             to - worker->shared, worker->shared_bytes);
+    memset(to, POISON, n_bytes);
+    barrier->bytes += (int32_t)n_bytes;
+    worker->barrier_copies.push_back({shared, global, n_bytes, barrier});
+}
+// The lane's copies of 16 bytes that are under way count too.
+void arrive_with_copies(Barrier *barrier, Where where) {
+    check(barrier, where);
+    for (const Copy &copy : self().copies) {
+        if (!copy.valid) fail("arrive_with_copies at %s:%u behind a copy of zeros", file_of(where), where.line());
+        worker->barrier_copies.push_back({copy.to, copy.from, 16, barrier});
+        barrier->bytes += 16;
+    }
+    self().copies.clear();
+    arrive_at(barrier, 0, where);
+}
+int shared_size() { return (int)worker->shared_bytes; }
 void await_phase(Barrier *barrier, uint32_t parity, Where where) {
     check(barrier, where);
     Fiber &fiber = self();
     while (barrier->phase == parity) {
-        if (!worker->tile_copies.empty()) {
-            std::vector<TileCopy> &copies = worker->tile_copies;
+        if (!worker->barrier_copies.empty()) {
+            std::vector<BarrierCopy> &copies = worker->barrier_copies;
             std::swap(copies[worker->draw() % copies.size()], copies.back());
-            TileCopy copy = copies.back();
+            BarrierCopy copy = copies.back();
             copies.pop_back();
             copy.from ? memcpy(copy.to, copy.from, copy.n_bytes) : memset(copy.to, 0, copy.n_bytes);
             copy.barrier->bytes -= (int32_t)copy.n_bytes;
@@ -513,7 +538,7 @@ void prepare_block(Worker &worker, const Position &position, uint64_t seed) {
     worker.n_warps = worker.n_threads / WARP;
     worker.n_at_barrier = worker.n_left = 0;
     worker.failed = false;
-    worker.tile_copies.clear();
+    worker.barrier_copies.clear();
     worker.n_looks = 0;
     memset(worker.shared, POISON, worker.shared_bytes + SHARED_GUARD_BYTES);
     for (uint32_t i = 0; i < worker.n_threads; i++) {

@@ -56,6 +56,9 @@ struct alignas(64) TileMap {
     uint64_t unused[12];
 };
 void begin_tile_copy(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where);
+void arrive_with_copies(Barrier *barrier, Where where);
+int shared_size();
+void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where);
 uint64_t operand_at(const void *shared, int along_columns, int along_rows);
 void begin_product(float (*d)[4], int n_tiles, uint64_t a, uint64_t b);
 void commit_products();
@@ -187,11 +190,13 @@ DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, c
     emulator::multiply(emulator::Format::half, c, a, b0, b1, where);
 }
 
-DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, int along_b, int lane,
+DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, int along_b, int lane, int last_row = 7,
                           emulator::Where where = emulator::Where::current()) {
     // Lanes hand out what others asked for: all must be there.
     emulator::meet_in_warp(where);
-    for (int i = 0; i < 4; i++) memcpy(&r[i], first + i % 2 * along_a + i / 2 * along_b + lane * 4, 4);
+    for (int i = 0; i < 4; i++) {
+        memcpy(&r[i], first + i % 2 * along_a + i / 2 * along_b + (lane / 4 & last_row) * 16 + lane % 4 * 4, 4);
+    }
 }
 
 DEVICE uint32_t transpose(uint32_t x, emulator::Where where = emulator::Where::current()) {
@@ -204,6 +209,42 @@ DEVICE void copy_async(void *shared, const void *global, bool valid,
 }
 DEVICE void copy_commit() { emulator::commit_copies(); }
 template <int n> DEVICE void copy_wait() { emulator::finish_copies(n); }
+
+DEVICE float4 load_shared_by_blocks(const float4 *global) { return *global; }
+DEVICE float2 load_shared_by_blocks(const float2 *global) { return *global; }
+DEVICE bool is_last_block(uint32_t *count, uint32_t n_blocks, uint32_t *shared,
+                          emulator::Where where = emulator::Where::current()) {
+    emulator::meet_in_block(where);
+    if (threadIdx.x == 0) {
+        // Blocks of a launch run on several threads.
+        *shared = __atomic_fetch_add(count, 1u, __ATOMIC_SEQ_CST);
+        if (*shared + 1 == n_blocks) __atomic_store_n(count, 0u, __ATOMIC_SEQ_CST);
+    }
+    emulator::meet_in_block(where);
+    return *shared + 1 == n_blocks;
+}
+DEVICE int shared_size() { return emulator::shared_size(); }
+
+DEVICE void set_barriers(uint64_t *barriers, int n, int n_arrivals, int lane,
+                         emulator::Where where = emulator::Where::current()) {
+    for (int i = lane; i < n; i += 32) {
+        emulator::set_barrier((emulator::Barrier *)(barriers + i), (uint32_t)n_arrivals, where);
+    }
+}
+DEVICE void arrive(uint64_t *barrier, emulator::Where where = emulator::Where::current()) {
+    emulator::arrive_at((emulator::Barrier *)barrier, 0, where);
+}
+DEVICE void copy_range(void *shared, const void *global, int n_bytes, uint64_t *barrier, int lane,
+                       emulator::Where where = emulator::Where::current()) {
+    if (lane > 0) return;
+    emulator::begin_bulk_copy(shared, global, (uint32_t)n_bytes, (emulator::Barrier *)barrier, where);
+}
+DEVICE void arrive_with_copies(uint64_t *barrier, emulator::Where where = emulator::Where::current()) {
+    emulator::arrive_with_copies((emulator::Barrier *)barrier, where);
+}
+DEVICE void await(uint64_t *barrier, int parity, emulator::Where where = emulator::Where::current()) {
+    emulator::await_phase((emulator::Barrier *)barrier, (uint32_t)parity, where);
+}
 
 // 2^x; subnormal numbers count as zero.
 DEVICE float exp2_fast(float x) {
