@@ -13,8 +13,10 @@
 // For all kernels of attention.
 struct AttendArgs {
     const uint16_t *q;           // half, [n_rows][n_heads][head_dim]
-    const uint16_t *keys;        // half, [block][n_kv_heads][16 * head_dim], as key_index says
-    const uint16_t *values;      // likewise, as value_index says
+    uint16_t *keys;              // half, [block][n_kv_heads][16 * head_dim], as key_index says
+    uint16_t *values;            // likewise, as value_index says
+    const float *qkv;            // [n_rows][(n_heads + 2 * n_kv_heads) * head_dim]
+    const float2 *rotations;     // {cos, sin}, [position][head_dim / 2]
     const AttentionTile *tiles;
     const uint32_t *n_tiles;
     const uint32_t *tables;
@@ -22,6 +24,7 @@ struct AttendArgs {
     const uint32_t *n_heads_of;  // [n_kv_heads], their number
     float *partial;              // [n_rows][n_heads][n_splits][head_dim]
     float2 *partial_sums;        // {m, l}, [n_rows][n_heads][n_splits]
+    uint32_t *n_done;            // splits of a block's rows that are done, [tile * parts][n_kv_heads]; zeros between launches
     uint16_t *out;               // bf16 as operand B, [n_rows][k_padded], column head * head_dim + dim
     uint32_t n_heads;
     uint32_t n_kv_heads;
@@ -94,28 +97,34 @@ DEVICE Sight sight_of(const AttendArgs &args, const Rows &rows, int first) {
     return sight;
 }
 
-// Puts the queries of the warp's rows where `attend` finds them: fragments of operand A, 16 bytes a lane. No other lane
-// reads what a lane writes.
-template <int HD> DEVICE void stage_queries(const AttendArgs &args, const Rows &rows, int first, uint4 *to) {
+// The queries of the warp's rows, as operand A.
+template <int HD> DEVICE void load_queries(const AttendArgs &args, const Rows &rows, int first, uint32_t (&q)[HD / 16][4]) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint16_t *q[2];
+    const uint16_t *from[2];
     bool is_row[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int row = first + g + 8 * r;
         is_row[r] = row < rows.n_rows;
         size_t at = is_row[r] ? rows.global_row(row) * args.n_heads + rows.head(row) : 0;
-        q[r] = args.q + at * HD + 2 * t;
+        from[r] = args.q + at * HD + 2 * t;
     }
 #pragma unroll
     for (int step = 0; step < HD / 16; step++) {
-        uint32_t a[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            a[i] = is_row[i % 2] ? *(const uint32_t *)(q[i % 2] + 16 * step + i / 2 * 8) : 0;
+            q[step][i] = is_row[i % 2] ? *(const uint32_t *)(from[i % 2] + 16 * step + i / 2 * 8) : 0;
         }
-        to[32 * step + lane] = make_uint4(a[0], a[1], a[2], a[3]);
     }
+}
+
+// Puts the queries of the warp's rows where `attend` finds them: 16 bytes a lane. No other lane reads what a lane writes.
+template <int HD> DEVICE void stage_queries(const AttendArgs &args, const Rows &rows, int first, uint4 *to) {
+    int lane = threadIdx.x % 32;
+    uint32_t q[HD / 16][4];
+    load_queries<HD>(args, rows, first, q);
+#pragma unroll
+    for (int step = 0; step < HD / 16; step++) to[32 * step + lane] = make_uint4(q[step][0], q[step][1], q[step][2], q[step][3]);
 }
 
 // Starts to copy the keys and values of a chunk to shared memory, by all `n_threads` threads of the block: four blocks'
@@ -202,12 +211,18 @@ DEVICE float largest(const float (&score)[CHUNK / 8][4], int r) {
     return fmaxf(most, shuffle_xor(most, 2));
 }
 
-// Makes weights of the scores of row r and updates m and l; l stays apart for each lane until `close`.
-template <int HD> DEVICE void weigh(Softmax<HD> &softmax, float (&score)[CHUNK / 8][4], float factor, int r) {
-    float m = fmaxf(softmax.m[r], __fmul_rn(largest(score, r), factor));
-    // Without any key so far m is -inf, and all weights are 2^-inf.
-    float base = m == NONE ? 0 : m;
-    float fade = exp2_fast(softmax.m[r] - base);
+// The largest score so far, and by what older sums shrink, when a chunk comes whose largest is `most`. Without any key so far
+// it is -inf, and all weights are 2^-inf.
+struct Step {
+    float m, base, fade;
+};
+DEVICE Step step_of(float m, float most) {
+    float next = fmaxf(m, most), base = next == NONE ? 0 : next;
+    return {next, base, exp2_fast(m - base)};
+}
+
+// Makes weights of the scores of row r in a chunk and returns their sum, apart for each lane.
+DEVICE float weights_of(float (&score)[CHUNK / 8][4], float factor, float base, int r) {
     float sum = 0;
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; n++) {
@@ -217,13 +232,27 @@ template <int HD> DEVICE void weigh(Softmax<HD> &softmax, float (&score)[CHUNK /
             sum = __fadd_rn(sum, score[n][i]);
         }
     }
-    softmax.m[r] = m;
-    softmax.l[r] = fmaf(softmax.l[r], fade, sum);
+    return sum;
+}
+
+// Makes weights of the scores of row r and updates m and l; l stays apart for each lane until `close`.
+template <int HD> DEVICE void weigh(Softmax<HD> &softmax, float (&score)[CHUNK / 8][4], float factor, int r) {
+    Step step = step_of(softmax.m[r], __fmul_rn(largest(score, r), factor));
+    float sum = weights_of(score, factor, step.base, r);
+    softmax.m[r] = step.m;
+    softmax.l[r] = fmaf(softmax.l[r], step.fade, sum);
 #pragma unroll
     for (int n = 0; n < HD / 8; n++) {
 #pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; i++) softmax.o[n][i] = __fmul_rn(softmax.o[n][i], fade);
+        for (int i = 2 * r; i < 2 * r + 2; i++) softmax.o[n][i] = __fmul_rn(softmax.o[n][i], step.fade);
     }
+}
+
+// Operand A of the second product for the keys of a block of the chunk.
+DEVICE void pack_weights(uint32_t (&a)[4], const float (&weight)[CHUNK / 8][4], int block) {
+    const float(&low)[4] = weight[2 * block], (&high)[4] = weight[2 * block + 1];
+    a[0] = pack_half(low[0], low[1]), a[1] = pack_half(low[2], low[3]);
+    a[2] = pack_half(high[0], high[1]), a[3] = pack_half(high[2], high[3]);
 }
 
 // o += weight * value
@@ -232,9 +261,8 @@ DEVICE void multiply_values(Softmax<HD> &softmax, const float (&weight)[CHUNK / 
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) {
-        const float(&low)[4] = weight[2 * block], (&high)[4] = weight[2 * block + 1];
-        const uint32_t a[4] = {pack_half(low[0], low[1]), pack_half(low[2], low[3]), pack_half(high[0], high[1]),
-                               pack_half(high[2], high[3])};
+        uint32_t a[4];
+        pack_weights(a, weight, block);
 #pragma unroll
         for (int n = 0; n < HD / 16; n++) {
             uint4 value = *(const uint4 *)(values + block * BLOCK_POSITIONS * HD + n * 256 + lane * 8);

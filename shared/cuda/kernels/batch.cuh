@@ -16,4 +16,5 @@ struct AttentionTile {
     uint32_t n_tokens;
     uint32_t table;          // offset of the sequence's block table
     uint32_t last_position;  // of the last row
+    uint32_t first_new_row;  // of the batch: from there on rows have the positions before one after the other
 };

@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 
 use half::{bf16, f16};
 use paceline_cuda::kernels::attention::{
-    AttendArgs, AttendGrid, HEAD_DIMS, SPLIT_ROWS, TILE_ROWS, attend_split, attend_tiles, parts, score_factor,
+    AttendArgs, AttendGrid, HEAD_DIMS, SPLIT_ROWS, TILE_ROWS, attend_split, attend_tiles, n_counts, parts,
+    score_factor,
 };
+use paceline_cuda::kernels::rope::{RotateStoreArgs, rotate_store};
 use paceline_cuda::kernels::tiles::{AttentionTile, cut, runs, tiles, tokens_of_tile};
 use paceline_cuda::{CudaError, DevicePtr};
 use support::{
@@ -70,6 +72,24 @@ struct OnDevice {
     tables: DevicePtr,
     first_head: DevicePtr,
     n_heads_of: DevicePtr,
+    rotations: DevicePtr,
+}
+
+/// Cosine and sine of a pair of elements at a position: quarter turns, so that no number is rounded.
+fn quarter_turn(position: usize, pair: usize) -> [f32; 2] {
+    [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]][(position + position / 5 + pair) % 4]
+}
+
+/// What becomes these heads at a position when it is turned.
+fn turned_back(heads: &[f16], head_dim: usize, position: usize) -> Vec<f32> {
+    let element = |at: usize| {
+        let (head, i) = (at / head_dim * head_dim, at % head_dim);
+        let pair = i % (head_dim / 2);
+        let [cos, sin] = quarter_turn(position, pair);
+        let (low, high) = (heads[head + pair].to_f32(), heads[head + pair + head_dim / 2].to_f32());
+        if i < head_dim / 2 { low * cos + high * sin } else { high * cos - low * sin }
+    };
+    (0..heads.len()).map(element).collect()
 }
 
 impl World {
@@ -96,7 +116,8 @@ impl World {
         let (mut table_of, mut n_before) = (Vec::new(), 0);
         for (sequence, n) in n_blocks.iter().enumerate() {
             table_of.push(n_before as u32);
-            for position in 0..keys[sequence].len() {
+            // Rows of batches store their keys themselves.
+            for position in 0..case.sequences[sequence].0 {
                 let block = ids[n_before + position / BLOCK_POSITIONS] as usize;
                 let slot = position % BLOCK_POSITIONS;
                 for i in 0..kv_width {
@@ -109,6 +130,10 @@ impl World {
             n_before += n;
         }
         ids.truncate(n_before);
+        let n_positions = keys.iter().map(Vec::len).max().unwrap_or(0);
+        let rotations: Vec<[f32; 2]> = (0..n_positions * case.head_dim / 2)
+            .map(|i| quarter_turn(i / (case.head_dim / 2), i % (case.head_dim / 2)))
+            .collect();
         let n_heads_of: Vec<u32> = case.groups.iter().map(|n| *n as u32).collect();
         let first_head: Vec<u32> =
             (0..n_heads_of.len()).map(|kv_head| n_heads_of[..kv_head].iter().sum()).collect();
@@ -118,6 +143,7 @@ impl World {
             tables: put(&mut device, &ids),
             first_head: put(&mut device, &first_head),
             n_heads_of: put(&mut device, &n_heads_of),
+            rotations: put(&mut device, &rotations),
         };
         Self { case: case.clone(), device, queries, keys, values, table_of, on_device }
     }
@@ -161,18 +187,23 @@ impl World {
 
     /// Runs a batch of these rows, each tile by the kernel of its list; bits of every row.
     fn run(&mut self, rows: &[RowId], batch: &Batch) -> Result<BTreeMap<RowId, Vec<u16>>, CudaError> {
+        let qkv: Vec<f32> = rows.iter().flat_map(|id| self.product(*id)).collect();
+        let table_of_row = self.tables(rows);
         let (case, device) = (self.case.clone(), &mut self.device);
         let n_positions = rows.iter().map(|(_, position)| position + 1).max().unwrap_or(0);
         let n_splits = n_positions.div_ceil(256) + batch.n_splits_more;
+        let n_counts = n_counts(rows.len(), case.groups.len(), case.group());
         let n_partials = rows.len() * case.n_heads() * n_splits;
-        let q: Vec<f16> =
-            rows.iter().flat_map(|(sequence, position)| self.queries[*sequence][*position].clone()).collect();
+        let qkv = put(device, &qkv);
+        let q = put(device, &vec![0x7e00u16; rows.len() * case.n_heads() * case.head_dim]);
         let k_padded = case.k_padded();
         let out = put(device, &vec![0x7fc0u16; rows.len().next_multiple_of(8) * k_padded]);
         let mut args = AttendArgs {
-            q: put(device, &q),
+            q,
             keys: self.on_device.keys,
             values: self.on_device.values,
+            qkv,
+            rotations: self.on_device.rotations,
             tiles: 0,
             n_tiles: 0,
             tables: self.on_device.tables,
@@ -180,6 +211,7 @@ impl World {
             n_heads_of: self.on_device.n_heads_of,
             partial: put(device, &vec![f32::NAN; n_partials * case.head_dim]),
             partial_sums: put(device, &vec![f32::NAN; n_partials * 2]),
+            n_done: put(device, &vec![0u32; n_counts]),
             out,
             n_heads: case.n_heads() as u32,
             n_kv_heads: case.groups.len() as u32,
@@ -190,6 +222,25 @@ impl World {
             factor: score_factor(1.0 / (case.head_dim as f32).sqrt()),
             unused: 0,
         };
+        if !batch.many.is_empty() {
+            let positions: Vec<u32> = rows.iter().map(|(_, position)| *position as u32).collect();
+            let rotation = RotateStoreArgs {
+                qkv,
+                q,
+                keys: args.keys,
+                values: args.values,
+                rotations: args.rotations,
+                header: put(device, &[rows.len() as u32, 0, 0, 0]),
+                positions: put(device, &positions),
+                table_of_row: put(device, &table_of_row),
+                tables: args.tables,
+                n_heads: args.n_heads,
+                n_kv_heads: args.n_kv_heads,
+                head_dim: case.head_dim as u32,
+                unused: 0,
+            };
+            rotate_store(device, rows.len(), &rotation)?;
+        }
         for (list, n_rows) in [(&batch.few, SPLIT_ROWS), (&batch.many, TILE_ROWS)] {
             let n_tokens = list.iter().map(|tile| tile.n_tokens as usize).max().unwrap_or(0);
             let n_tiles = list.len() + batch.n_tiles_more;
@@ -203,9 +254,19 @@ impl World {
                 _ => attend_tiles(device, grid, &args)?,
             }
         }
+        let counts: Vec<u32> = get(device, args.n_done, n_counts);
+        assert!(counts.iter().all(|count| *count == 0), "counts are left for the next layer");
         let bits: Vec<u16> = get(device, out, rows.len().next_multiple_of(8) * k_padded);
         let row = |row: usize| (0..k_padded).map(|k| bits[operand_b_index(row, k, k_padded)]).collect();
         Ok(rows.iter().enumerate().map(|(i, id)| (*id, row(i))).collect())
+    }
+
+    /// A row as the query, key and value matrices give it.
+    fn product(&self, (sequence, position): RowId) -> Vec<f32> {
+        let back = |heads: &[f16]| turned_back(heads, self.case.head_dim, position);
+        let (queries, keys) = (&self.queries[sequence][position], &self.keys[sequence][position]);
+        let values = self.values[sequence][position].iter().map(|value| value.to_f32());
+        back(queries).into_iter().chain(back(keys)).chain(values).collect()
     }
 
     /// Rows as runs of the batch.
@@ -351,22 +412,35 @@ fn other_head_dimensions_are_refused() {
 #[test]
 fn mistakes_are_found() {
     let case = Case::new(32, &[3], 90, &[(250, 26), (511, 1)]);
-    assert_eq!(check(&case, Emulated::of(&only("attention.cu"))), Ok(()));
+    assert_eq!(check(&case, Emulated::of(&only(&["attention.cu", "rope.cu"]))), Ok(()));
     for (file, from, to) in [
         // The split kernel does not go as far as the last chunk.
-        ("attention.cu", "min((int)(blockIdx.z + 1) * SPLIT", "min((int)(blockIdx.z + 1) * SPLIT - CHUNK"),
+        ("attention_split.cuh", "(end + CHUNK - 1) / CHUNK", "end / CHUNK"),
         // The merge forgets the last split.
-        ("attention.cu", "split <= position / SPLIT", "split < position / SPLIT"),
+        ("attention_split.cuh", "split <= position / SPLIT", "split < position / SPLIT"),
+        // The split kernel reads values before they are there.
+        (
+            "attention_split.cuh",
+            "copy_wait<0>();\n    sync_block();\n    SplitSoftmax",
+            "sync_block();\n    SplitSoftmax",
+        ),
+        // A chunk does not know the largest score of the one before it.
+        ("attention_split.cuh", "c <= warp", "c < warp"),
         // The kernel for many rows waits for the wrong copy.
         ("attention.cu", "copy_wait<TILE_STAGES - 1>();", "copy_wait<TILE_STAGES>();"),
         // It merges splits in another rhythm.
         ("attention.cu", "(first_key + CHUNK) % SPLIT == 0", "(first_key + 2 * CHUNK) % SPLIT == 0"),
         // A key too many at the window's edge.
         ("attention.cuh", "key < sight.lowest[i / 2]", "key + 1 < sight.lowest[i / 2]"),
+        // The split kernel stores the last new key of its own tile only.
+        ("attention_split.cuh", "max(first_key, first_new)", "max(first_key, (int)rows.tile.last_position)"),
+        // It does not use the new keys it has at hand, or those it has not.
+        ("attention_split.cuh", "keys.replace(shared.new_keys, fresh.brought, chunk, lane);", ""),
+        ("attention_split.cuh", "keys.load(args.keys, again, lane);", ""),
         // Old sums do not fade.
-        ("attention.cuh", "fmaf(softmax.l[r], fade, sum)", "softmax.l[r] + sum"),
+        ("attention.cuh", "fmaf(softmax.l[r], step.fade, sum)", "softmax.l[r] + sum"),
     ] {
-        let sources = only("attention.cu").mutated(file, from, to);
+        let sources = only(&["attention.cu", "rope.cu"]).mutated(file, from, to);
         assert!(check(&case, Emulated::of(&sources)).is_err(), "{to}");
     }
 }

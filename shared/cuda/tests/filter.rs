@@ -134,7 +134,7 @@ fn what_cannot_be_ranked_is_left_to_the_host() {
 #[test]
 fn mistakes_are_found() {
     let requests = requests(3_000, &[0, 1, 2], 5);
-    assert!(check(&mut Emulated::of(&only("filter.cu")), &requests).is_ok());
+    assert!(check(&mut Emulated::of(&only(&["filter.cu"])), &requests).is_ok());
     for (from, to) in [
         ("is_falling ? a < b : b < a", "is_falling ? a < b : a < b"),
         ("if (mass >= target) return i + 1;", "if (mass > target + 1e-3) return i + 1;"),
@@ -143,7 +143,7 @@ fn mistakes_are_found() {
         ("logit < floor", "logit <= floor"),
         ("is_subnormal ? 24.0f", "is_subnormal ? 23.0f"),
     ] {
-        let mut device = Emulated::of(&only("filter.cu").mutated("filter.cu", from, to));
+        let mut device = Emulated::of(&only(&["filter.cu"]).mutated("filter.cu", from, to));
         assert!(check(&mut device, &requests).is_err(), "{to}");
     }
 }

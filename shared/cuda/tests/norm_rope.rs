@@ -115,7 +115,7 @@ impl Rows {
 
 #[test]
 fn norms_are_right() {
-    for n_embd in [4, 60, 64, 576, 1_024, 2_052, 4_096] {
+    for n_embd in [4, 60, 64, 576, 1_024, 2_052, 8_192] {
         let rows = Rows::new(9, n_embd);
         for with_delta in [false, true] {
             if let Err(problem) = rows.check(Emulated::new(), with_delta) {
@@ -148,18 +148,20 @@ fn a_row_has_its_bits_in_every_batch() {
 fn odd_widths_are_refused() {
     let args = AddNormArgs { n_embd: 62, k_padded: 64, ..bytemuck::Zeroable::zeroed() };
     assert!(matches!(add_norm(&mut Emulated::new(), 1, &args), Err(CudaError::Unfit(_))));
+    let args = AddNormArgs { n_embd: 16_388, k_padded: 16_448, ..args };
+    assert!(matches!(add_norm(&mut Emulated::new(), 1, &args), Err(CudaError::Unfit(_))));
 }
 
 #[test]
 fn mistakes_of_the_norm_are_found() {
     let rows = Rows::new(3, 1_100);
-    assert!(rows.check(Emulated::of(&only("norm.cu")), true).is_ok());
+    assert!(rows.check(Emulated::of(&only(&["norm.cu"])), true).is_ok());
     for (from, to) in [
-        ("warp < WARPS", "warp < WARPS - 1"),
-        ("if (is_changed) *(float4", "if (!is_changed) *(float4"),
-        ("k < args.k_padded; k", "k < args.n_embd; k"),
+        ("__fadd_rn(four[2].x, four[3].x)", "four[3].x"),
+        ("if (is_changed && k", "if (!is_changed && k"),
+        ("k >= args.k_padded", "k >= args.n_embd"),
     ] {
-        let device = Emulated::of(&only("norm.cu").mutated("norm.cu", from, to));
+        let device = Emulated::of(&only(&["norm.cu"]).mutated("norm.cu", from, to));
         assert!(rows.check(device, true).is_err(), "{to}");
     }
 }
@@ -319,13 +321,13 @@ fn what_the_cache_holds_is_finite() {
 #[test]
 fn mistakes_of_the_rotation_are_found() {
     let rotation = Rotation::new(64, 3, 1, &[(3, 0), (40, 1)]);
-    assert_eq!(rotation.check(Emulated::of(&only("rope.cu"))), Ok(()));
-    for (from, to) in [
-        ("-__fmul_rn(b.y, second.y)", "-__fmul_rn(b.y, first.y)"),
-        ("int slot = (int)(position % BLOCK_POSITIONS)", "int slot = (int)(position % 8)"),
-        ("value_index(slot, (int)dim)", "key_index(slot, (int)dim, (int)args.head_dim)"),
+    assert_eq!(rotation.check(Emulated::of(&only(&["rope.cu"]))), Ok(()));
+    for (file, from, to) in [
+        ("turn.cuh", "-__fmul_rn(b.y, rotation.w)", "-__fmul_rn(b.y, rotation.y)"),
+        ("rope.cu", "slot = position % BLOCK_POSITIONS", "slot = position % 8"),
+        ("turn.cuh", "value_index(slot, i)", "key_index(slot, i, 2 * half_dim)"),
     ] {
-        let device = Emulated::of(&only("rope.cu").mutated("rope.cu", from, to));
+        let device = Emulated::of(&only(&["rope.cu"]).mutated(file, from, to));
         assert!(rotation.check(device).is_err(), "{to}");
     }
 }

@@ -98,14 +98,14 @@ fn odd_widths_are_refused() {
 #[test]
 fn mistakes_of_the_sum_are_found() {
     let sum = Sum { tree: ReduceTree::new(vec![0, 3, 4, 9]), n_rows: 3, n_more: 2, n_embd: 132 };
-    assert_eq!(sum.check(Emulated::of(&only("reduce.cu"))), Ok(()));
+    assert_eq!(sum.check(Emulated::of(&only(&["reduce.cu"]))), Ok(()));
     for (from, to) in [
         ("args.header->n_rows * args.n_embd) return", "args.part_elements) return"),
         ("(size_t)part * args.part_elements", "(size_t)step * args.part_elements"),
         ("= tree::add(next[-tree::THREADS], *next)", "= tree::add(next[0], *next)"),
         ("float4 *next = held + threadIdx.x", "float4 *next = held"),
     ] {
-        let device = Emulated::of(&only("reduce.cu").mutated("reduce.cu", from, to));
+        let device = Emulated::of(&only(&["reduce.cu"]).mutated("reduce.cu", from, to));
         assert!(sum.check(device).is_err(), "{to}");
     }
 }

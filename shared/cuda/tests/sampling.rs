@@ -259,7 +259,7 @@ fn penalties_and_biases_are_those_of_the_crate() {
         ("logit < 0 ? ", "logit > 0 ? "),
         ("args.before[i] = logit;", "args.before[i] = logit + 1;"),
     ] {
-        let sources = only("sampling.cu").mutated("sampling.cu", from, to);
+        let sources = only(&["sampling.cu"]).mutated("sampling.cu", from, to);
         assert!(check_adjusted(&mut Emulated::of(&sources), 0..1_000).is_err(), "{to}");
     }
 }
@@ -267,7 +267,7 @@ fn penalties_and_biases_are_those_of_the_crate() {
 #[test]
 fn mistakes_are_found() {
     let slice = Slice::new(5, 2_000);
-    assert_eq!(check(Emulated::of(&only("sampling.cu")), slice, true), Ok(()));
+    assert_eq!(check(Emulated::of(&only(&["sampling.cu"])), slice, true), Ok(()));
     for (file, from, to) in [
         // One rounding where the crate has two.
         (
@@ -285,7 +285,7 @@ fn mistakes_are_found() {
         ("sampling.cu", "part < args.n_parts; part += 32", "part + 1 < args.n_parts; part += 32"),
         ("sampling.cu", "most = fmaxf(most, logit[i]);", "most = logit[i];"),
     ] {
-        let device = || Emulated::of(&only("sampling.cu").mutated(file, from, to));
+        let device = || Emulated::of(&only(&["sampling.cu"]).mutated(file, from, to));
         let wide = Slice { n_parts: 3, ..slice };
         let ways = [(wide, false), (wide, true), (Slice::new(5, 1), false)];
         let found = ways.map(|(slice, with_cuts)| check(device(), slice, with_cuts).is_err());

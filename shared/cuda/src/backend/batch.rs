@@ -9,7 +9,7 @@ use paceline_model::{Batch, Capacity};
 use crate::DevicePtr;
 use crate::kernels::attention::TILE_ROWS;
 use crate::kernels::batch::BatchHeader;
-use crate::kernels::tiles::{AttentionTile, Tiles, cut, runs, tiles, tokens_of_tile};
+use crate::kernels::tiles::{AttentionTile, Tiles, cut, is_scattered, runs, tiles, tokens_of_tile};
 
 /// Where the parts of a batch are in its block.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +96,8 @@ pub(crate) struct Staged {
     pub n_row_tiles: usize,
     /// Most splits that a row of the split tiles has.
     pub n_splits: usize,
+    /// Rows of some sequence are not side by side.
+    pub is_scattered: bool,
 }
 
 impl Staged {
@@ -156,6 +158,8 @@ impl Staged {
         n_heads_per_kv: usize,
         splits_fit: impl Fn(usize, usize) -> bool,
     ) -> Tiles {
+        let runs = runs(batch.positions, table_of_row);
+        self.is_scattered = is_scattered(&runs);
         let chosen = tiles(batch.positions, table_of_row, n_heads_per_kv);
         self.n_splits = chosen.few.iter().map(AttentionTile::n_splits).max().unwrap_or(0);
         if splits_fit(batch.n_rows(), self.n_splits) {
@@ -164,7 +168,7 @@ impl Staged {
         self.n_splits = 0;
         let mut all = Tiles::default();
         let max_tokens = tokens_of_tile(TILE_ROWS, n_heads_per_kv) as u32;
-        runs(batch.positions, table_of_row).into_iter().for_each(|run| cut(run, max_tokens, &mut all.many));
+        runs.into_iter().for_each(|run| cut(run, max_tokens, &mut all.many));
         all
     }
 }

@@ -6,6 +6,7 @@ use paceline_model::{Capacity, ModelConfig, SplitPlan};
 
 use super::graphs::bucket_rows;
 use super::weights::padded;
+use crate::kernels::attention::n_counts;
 use crate::kernels::linear::ROW_PADDING;
 use crate::{CudaError, DevicePtr, Runtime};
 
@@ -75,6 +76,8 @@ pub(crate) struct Buffers {
     /// Partial outputs of attention, f32, and their maximums and sums.
     pub partial_outputs: DevicePtr,
     pub partial_sums: DevicePtr,
+    /// How many splits of attention are done, u32.
+    pub n_done: DevicePtr,
     /// Hidden features as operand B.
     pub gated: DevicePtr,
     /// Gate and up, `[2][n_rows][n_ff]` f32, where they are two matrices.
@@ -94,6 +97,9 @@ pub(crate) struct Sizes {
     pub batch_bytes: usize,
     /// Gate and up are two matrices in some layer.
     pub gate_apart: bool,
+    pub n_kv_heads: usize,
+    /// Query heads that share a KV head at most.
+    pub most_per_kv: usize,
 }
 
 impl Sizes {
@@ -119,6 +125,7 @@ impl Sizes {
             attended: alloc(operand(widths.query))?,
             partial_outputs: alloc(PARTIAL_BYTES)?,
             partial_sums: alloc(PARTIAL_BYTES / 8)?,
+            n_done: alloc(4 * n_counts(n_rows, self.n_kv_heads, self.most_per_kv))?,
             gated: alloc(operand(widths.ffn))?,
             gate_up: alloc(if self.gate_apart { 8 * n_rows * widths.ffn } else { 0 })?,
             logits: alloc(4 * n_outputs * widths.vocab)?,

@@ -38,7 +38,7 @@ impl Shape {
 
     /// The bucket of a batch, if such batches are captured.
     pub(crate) fn bucket(staged: &Staged, splits_fit: impl Fn(usize, usize) -> bool) -> Option<Self> {
-        if staged.n_row_tiles > 0 {
+        if staged.n_row_tiles > 0 || staged.is_scattered {
             return None;
         }
         let n_rows = bucket_rows(staged.n_rows)?;

@@ -168,6 +168,8 @@ impl GpuBackend {
             capacity,
             batch_bytes: layout.n_bytes(),
             gate_apart: layers.iter().any(is_apart),
+            n_kv_heads: heads.n_kv_heads,
+            most_per_kv: heads.most_per_kv,
         };
         let angles = angles(config, &capacity);
         let buffers = sizes.allocate(runtime.as_mut(), &angles).map_err(model_error)?;

@@ -215,6 +215,11 @@ impl GpuBackend {
             };
             self.multiply(&projection.matrix, args)?;
         }
+        // Rows of split tiles are turned where they are used.
+        if self.staged.n_row_tiles > 0 || self.staged.is_scattered { self.rotate(layer) } else { Ok(()) }
+    }
+
+    fn rotate(&mut self, layer: usize) -> Result<(), CudaError> {
         let layer = &self.weights.layers[layer];
         let args = RotateStoreArgs {
             qkv: self.buffers.qkv,
@@ -242,6 +247,8 @@ impl GpuBackend {
             q: self.buffers.query,
             keys: layer.keys,
             values: layer.values,
+            qkv: self.buffers.qkv,
+            rotations: self.buffers.angles,
             tiles: self.addresses.split_tiles,
             n_tiles: self.addresses.n_split_tiles,
             tables: self.addresses.tables,
@@ -249,6 +256,7 @@ impl GpuBackend {
             n_heads_of: self.heads.n_heads_of,
             partial: self.buffers.partial_outputs,
             partial_sums: self.buffers.partial_sums,
+            n_done: self.buffers.n_done,
             out: self.buffers.attended,
             n_heads: self.heads.n_heads as u32,
             n_kv_heads: self.heads.n_kv_heads as u32,

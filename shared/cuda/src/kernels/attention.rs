@@ -13,17 +13,23 @@ pub const TILE_ROWS: usize = 64;
 /// Bytes of keys and values in a chunk, for each dimension of a head.
 const CHUNK_BYTES: usize = 2 * 64 * 2;
 const TILE_STAGES: usize = 2;
+/// Keys of the batch that a split has beside the cache.
+const STAGED_KEYS: usize = 16;
 
 /// `AttendArgs` of kernels/attention.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct AttendArgs {
-    /// `[n_rows][n_heads][head_dim]` f16, rotated.
+    /// `[n_rows][n_heads][head_dim]` f16, rotated; not used by `attend_split`.
     pub q: DevicePtr,
     /// Keys of one layer: `[block][n_kv_heads][16 * head_dim]` f16, ordered as `key_index` says.
     pub keys: DevicePtr,
     /// Values of one layer, ordered as `value_index` says.
     pub values: DevicePtr,
+    /// `[n_rows][(n_heads + 2 * n_kv_heads) * head_dim]` f32; not used by `attend_tiles`.
+    pub qkv: DevicePtr,
+    /// `[position][head_dim / 2]` pairs of cosine and sine, f32; not used by `attend_tiles`.
+    pub rotations: DevicePtr,
     /// The tiles of this launch.
     pub tiles: DevicePtr,
     /// Their number, u32.
@@ -38,6 +44,8 @@ pub struct AttendArgs {
     pub partial: DevicePtr,
     /// `[n_rows][n_heads][n_splits][2]` f32; not used by `attend_tiles`.
     pub partial_sums: DevicePtr,
+    /// Zeros, u32, [`n_counts`] of them; not used by `attend_tiles`.
+    pub n_done: DevicePtr,
     /// The result as operand B.
     pub out: DevicePtr,
     /// Query heads.
@@ -76,6 +84,11 @@ pub fn parts(n_tokens: usize, group: usize, rows: usize) -> u32 {
     (n_tokens * group).div_ceil(rows) as u32
 }
 
+/// Counts that [`AttendArgs::n_done`] has for `n_rows` rows: one for each block of a split.
+pub fn n_counts(n_rows: usize, n_kv_heads: usize, group: usize) -> usize {
+    n_rows * n_kv_heads * group.div_ceil(SPLIT_ROWS)
+}
+
 /// The factor of scores that are to be scaled by `scale` before an exponential.
 pub fn score_factor(scale: f32) -> f32 {
     (f64::from(scale) * std::f64::consts::LOG2_E) as f32
@@ -89,16 +102,14 @@ macro_rules! head_dims {
         /// Kernels of this file and the bytes of their arguments.
         pub const SIGNATURES: &[(&str, usize)] = &[
             $((concat!("attend_split_", $head_dim), size_of::<AttendArgs>()),
-            (concat!("attend_merge_", $head_dim), size_of::<AttendArgs>()),
             (concat!("attend_tiles_", $head_dim), size_of::<AttendArgs>()),)*
         ];
 
-        /// Split, merge, tiles.
-        fn names(head_dim: usize) -> Result<[&'static str; 3], CudaError> {
+        /// Splits, tiles.
+        fn names(head_dim: usize) -> Result<[&'static str; 2], CudaError> {
             match head_dim {
                 $($head_dim => Ok([
                     concat!("attend_split_", $head_dim),
-                    concat!("attend_merge_", $head_dim),
                     concat!("attend_tiles_", $head_dim),
                 ]),)*
                 _ => Err(CudaError::Unfit(format!("heads of {head_dim} elements, not of {HEAD_DIMS:?}"))),
@@ -109,25 +120,25 @@ macro_rules! head_dims {
 
 head_dims!(32, 64, 96, 128);
 
-/// Attention of few rows: partial results of every split, then their merge.
+/// Bytes of shared memory of a split for each dimension of a head: values, queries, new keys. And beside them: weights, sums,
+/// largest scores, a count.
+const SPLIT_BYTES: usize = 2 * (SPLIT + SPLIT_ROWS + STAGED_KEYS);
+const SPLIT_OTHER_BYTES: usize = SPLIT * SPLIT_ROWS * 2 + 4 * 32 * 8 + 4 * SPLIT_ROWS * 4 + 16;
+
+/// Attention of few rows, with their rotation and the store of their keys and values: every split, of which the last one that
+/// ends merges them. A sequence whose rows are in several runs must have been through `rotate_store`.
 ///
 /// # Errors
 /// A head dimension without a kernel, or what the device reports.
 pub fn attend_split(runtime: &mut dyn Runtime, grid: AttendGrid, args: &AttendArgs) -> Result<(), CudaError> {
-    let [split, merge, _] = names(grid.head_dim)?;
-    let stages = if grid.head_dim <= 64 { 4 } else { 2 };
+    let [split, _] = names(grid.head_dim)?;
+    let blocks = grid.n_tiles as u32 * args.parts;
     let launch = Launch {
-        grid: [grid.n_tiles as u32 * args.parts, args.n_kv_heads, grid.n_splits as u32],
-        threads: 32,
-        shared_bytes: (grid.head_dim * (2 * SPLIT_ROWS + stages * CHUNK_BYTES)) as u32,
+        grid: [blocks, args.n_kv_heads, grid.n_splits as u32],
+        threads: 128,
+        shared_bytes: (grid.head_dim * SPLIT_BYTES + SPLIT_OTHER_BYTES) as u32,
     };
-    runtime.launch(split, launch, bytemuck::bytes_of(args))?;
-    let launch = Launch {
-        grid: [grid.n_tiles as u32, args.n_heads, grid.n_tokens as u32],
-        threads: if grid.head_dim <= 64 { 32 } else { 64 },
-        shared_bytes: 0,
-    };
-    runtime.launch(merge, launch, bytemuck::bytes_of(args))
+    runtime.launch(split, launch, bytemuck::bytes_of(args))
 }
 
 /// Attention of many rows of a sequence: no partial results.
@@ -135,7 +146,7 @@ pub fn attend_split(runtime: &mut dyn Runtime, grid: AttendGrid, args: &AttendAr
 /// # Errors
 /// A head dimension without a kernel, or what the device reports.
 pub fn attend_tiles(runtime: &mut dyn Runtime, grid: AttendGrid, args: &AttendArgs) -> Result<(), CudaError> {
-    let [_, _, tiles] = names(grid.head_dim)?;
+    let [_, tiles] = names(grid.head_dim)?;
     let launch = Launch {
         grid: [grid.n_tiles as u32 * args.parts, args.n_kv_heads, 1],
         threads: 128,

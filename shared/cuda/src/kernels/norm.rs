@@ -2,7 +2,10 @@
 
 use crate::{CudaError, DevicePtr, Launch, Runtime};
 
-const THREADS: u32 = 256;
+const THREADS: u32 = 512;
+/// Most columns of a row, for each of the kernels: a thread has two, or eight, pieces of four in registers.
+const COLUMNS: u32 = 2 * 4 * THREADS;
+const WIDE_COLUMNS: u32 = 8 * 4 * THREADS;
 
 /// `AddNormArgs` of kernels/norm.cu.
 #[repr(C)]
@@ -31,17 +34,24 @@ pub struct AddNormArgs {
 }
 
 /// Kernels of this file and the bytes of their arguments.
-pub const SIGNATURES: &[(&str, usize)] = &[("add_norm", size_of::<AddNormArgs>())];
+pub const SIGNATURES: &[(&str, usize)] =
+    &[("add_norm", size_of::<AddNormArgs>()), ("add_norm_wide", size_of::<AddNormArgs>())];
 
 /// Adds to the residual stream and norms `n_rows` rows (or output rows) at most; rows that the batch does not have are left
 /// alone.
 ///
 /// # Errors
-/// A width that is no multiple of 4, or what the device reports.
+/// A width that is no multiple of 4 or too large, or what the device reports.
 pub fn add_norm(runtime: &mut dyn Runtime, n_rows: usize, args: &AddNormArgs) -> Result<(), CudaError> {
     if !args.n_embd.is_multiple_of(4) {
         return Err(CudaError::Unfit(format!("rows of {} columns, not a multiple of 4", args.n_embd)));
     }
-    let launch = Launch { grid: [n_rows as u32, 1, 1], threads: THREADS, shared_bytes: THREADS / 32 * 4 };
-    runtime.launch("add_norm", launch, bytemuck::bytes_of(args))
+    if args.n_embd > WIDE_COLUMNS {
+        let problem = format!("rows of {} columns, more than {WIDE_COLUMNS}", args.n_embd);
+        return Err(CudaError::Unfit(problem));
+    }
+    let name = if args.n_embd > COLUMNS { "add_norm_wide" } else { "add_norm" };
+    let grid = [n_rows as u32, 1, 1];
+    let launch = Launch { grid, threads: THREADS, shared_bytes: THREADS / 32 * 4 };
+    runtime.launch(name, launch, bytemuck::bytes_of(args))
 }

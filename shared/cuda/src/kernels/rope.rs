@@ -28,11 +28,15 @@ pub struct RotateStoreArgs {
     pub n_heads: u32,
     /// KV heads.
     pub n_kv_heads: u32,
-    /// A multiple of 32.
+    /// A multiple of 32, at most 128.
     pub head_dim: u32,
     /// Fills the struct up.
     pub unused: u32,
 }
+
+/// Heads of a block, a warp each.
+const HEADS: u32 = 4;
+const MAX_HEAD_DIM: u32 = 128;
 
 /// Kernels of this file and the bytes of their arguments.
 pub const SIGNATURES: &[(&str, usize)] = &[("rotate_store", size_of::<RotateStoreArgs>())];
@@ -41,12 +45,20 @@ pub const SIGNATURES: &[(&str, usize)] = &[("rotate_store", size_of::<RotateStor
 /// alone.
 ///
 /// # Errors
-/// What the device reports.
+/// A head too large, or what the device reports.
 pub fn rotate_store(
     runtime: &mut dyn Runtime,
     n_rows: usize,
     args: &RotateStoreArgs,
 ) -> Result<(), CudaError> {
-    let launch = Launch { grid: [n_rows as u32, 1, 1], threads: 256, shared_bytes: 0 };
+    if args.head_dim > MAX_HEAD_DIM {
+        return Err(CudaError::Unfit(format!(
+            "heads of {} elements, more than {MAX_HEAD_DIM}",
+            args.head_dim
+        )));
+    }
+    let blocks_of_row = (args.n_heads + 2 * args.n_kv_heads).div_ceil(HEADS);
+    let grid = [n_rows as u32, blocks_of_row, 1];
+    let launch = Launch { grid, threads: 32 * HEADS, shared_bytes: 0 };
     runtime.launch("rotate_store", launch, bytemuck::bytes_of(args))
 }

@@ -14,6 +14,8 @@ pub struct AttentionTile {
     pub table: u32,
     /// Position of the last row.
     pub last_position: u32,
+    /// First row of the run it was cut from: rows from there on have the positions before one after the other.
+    pub first_new_row: u32,
 }
 
 impl AttentionTile {
@@ -64,10 +66,18 @@ pub fn runs(positions: &[u32], table_of_row: &[u32]) -> Vec<AttentionTile> {
                 n_tokens: 1,
                 table: *table,
                 last_position: *position,
+                first_new_row: row as u32,
             }),
         }
     }
     runs
+}
+
+/// Whether rows of some sequence are in several runs.
+pub fn is_scattered(runs: &[AttentionTile]) -> bool {
+    let mut tables: Vec<u32> = runs.iter().map(|run| run.table).collect();
+    tables.sort_unstable();
+    tables.windows(2).any(|pair| pair[0] == pair[1])
 }
 
 /// Cuts a run into tiles of `max_tokens` at most.
@@ -80,6 +90,7 @@ pub fn cut(run: AttentionTile, max_tokens: u32, tiles: &mut Vec<AttentionTile>) 
             n_tokens,
             table: run.table,
             last_position: first_position + start + n_tokens - 1,
+            first_new_row: run.first_row,
         });
     }
 }
@@ -89,7 +100,12 @@ mod tests {
     use super::*;
 
     fn tile(first_row: u32, n_tokens: u32, table: u32, last_position: u32) -> AttentionTile {
-        AttentionTile { first_row, n_tokens, table, last_position }
+        AttentionTile { first_row, n_tokens, table, last_position, first_new_row: first_row }
+    }
+
+    /// Tiles of one run.
+    fn of_run<const N: usize>(tiles: [AttentionTile; N]) -> [AttentionTile; N] {
+        tiles.map(|tile| AttentionTile { first_new_row: tiles[0].first_row, ..tile })
     }
 
     #[test]
@@ -108,25 +124,27 @@ mod tests {
             runs(&[3, 4, 6, 5, 5], &[0; 5]),
             [tile(0, 2, 0, 4), tile(2, 1, 0, 6), tile(3, 1, 0, 5), tile(4, 1, 0, 5)]
         );
+        assert!(is_scattered(&runs(&[3, 4, 6], &[0; 3])));
+        assert!(!is_scattered(&runs(&[3, 4, 3], &[0, 0, 9])));
     }
 
     #[test]
     fn a_run_is_cut_where_a_block_is_full() {
         let positions: Vec<u32> = (100..109).collect();
         // 16 / 7 tokens a tile.
-        let expected = [
+        let expected = of_run([
             tile(0, 2, 5, 101),
             tile(2, 2, 5, 103),
             tile(4, 2, 5, 105),
             tile(6, 2, 5, 107),
             tile(8, 1, 5, 108),
-        ];
+        ]);
         assert_eq!(tiles(&positions, &[5; 9], 7), Tiles { few: expected.to_vec(), many: vec![] });
         // 63 rows are few; 70 are many, and fill blocks of 9 tokens.
         let positions: Vec<u32> = (0..10).collect();
-        assert_eq!(tiles(&positions, &[5; 10], 7).many, [tile(0, 9, 5, 8), tile(9, 1, 5, 9)]);
+        assert_eq!(tiles(&positions, &[5; 10], 7).many, of_run([tile(0, 9, 5, 8), tile(9, 1, 5, 9)]));
         // More heads than rows of a block.
-        assert_eq!(tiles(&[0, 1], &[0; 2], 20).few, [tile(0, 1, 0, 0), tile(1, 1, 0, 1)]);
+        assert_eq!(tiles(&[0, 1], &[0; 2], 20).few, of_run([tile(0, 1, 0, 0), tile(1, 1, 0, 1)]));
     }
 
     #[test]

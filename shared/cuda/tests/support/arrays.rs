@@ -4,11 +4,11 @@ use paceline_cuda::{DevicePtr, Runtime};
 
 use super::{compiled::Sources, emulated::Emulated};
 
-/// The product's kernels of one file only, which compile sooner.
-pub fn only(file: &str) -> Sources {
+/// The product's kernels of these files only, which compile sooner.
+pub fn only(files: &[&str]) -> Sources {
     let all = include_str!("../../kernels/all.cu");
     let names = all.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"'));
-    let others = names.filter(|name| *name != "ptx.cuh" && *name != file);
+    let others = names.filter(|name| *name != "ptx.cuh" && !files.contains(name));
     others.fold(Sources::product(), |sources, name| {
         sources.mutated("all.cu", &format!("#include \"{name}\"\n"), "")
     })
