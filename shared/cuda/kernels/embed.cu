@@ -1,6 +1,6 @@
 // Rows of the embedding matrix, looked up in its packed form: the residual stream begins with them.
 #include "batch.cuh"
-#include "matrix.cuh"
+#include "superblock.cuh"
 
 struct EmbedArgs {
     Matrix matrix;

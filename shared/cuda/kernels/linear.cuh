@@ -1,10 +1,11 @@
-// Products of packed weights with rows of activations, by kernels for several sizes of batch. All of them give an output element by
-// the same sequence of operations, in the order of K and 16 columns at a time. So a row's result does not depend on who else
-// is in the batch, and each kernel is free in its tiling.
+// Products of packed weights with rows of activations, by kernels for several sizes of batch. All of them give an output
+// element by the same sequence of operations, in the order of K and 16 columns at a time. So a row's result does not depend
+// on who else is in the batch, and each kernel is free in its tiling.
 //
-//   bf16       total = mma(a, b, total)
-//   quantized  part = mma(codes, b, 0) over a group; sum = fma(scale, part, sum); sum = fma(min, sum of b, sum);
-//              total = total + sum after each chunk of 256 columns, which begins with a sum of zero
+//   bf16     total = mma(a, b, total)
+//   Q4_0 ... part = mma(codes, b, 0) over a group; sum = fma(scale, part, sum); sum = fma(min, sum of b, sum);
+//            total = total + sum after each chunk of 256 columns, which begins with a sum of zero
+//   K-quants see linear_super.cuh
 //
 // Unpacking codes takes more than one warp a tile: chunks can be dealt out. One accumulator less lets a warp of the large
 // kernel for bf16 have 64 x 64 outputs, which saves a quarter of the traffic from the L2 cache.
@@ -17,6 +18,7 @@ struct LinearArgs {
     const float *bias;   // [n_outputs], or null
     float *out;          // [n_rows][out_stride]; null for gated products
     uint16_t *gated;     // silu(gate) * up as operand B, [n_rows][gated_k_padded]; null for plain ones
+    const uint8_t *sums_of_x;  // of `sum_x`, where the matrix has superblocks with minimums and there are more than few rows
     int64_t x_tile_bytes;  // from 8 rows of x to the next 8
     int32_t n_rows;      // rows of activations
     int32_t n_outputs;   // rows of the matrix; for gated products features, half of them
@@ -64,16 +66,16 @@ DEVICE void multiply_group(float (&sum)[MT][NT][4], const uint8_t *weights, int 
             }
         }
     } else {
-        // Sums of the activations over the group, or over each half of it.
-        float of_x[NT][2][4] = {};
+        // Sums of the activations over the group.
+        float of_x[NT][4] = {};
         if constexpr (F::MIN) {
             uint32_t ones[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) ones[i] = ONE_BF16 << 16 | ONE_BF16;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                mma_bf16(of_x[n][0], ones, b[n][0], b[n][1]);
-                mma_bf16(of_x[n][F::PER_HALF ? 1 : 0], ones, b[n][2], b[n][3]);
+                mma_bf16(of_x[n], ones, b[n][0], b[n][1]);
+                mma_bf16(of_x[n], ones, b[n][2], b[n][3]);
             }
         }
 #pragma unroll
@@ -82,19 +84,13 @@ DEVICE void multiply_group(float (&sum)[MT][NT][4], const uint8_t *weights, int 
             uint32_t a[2][4];
             F::operand_a(a[0], unit, lane, group * 2);
             F::operand_a(a[1], unit, lane, group * 2 + 1);
-            ScalePair first = F::scales(unit, lane / 4, group, 0);
-            ScalePair second = F::PER_HALF ? F::scales(unit, lane / 4, group, 1) : first;
+            ScalePair pair = F::scales(unit, lane / 4, group);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 float part[4] = {};
                 mma_bf16(part, a[0], b[n][0], b[n][1]);
-                if constexpr (F::PER_HALF) {
-                    add_scaled<F>(sum[m][n], part, first, of_x[n][0]);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) part[i] = 0.0f;
-                }
                 mma_bf16(part, a[1], b[n][2], b[n][3]);
-                add_scaled<F>(sum[m][n], part, second, of_x[n][F::PER_HALF ? 1 : 0]);
+                add_scaled<F>(sum[m][n], part, pair, of_x[n]);
             }
         }
     }

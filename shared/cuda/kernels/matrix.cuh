@@ -1,32 +1,30 @@
 // Packed weight matrices: how a lane finds its operands and scales in them. Nothing is multiplied here.
 //
-// A matrix is cut into tiles of 16 output rows and units of 64 columns. A unit of plain numbers is core matrices: the upper 8 rows
-// along the columns, then the lower 8. A unit of codes is stored in the order of operand A of mma.m16n8k16: for each step s of 16 columns, lane (g, t) has the pairs p = 0..3 of columns 2 t and 2 t + 1 (+ 8 for p >= 2)
-// of row g (p even) or g + 8 (p odd). The Rust side of this is src/pack.rs.
+// A matrix is cut into tiles of 16 output rows and units of 64 columns. A unit of plain numbers is core matrices: the upper 8
+// rows along the columns, then the lower 8. A unit of codes is stored in the order of operand A of mma.m16n8k16: for each step
+// s of 16 columns, lane (g, t) has the pairs p = 0..3 of columns 2 t and 2 t + 1 (+ 8 for p >= 2) of row g (p even) or g + 8
+// (p odd). The Rust side of this is src/pack.rs.
 #pragma once
 #include "layout.cuh"
 
 // Where the scales of a group of 32 columns come from; the names are those of the CPU kernels' formats.
 enum class ScaleKind {
-    NONE,         // plain numbers
-    GROUP,        // f16 d each group: {d, d} of a unit's two groups, 4 bytes a row
-    GROUP_MIN,    // f16 d, m each group: 8 bytes a row
-    SUPER32_MIN,  // u8 scale, min each group: 4 bytes a row; f16 d, m each superblock
-    SUPER16_MIN,  // nibbles of scale and min each half group: 4 bytes a row; f16 d, m each superblock
-    SUPER16,      // i8 scale each half group: 4 bytes a row; f16 d, 0 each superblock
+    NONE,       // plain numbers
+    GROUP,      // f16 d each group: {d, d} of a unit's two groups, 4 bytes a row
+    GROUP_MIN,  // f16 d, m each group: 8 bytes a row
 };
 
-// Tile after tile; in each the codes of its units, then their upper bits, their scales, and its superblocks.
+// Tile after tile; in each the codes of its units, then their upper bits, then their scales. K-quants: see superblock.cuh.
 struct Matrix {
     const uint8_t *tiles;
     int64_t tile_bytes;
     int32_t n_tiles;
-    int32_t n_units;
-    int32_t n_supers;     // superblocks of a row: [n_supers][16 rows] f16 d, m
+    int32_t n_units;      // of 64 columns
+    int32_t n_supers;     // superblocks of a K-quant's row; they may be there in part
     int32_t first_group;  // place of the first group of 32 columns in its superblock
 };
 
-// Scales of rows g and g + 8 for half a group.
+// Scales of rows g and g + 8 for a group.
 struct ScalePair {
     float scale[2];
     float min[2];
@@ -35,7 +33,6 @@ struct ScalePair {
 // One unit of one tile, wherever its planes lie.
 struct Unit {
     const uint8_t *codes, *high, *scales;
-    const uint8_t *supers[2];  // of each group of 32 columns
 };
 
 DEVICE uint32_t word_at(const uint8_t *bytes, int offset) { return *reinterpret_cast<const uint32_t *>(bytes + offset); }
@@ -45,51 +42,36 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
     static constexpr ScaleKind SCALES = SCALES_;
     static constexpr bool QUANTIZED = SCALES != ScaleKind::NONE;
     // Bits of the lower plane, and of the plane above it.
-    static constexpr int LOW = BITS == 16 || BITS == 8 ? BITS : BITS >= 4 ? 4 : 2;
+    static constexpr int LOW = BITS == 5 ? 4 : BITS;
     static constexpr int HIGH = BITS - LOW;
     // Bytes of a unit of a tile.
     static constexpr int CODE_BYTES = TILE_ROWS * UNIT_K * LOW / 8;
     static constexpr int HIGH_BYTES = TILE_ROWS * UNIT_K * HIGH / 8;
     static constexpr int SCALE_BYTES = !QUANTIZED ? 0 : SCALES == ScaleKind::GROUP_MIN ? 128 : 64;
-    static constexpr bool SUPER = SCALES == ScaleKind::SUPER32_MIN || SCALES == ScaleKind::SUPER16_MIN || SCALES == ScaleKind::SUPER16;
-    static constexpr bool MIN = SCALES == ScaleKind::GROUP_MIN || SCALES == ScaleKind::SUPER32_MIN || SCALES == ScaleKind::SUPER16_MIN;
-    static constexpr bool PER_HALF = SCALES == ScaleKind::SUPER16_MIN || SCALES == ScaleKind::SUPER16;
-    // A unit as it lies in shared memory: codes, upper bits, scales, and the superblock of each of the two groups.
+    static constexpr bool MIN = SCALES == ScaleKind::GROUP_MIN;
+    // A unit as it lies in shared memory: codes, upper bits, scales.
     static constexpr int HIGH_AT = CODE_BYTES;
     static constexpr int SCALES_AT = HIGH_AT + HIGH_BYTES;
-    static constexpr int SUPERS_AT = SCALES_AT + SCALE_BYTES;
-    static constexpr int STAGED_BYTES = SUPERS_AT + (SUPER ? 128 : 0);
+    static constexpr int STAGED_BYTES = SCALES_AT + SCALE_BYTES;
 
     // A unit in global memory.
     DEVICE static Unit unit_of(const Matrix &matrix, int tile, int unit) {
         const uint8_t *codes = matrix.tiles + tile * matrix.tile_bytes;
         const uint8_t *high = codes + (size_t)matrix.n_units * CODE_BYTES;
         const uint8_t *scales = high + (size_t)matrix.n_units * HIGH_BYTES;
-        const uint8_t *supers = scales + (size_t)matrix.n_units * SCALE_BYTES;
-        Unit found = {codes + unit * CODE_BYTES, high + unit * HIGH_BYTES, scales + unit * SCALE_BYTES, {supers, supers}};
-        if constexpr (SUPER) {
-#pragma unroll
-            for (int group = 0; group < 2; group++) {
-                int super = (matrix.first_group + unit * 2 + group) / 8;
-                // The last group of an odd number is padding with scales of zero: any superblock will do.
-                super = super < matrix.n_supers ? super : matrix.n_supers - 1;
-                found.supers[group] = supers + super * 64;
-            }
-        }
-        return found;
+        return {codes + unit * CODE_BYTES, high + unit * HIGH_BYTES, scales + unit * SCALE_BYTES};
     }
 
     // A unit in shared memory.
     DEVICE static Unit staged(const uint8_t *unit) {
-        return {unit, unit + HIGH_AT, unit + SCALES_AT, {unit + SUPERS_AT, unit + SUPERS_AT + 64}};
+        return {unit, unit + HIGH_AT, unit + SCALES_AT};
     }
 
     // Where 16 bytes of a staged unit come from.
     DEVICE static const uint8_t *source(const Unit &unit, int offset) {
         if (offset < HIGH_AT) return unit.codes + offset;
         if (offset < SCALES_AT) return unit.high + (offset - HIGH_AT);
-        if (offset < SUPERS_AT) return unit.scales + (offset - SCALES_AT);
-        return (offset < SUPERS_AT + 64 ? unit.supers[0] : unit.supers[1]) + offset % 64;
+        return unit.scales + (offset - SCALES_AT);
     }
 
     // Codes of pair p, in the lower halves of two 16-bit lanes.
@@ -97,16 +79,10 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
         uint32_t codes;
         if constexpr (LOW == 8) {
             codes = (word_at(unit.codes, s * 256 + lane * 8 + p / 2 * 4) >> (p % 2 * 8)) & 0x00ff00ffu;
-        } else if constexpr (LOW == 4) {
-            codes = (word_at(unit.codes, s * 128 + lane * 4) >> (4 * p)) & 0x000f000fu;
         } else {
-            codes = (word_at(unit.codes, s / 2 * 128 + lane * 4) >> (s % 2 * 8 + 2 * p)) & 0x00030003u;
+            codes = (word_at(unit.codes, s * 128 + lane * 4) >> (4 * p)) & 0x000f000fu;
         }
-        if constexpr (HIGH == 1) {
-            codes |= ((word_at(unit.high, lane * 4) >> (s * 4 + p)) & 0x00010001u) << LOW;
-        } else if constexpr (HIGH == 2) {
-            codes |= ((word_at(unit.high, s / 2 * 128 + lane * 4) >> (s % 2 * 8 + 2 * p)) & 0x00030003u) << LOW;
-        }
+        if constexpr (HIGH == 1) codes |= ((word_at(unit.high, lane * 4) >> (s * 4 + p)) & 0x00010001u) << LOW;
         return codes;
     }
 
@@ -129,8 +105,8 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
         }
     }
 
-    // Scales of rows g and g + 8 in half `half` of group `group` of a staged unit. All products are exact.
-    DEVICE static ScalePair scales(const Unit &unit, int g, int group, int half) {
+    // Scales of rows g and g + 8 in group `group` of a staged unit.
+    DEVICE static ScalePair scales(const Unit &unit, int g, int group) {
         ScalePair pair;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -142,18 +118,6 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
                 uint32_t both = word_at(unit.scales, row * 8 + group * 4);
                 pair.scale[i] = half_to_float((uint16_t)both);
                 pair.min[i] = half_to_float((uint16_t)(both >> 16));
-            } else if constexpr (SUPER) {
-                uint32_t super = word_at(unit.supers[group], row * 4);
-                float d = half_to_float((uint16_t)super), m = half_to_float((uint16_t)(super >> 16));
-                uint32_t subs = word_at(unit.scales, row * 4) >> (16 * group);
-                if constexpr (SCALES == ScaleKind::SUPER32_MIN) {
-                    pair.scale[i] = d * (float)(subs & 255);
-                    pair.min[i] = -m * (float)(subs >> 8 & 255);
-                } else {
-                    uint32_t sub = subs >> (8 * half) & 255;
-                    pair.scale[i] = d * (SCALES == ScaleKind::SUPER16 ? (float)(int8_t)sub : (float)(sub & 15));
-                    if constexpr (MIN) pair.min[i] = -m * (float)(sub >> 4);
-                }
             }
         }
         return pair;
@@ -169,7 +133,7 @@ template <int BITS_, int OFFSET_, ScaleKind SCALES_> struct Format {
             return bf16_to_float((uint16_t)(word_at(unit.codes, core + lane * 4) >> (16 * low)));
         } else {
             int code = (int)(code_pair(unit, lane, s, p) >> (16 * low) & 255);
-            ScalePair pair = scales(unit, r % 8, k % UNIT_K / 32, k % 32 / 16);
+            ScalePair pair = scales(unit, r % 8, k % UNIT_K / 32);
             float product = __fmul_rn(pair.scale[r / 8], (float)(code - OFFSET));
             return MIN ? __fadd_rn(product, pair.min[r / 8]) : product;
         }
@@ -183,8 +147,3 @@ typedef Format<4, 0, ScaleKind::GROUP_MIN> Q4_1;
 typedef Format<5, 16, ScaleKind::GROUP> Q5_0;
 typedef Format<5, 0, ScaleKind::GROUP_MIN> Q5_1;
 typedef Format<8, 128, ScaleKind::GROUP> Q8_0;
-typedef Format<2, 0, ScaleKind::SUPER16_MIN> Q2_K;
-typedef Format<3, 4, ScaleKind::SUPER16> Q3_K;
-typedef Format<4, 0, ScaleKind::SUPER32_MIN> Q4_K;
-typedef Format<5, 0, ScaleKind::SUPER32_MIN> Q5_K;
-typedef Format<6, 32, ScaleKind::SUPER16> Q6_K;

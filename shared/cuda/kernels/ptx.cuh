@@ -78,6 +78,16 @@ DEVICE uint32_t subtract_bf16(uint32_t a, uint32_t b) {
     return d;
 }
 
+// a * b + c for two bfloat16 each, rounded once; subnormal numbers count.
+DEVICE uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) { return multiply_add_bf16(a, b, 0x80008000u); }
+// Four of the eight bytes of `low` and `high`, by the digits of `which`.
+DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) { return __byte_perm(low, high, which); }
+
 // c += a * b on 16 x 16 by 16 x 8, sums in f32.
 DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -108,6 +118,19 @@ DEVICE uint32_t transpose(uint32_t x) {
     uint32_t y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
+}
+
+// Loads 1, 2 or 4 words of global memory that are needed this one time, and that no kernel under way writes.
+template <int n> DEVICE void load_once(uint32_t *to, const uint8_t *global) {
+    if constexpr (n == 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "l"(global));
+    } else if constexpr (n == 2) {
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(global));
+    } else {
+        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(global));
+    }
 }
 
 // Copies 16 bytes from global to shared memory without waiting; zeros instead when not `valid`.

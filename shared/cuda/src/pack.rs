@@ -10,6 +10,10 @@ use paceline_kernels::{ThreadPool, dequantize_row};
 use std::borrow::Cow;
 use std::ops::Range;
 
+mod superblock;
+
+pub use superblock::Record;
+
 /// Output rows of a tile.
 pub const TILE_ROWS: usize = 16;
 /// Columns of a unit.
@@ -78,28 +82,27 @@ impl Kind {
         self as i32
     }
 
-    /// Bytes of one unit of one tile, plane by plane.
+    /// Bytes of one unit of one tile, plane by plane, of types without superblocks.
+    ///
+    /// # Panics
+    /// For K-quants, which have a [`Self::record`].
     pub fn planes(self) -> Planes {
+        assert!(self.record().is_none(), "invariant: {self:?} is held in records");
         let weights = TILE_ROWS * UNIT_COLUMNS;
         let Some(CodeLayout { bits, scales, .. }) = code_layout(self.weight_type()) else {
-            return Planes { codes: 2 * weights, high: 0, scales: 0, has_super: false };
+            return Planes { codes: 2 * weights, high: 0, scales: 0 };
         };
-        let low = low_bits(bits);
+        let low = if bits == 5 { 4 } else { bits };
         Planes {
             codes: weights * low / 8,
             high: weights * (bits - low) / 8,
             scales: if scales == ScaleLayout::GroupMin { 8 * TILE_ROWS } else { 4 * TILE_ROWS },
-            has_super: scales.has_super(),
         }
     }
-}
 
-/// Bits of the lower plane of codes.
-const fn low_bits(bits: usize) -> usize {
-    match bits {
-        8 => 8,
-        4..8 => 4,
-        _ => 2,
+    /// How K-quants are held.
+    pub fn record(self) -> Option<Record> {
+        code_layout(self.weight_type()).and_then(|layout| Record::new(&layout))
     }
 }
 
@@ -112,18 +115,12 @@ pub struct Planes {
     pub high: usize,
     /// Scales.
     pub scales: usize,
-    /// Whether superblocks of 256 columns have scales too: [`SUPER_BYTES`] for the rows of a tile.
-    pub has_super: bool,
 }
 
-/// Bytes of one superblock's scales for the rows of a tile.
-pub const SUPER_BYTES: usize = 4 * TILE_ROWS;
-
 impl Planes {
-    /// Bytes of a unit in shared memory, where each of its groups brings its superblock.
-    pub fn staged_bytes(self) -> usize {
-        let supers = if self.has_super { GROUPS_PER_UNIT * SUPER_BYTES } else { 0 };
-        self.codes + self.high + self.scales + supers
+    /// Bytes of a unit.
+    pub fn unit_bytes(self) -> usize {
+        self.codes + self.high + self.scales
     }
 }
 
@@ -223,7 +220,10 @@ pub fn pack(arrangement: &Arrangement<'_>, columns: Range<usize>, pool: &ThreadP
     let outline = outline(arrangement, columns.clone());
     let Packed { kind, n_units, first_group, tile_bytes, .. } = outline;
     let mut bytes = vec![0; outline.n_bytes()];
-    let packer = Packer { planes: kind.planes(), n_units, first_group, columns };
+    let packer = match kind.record() {
+        Some(record) => Packer::Records(RecordPacker { record, first_group, columns }),
+        None => Packer::Units(UnitPacker { planes: kind.planes(), n_units, columns }),
+    };
     pool.run_pieces(&mut bytes, tile_bytes, &|tile, bytes| {
         for row in 0..TILE_ROWS {
             if let Some((weight_type, file_row)) = arrangement.row(tile, row) {
@@ -241,21 +241,34 @@ pub fn pack(arrangement: &Arrangement<'_>, columns: Range<usize>, pool: &ThreadP
 pub fn outline(arrangement: &Arrangement<'_>, columns: Range<usize>) -> Packed {
     assert!(arrangement.is_uniform(), "invariant: parts of one matrix are held alike");
     let kind = Kind::of(arrangement.weight_type());
-    let planes = kind.planes();
     let is_cut_inside = [columns.start, columns.end].iter().any(|edge| !edge.is_multiple_of(GROUP_LEN));
     assert!(kind == Kind::BF16 || !is_cut_inside, "invariant: groups of 32 columns are whole");
     let n_units = columns.len().div_ceil(UNIT_COLUMNS);
-    let first_group = if planes.has_super { columns.start / GROUP_LEN % GROUPS_PER_SUPER } else { 0 };
-    let n_groups = columns.len().div_ceil(GROUP_LEN);
-    let n_supers = if planes.has_super { (first_group + n_groups).div_ceil(GROUPS_PER_SUPER) } else { 0 };
-    let tile_bytes = n_units * (planes.codes + planes.high + planes.scales) + n_supers * SUPER_BYTES;
+    let (n_supers, first_group, tile_bytes) = match kind.record() {
+        Some(record) => {
+            let first_group = columns.start / GROUP_LEN % GROUPS_PER_SUPER;
+            let n_supers = (first_group + columns.len() / GROUP_LEN).div_ceil(GROUPS_PER_SUPER);
+            (n_supers, first_group, n_supers * record.n_bytes())
+        }
+        None => (0, 0, n_units * kind.planes().unit_bytes()),
+    };
     let n_tiles = arrangement.n_tiles();
     Packed { kind, n_tiles, n_units, n_supers, first_group, tile_bytes, bytes: Vec::new() }
 }
 
-struct Packer {
+enum Packer {
+    Units(UnitPacker),
+    Records(RecordPacker),
+}
+
+struct UnitPacker {
     planes: Planes,
     n_units: usize,
+    columns: Range<usize>,
+}
+
+struct RecordPacker {
+    record: Record,
     first_group: usize,
     columns: Range<usize>,
 }
@@ -277,13 +290,29 @@ impl Place {
 
 impl Packer {
     fn row(&self, weight_type: WeightType, file_row: &[u8], row: usize, tile: &mut [u8]) {
-        if weight_type.is_quantized() {
-            self.quantized_row(weight_type, file_row, row, tile);
-        } else {
-            self.float_row(weight_type, file_row, row, tile);
+        match self {
+            Self::Records(packer) => packer.row(weight_type, file_row, row, tile),
+            Self::Units(packer) if weight_type.is_quantized() => {
+                packer.quantized_row(weight_type, file_row, row, tile);
+            }
+            Self::Units(packer) => packer.float_row(weight_type, file_row, row, tile),
         }
     }
+}
 
+impl RecordPacker {
+    fn row(&self, weight_type: WeightType, file_row: &[u8], row: usize, tile: &mut [u8]) {
+        let n_bytes = self.record.n_bytes();
+        for idx in 0..self.columns.len() / GROUP_LEN {
+            let group = group_of_row(weight_type, file_row, self.columns.start / GROUP_LEN + idx);
+            let at = self.first_group + idx;
+            let bytes = &mut tile[at / GROUPS_PER_SUPER * n_bytes..][..n_bytes];
+            self.record.put(bytes, row, at % GROUPS_PER_SUPER, &group);
+        }
+    }
+}
+
+impl UnitPacker {
     fn float_row(&self, weight_type: WeightType, file_row: &[u8], row: usize, tile: &mut [u8]) {
         let size = weight_type.block_bytes();
         let file = &file_row[self.columns.start * size..self.columns.end * size];
@@ -307,7 +336,7 @@ impl Packer {
         let Planes { codes, high, scales, .. } = self.planes;
         let (codes_plane, rest) = tile.split_at_mut(self.n_units * codes);
         let (high_plane, rest) = rest.split_at_mut(self.n_units * high);
-        let (scales_plane, supers) = rest.split_at_mut(self.n_units * scales);
+        let scales_plane = &mut rest[..self.n_units * scales];
         for idx in 0..self.columns.len() / GROUP_LEN {
             let group = group_of_row(weight_type, file_row, self.columns.start / GROUP_LEN + idx);
             let (unit, in_unit) = (idx / GROUPS_PER_UNIT, idx % GROUPS_PER_UNIT);
@@ -317,36 +346,23 @@ impl Packer {
             let row_scales =
                 &mut scales_plane[unit * scales + row * (scales / TILE_ROWS)..][..scales / TILE_ROWS];
             put_scales(layout.scales, &group, in_unit, row_scales);
-            if self.planes.has_super {
-                let at = (self.first_group + idx) / GROUPS_PER_SUPER * SUPER_BYTES + row * 4;
-                supers[at..at + 2].copy_from_slice(&group.scales.d.to_le_bytes());
-                supers[at + 2..at + 4].copy_from_slice(&group.scales.m.to_le_bytes());
-            }
         }
     }
 }
 
 /// Puts the codes of one group of one row into the planes of its unit.
 fn put_codes(bits: usize, group: &Group, (row, in_unit): (usize, usize), codes: &mut [u8], high: &mut [u8]) {
-    let low = low_bits(bits);
     for (column, code) in group.codes.iter().enumerate() {
         let Place { lane, pair, upper } = Place::new(row, column);
         let step = in_unit * 2 + column / 16;
-        match low {
+        match bits {
             8 => codes[step * 256 + lane * 8 + pair / 2 * 4 + pair % 2 + 2 * upper] = *code,
-            4 => set_bits(codes, step * 128 + lane * 4, 4 * pair + 16 * upper, code & 15),
-            _ => set_two_bits(codes, (step, lane), (pair, upper), code & 3),
+            _ => set_bits(codes, step * 128 + lane * 4, 4 * pair + 16 * upper, code & 15),
         }
-        match bits - low {
-            1 => set_bits(high, lane * 4, step * 4 + pair + 16 * upper, code >> low),
-            2 => set_two_bits(high, (step, lane), (pair, upper), code >> low),
-            _ => {}
+        if bits == 5 {
+            set_bits(high, lane * 4, step * 4 + pair + 16 * upper, code >> 4);
         }
     }
-}
-
-fn set_two_bits(plane: &mut [u8], (step, lane): (usize, usize), (pair, upper): (usize, usize), bits: u8) {
-    set_bits(plane, step / 2 * 128 + lane * 4, step % 2 * 8 + 2 * pair + 16 * upper, bits);
 }
 
 /// Sets bits of the little-endian word at `word`; they were zero and lie within one byte.
@@ -363,8 +379,6 @@ fn put_scales(layout: ScaleLayout, group: &Group, in_unit: usize, scales: &mut [
             scales[4 * in_unit..][..2].copy_from_slice(&raw.d.to_le_bytes());
             scales[4 * in_unit + 2..][..2].copy_from_slice(&raw.m.to_le_bytes());
         }
-        ScaleLayout::Super32Min | ScaleLayout::Super16Min | ScaleLayout::Super16 => {
-            scales[2 * in_unit..][..2].copy_from_slice(&raw.sub);
-        }
+        _ => unreachable!("invariant: K-quants are held in records"),
     }
 }

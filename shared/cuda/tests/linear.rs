@@ -7,10 +7,13 @@ use half::bf16;
 use paceline_cuda::kernels::linear::{
     EmbedArgs, LinearArgs, Matrix, SOME_ROWS, SiluArgs, Size, embed, linear, silu_times_up,
 };
+use paceline_cuda::kernels::linear_super::sums_bytes;
 use paceline_cuda::pack::{Arrangement, Kind, Packed, Rows, UNIT_COLUMNS, pack};
 use paceline_cuda::{CudaError, DevicePtr, Runtime};
 use paceline_domain::WeightType;
+use paceline_kernels::formats::{GROUP_LEN, GROUPS_PER_SUPER, ScaleLayout, code_layout, group_of_row};
 use paceline_kernels::{Pinning, ThreadPool, dequantize_row};
+use std::ops::Range;
 use support::{compiled::Sources, emulated::Emulated};
 
 /// Counter-based numbers, so that every element can be made on its own.
@@ -115,6 +118,7 @@ impl Bench {
         bias: Option<&[f32]>,
     ) -> Result<Vec<f32>, CudaError> {
         let out = self.device.alloc(x.n_rows * n_outputs * 4).expect("memory");
+        let sums_of_x = self.device.alloc(sums_bytes(x.n_rows, x.n_columns_padded)).expect("memory");
         let bias = bias.map_or(0, |bias| put(&mut self.device, bytemuck::cast_slice(bias)));
         let args = LinearArgs {
             matrix: self.matrix,
@@ -122,6 +126,7 @@ impl Bench {
             bias,
             out,
             gated: 0,
+            sums_of_x,
             x_tile_bytes: (x.n_columns_padded * 16) as i64,
             n_rows: x.n_rows as i32,
             n_outputs: n_outputs as i32,
@@ -191,6 +196,50 @@ fn exact(weights: &[f32], x: &[f32]) -> (f64, f64) {
     products.fold((0.0, 0.0), |(sum, magnitude), product| (sum + product, magnitude + product.abs()))
 }
 
+/// The same for K-quants, whose codes times small scales are rounded to bfloat16, as are sums of activations and what that
+/// leaves over of them.
+fn exact_in_supers(file: &FileMatrix, output: usize, columns: &Range<usize>, x: &[f32]) -> (f64, f64) {
+    let layout = code_layout(file.weight_type).expect("a K-quant");
+    let (mut sum, mut magnitude) = (0.0, 0.0);
+    for (idx, x) in x.chunks(GROUP_LEN).enumerate() {
+        let group = group_of_row(file.weight_type, file.row(output), columns.start / GROUP_LEN + idx);
+        let [d, m] =
+            [group.scales.d, group.scales.m].map(|bits| f64::from(half::f16::from_bits(bits).to_f32()));
+        for (half, x) in x.chunks(GROUP_LEN / 2).enumerate() {
+            let sub = group.scales.sub;
+            let (small, minimum) = match layout.scales {
+                ScaleLayout::Super32Min => (i32::from(sub[0]), sub[1]),
+                ScaleLayout::Super16Min => (i32::from(sub[half] & 15), sub[half] >> 4),
+                _ => (i32::from(sub[half] as i8), 0),
+            };
+            for (x, code) in x.iter().zip(&group.codes[half * GROUP_LEN / 2..]) {
+                let rounded = bf16::from_f32(((i32::from(*code) - layout.offset) * small) as f32);
+                let product = d * f64::from(rounded.to_f32()) * f64::from(*x);
+                sum += product;
+                magnitude += product.abs();
+            }
+            if layout.scales == ScaleLayout::Super16Min {
+                let product = m * f64::from(minimum) * rounded_sum(x);
+                sum -= product;
+                magnitude += product.abs();
+            }
+        }
+        if layout.scales == ScaleLayout::Super32Min {
+            let product = m * f64::from(group.scales.sub[1]) * rounded_sum(x);
+            sum -= product;
+            magnitude += product.abs();
+        }
+    }
+    (sum, magnitude)
+}
+
+/// A sum of activations as two bfloat16 numbers.
+fn rounded_sum(x: &[f32]) -> f64 {
+    let sum: f64 = x.iter().map(|x| f64::from(*x)).sum();
+    let high = f64::from(bf16::from_f64(sum).to_f32());
+    high + f64::from(bf16::from_f64(sum - high).to_f32())
+}
+
 fn check_product(
     device: Emulated,
     file: &FileMatrix,
@@ -206,7 +255,11 @@ fn check_product(
     for output in 0..file.n_rows {
         let weights = &file.weights(output)[columns.clone()];
         for row in 0..n_rows {
-            let (sum, magnitude) = exact(weights, &x.values[row]);
+            let (sum, magnitude) = if file.weight_type.block_len() == GROUP_LEN * GROUPS_PER_SUPER {
+                exact_in_supers(file, output, &columns, &x.values[row])
+            } else {
+                exact(weights, &x.values[row])
+            };
             let got = f64::from(out[row * file.n_rows + output]);
             // Minimums are multiplied with sums: their part of the magnitude is another.
             let scale = magnitude + 64.0;
@@ -346,12 +399,14 @@ fn check_gated(weight_type: WeightType, sizes: &[Size]) {
     for size in sizes {
         let mut bench = Bench::new(Emulated::new(), &packed);
         let gated = bench.device.alloc(2 * expected.len()).expect("memory");
+        let sums_of_x = bench.device.alloc(sums_bytes(n_rows, n_cols)).expect("memory");
         let args = LinearArgs {
             matrix: bench.matrix,
             x: put(&mut bench.device, bytemuck::cast_slice(&x.packed)),
             bias: 0,
             out: 0,
             gated,
+            sums_of_x,
             x_tile_bytes: (x.n_columns_padded * 16) as i64,
             n_rows: n_rows as i32,
             n_outputs: n_features as i32,
@@ -392,28 +447,30 @@ fn embeddings_are_looked_up_exactly() {
 
 #[test]
 fn mistakes_in_the_kernels_are_found() {
-    let file = FileMatrix::new(WeightType::Q5_K, 37, 512, 9);
-    for (from, to) in [
+    let legacy = FileMatrix::new(WeightType::Q5_1, 37, 512, 9);
+    let in_supers = FileMatrix::new(WeightType::Q5_K, 37, 1280, 9);
+    for (file, source, from, to) in [
         // A scale of the wrong group.
+        (&legacy, "matrix.cuh", "row * 8 + group * 4", "row * 8"),
+        (&in_supers, "superblock.cuh", "(s / 2 * 2 + half)", "half"),
+        // A neighbour's bits.
+        (&legacy, "matrix.cuh", ">> (s * 4 + p)) & 0x00010001u", ">> (s * 4 + (p ^ 1))) & 0x00010001u"),
+        (&in_supers, "superblock.cuh", "codes.words[bit] >> (15 - bit)", "codes.words[bit] >> 15"),
+        // Reading what copies have not brought yet.
         (
-            "(16 * group);\n                if constexpr (SCALES == ScaleKind::SUPER32_MIN)",
-            "0;\n                if constexpr (SCALES == ScaleKind::SUPER32_MIN)",
+            &legacy,
+            "linear_few_quantized.cu",
+            "copy_wait<STAGES - 2>();\n        sync_warp();\n        load(",
+            "sync_warp();\n        load(",
         ),
-        // The fifth bit of the neighbouring pair.
-        (">> (s * 4 + p)) & 0x00010001u", ">> (s * 4 + (p ^ 1))) & 0x00010001u"),
+        (&in_supers, "linear_few_super.cu", "copy_wait<1>();\n            sync_warp();", "sync_warp();"),
+        // Sums of activations of the wrong groups.
+        (&in_supers, "linear_super.cuh", "PER_HALF ? s : s / 2", "PER_HALF ? s : s / 4"),
     ] {
-        let device = Emulated::of(&Sources::product().mutated("matrix.cuh", from, to));
-        let worst = check_product(device, &file, 0..512, 2, Size::Few);
+        let device = Emulated::of(&Sources::product().mutated(source, from, to));
+        let worst = check_product(device, file, 0..file.n_cols, 2, Size::Few);
         assert!(worst > 100.0 * TOLERANCE, "`{to}` was not found: {worst:e}");
     }
-    // Reading a stage before its copies have arrived.
-    let early = Sources::product().mutated(
-        "linear_few_quantized.cu",
-        "copy_wait<STAGES - 2>();\n        sync_warp();\n        load(",
-        "sync_warp();\n        load(",
-    );
-    let worst = check_product(Emulated::of(&early), &file, 0..512, 2, Size::Few);
-    assert!(worst > 100.0 * TOLERANCE, "the missing wait was not found");
     let plain = FileMatrix::new(WeightType::BF16, 16, 4_096, 5);
     for (from, to) in
         [("                    await(full + slot, parity);\n", ""), ("row = piece % ROWS", "row = piece % 2")]

@@ -8,6 +8,7 @@ use super::graphs::bucket_rows;
 use super::weights::padded;
 use crate::kernels::attention::n_counts;
 use crate::kernels::linear::ROW_PADDING;
+use crate::kernels::linear_super::sums_bytes;
 use crate::{CudaError, DevicePtr, Runtime};
 
 /// Bytes that partial results of attention may take; what would need more is left to the kernel without partial results.
@@ -82,6 +83,8 @@ pub(crate) struct Buffers {
     pub gated: DevicePtr,
     /// Gate and up, `[2][n_rows][n_ff]` f32, where they are two matrices.
     pub gate_up: DevicePtr,
+    /// Sums of activations that minimums of K-quants are multiplied with.
+    pub sums_of_x: DevicePtr,
     /// `[n_output_rows][n_vocab]` f32
     pub logits: DevicePtr,
     /// Cosine and sine of every position, `[n_positions][head_dim / 2][2]` f32.
@@ -107,6 +110,13 @@ impl Sizes {
         self.capacity.max_rows.next_multiple_of(ROW_PADDING)
     }
 
+    /// Room for the sums of any operand.
+    fn sums_bytes(&self) -> usize {
+        let Widths { n_embd, query, ffn, .. } = self.widths;
+        let n_rows = self.n_rows_padded().max(self.capacity.max_output_rows.next_multiple_of(ROW_PADDING));
+        sums_bytes(n_rows, n_embd.max(query).max(ffn))
+    }
+
     pub(crate) fn allocate(&self, runtime: &mut dyn Runtime, angles: &[f32]) -> Result<Buffers, CudaError> {
         let Self { widths, capacity, .. } = *self;
         let n_rows = self.n_rows_padded();
@@ -128,6 +138,7 @@ impl Sizes {
             n_done: alloc(4 * n_counts(n_rows, self.n_kv_heads, self.most_per_kv))?,
             gated: alloc(operand(widths.ffn))?,
             gate_up: alloc(if self.gate_apart { 8 * n_rows * widths.ffn } else { 0 })?,
+            sums_of_x: alloc(self.sums_bytes())?,
             logits: alloc(4 * n_outputs * widths.vocab)?,
             angles: alloc(angles_bytes.len())?,
         };

@@ -1,6 +1,7 @@
 //! Launches of the matrix products of kernels/linear_*.cu and of the embedding's look-up. The numbers of rows, columns and
 //! stages are those of the kernels.
 
+use super::linear_super::{self, SuperShape};
 use crate::pack::{CORE_BYTES, Kind, Planes, TILE_ROWS, UNIT_COLUMNS};
 use crate::runtime::{TileMap, Tiles};
 use crate::{CudaError, DevicePtr, Launch, Runtime};
@@ -12,7 +13,7 @@ pub const SOME_ROWS: usize = 64;
 /// Rows that a buffer of activations is padded to, so that every kernel may read whole blocks of it.
 pub const ROW_PADDING: usize = 256;
 /// Bytes of 8 rows of activations in one unit.
-const X_BYTES: usize = 8 * UNIT_COLUMNS * 2;
+pub(super) const X_BYTES: usize = 8 * UNIT_COLUMNS * 2;
 
 /// `Matrix` of kernels/matrix.cuh.
 #[repr(C)]
@@ -46,6 +47,8 @@ pub struct LinearArgs {
     pub out: DevicePtr,
     /// `silu(gate) * up` as operand B; 0 for plain products.
     pub gated: DevicePtr,
+    /// Room for sums of `x`, see [`linear_super::sums_bytes`].
+    pub sums_of_x: DevicePtr,
     /// Bytes from 8 rows of `x` to the next 8.
     pub x_tile_bytes: i64,
     /// Rows of activations.
@@ -112,7 +115,11 @@ pub enum Size {
 impl Size {
     /// The kernel for this number of rows on a device.
     pub fn of(kind: Kind, n_rows: usize, device: &dyn Runtime) -> Self {
-        let fits = Blocking::many(kind).shared_bytes(kind.planes()) <= device.max_shared_bytes();
+        let shared_bytes = match kind.record() {
+            Some(record) => linear_super::MANY.shared_bytes(record),
+            None => Blocking::many(kind).shared_bytes(kind.planes()),
+        };
+        let fits = shared_bytes <= device.max_shared_bytes();
         match n_rows {
             0..=FEW_ROWS => Self::Few,
             _ if n_rows > SOME_ROWS && device.is_hopper() && kind == Kind::BF16 => Self::Wide,
@@ -148,7 +155,7 @@ impl Blocking {
     }
 
     fn shared_bytes(&self, planes: Planes) -> u32 {
-        (self.stages * (self.block_m * planes.staged_bytes() + self.block_n * X_BYTES)) as u32
+        (self.stages * (self.block_m * planes.unit_bytes() + self.block_n * X_BYTES)) as u32
     }
 
     fn launch(&self, planes: Planes, n_tiles: usize, n_rows: usize) -> Launch {
@@ -173,7 +180,7 @@ struct WideArgs {
     x: TileMap,
     linear: LinearArgs,
     /// Fills the struct up.
-    unused: [u64; 5],
+    unused: [u64; 4],
 }
 
 const WIDE: [Wide; 3] = [
@@ -235,7 +242,7 @@ fn plain_launch(matrix: &Matrix, n_rows: usize, device: &dyn Runtime) -> Launch 
 }
 
 fn few_launch(kind: Kind, matrix: &Matrix) -> Launch {
-    let staged = kind.planes().staged_bytes();
+    let staged = kind.planes().unit_bytes();
     let sums = (matrix.n_units as usize).div_ceil(CHUNK_UNITS) * CHUNK_SUM_BYTES;
     // Units of a stage: about as many bytes for every kind.
     let units = if kind == Kind::Q8_0 { 1 } else { 2 };
@@ -279,6 +286,9 @@ kernel_names!(
 /// What the device reports.
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
+    if let Some(record) = kind.record() {
+        return linear_super::linear(runtime, kernel_name(kind, size), SuperShape { record, size }, args);
+    }
     let launch = match size {
         Size::Few if kind == Kind::BF16 => plain_launch(&args.matrix, n_rows, runtime),
         Size::Few => few_launch(kind, &args.matrix),
@@ -313,7 +323,7 @@ fn wide(runtime: &mut dyn Runtime, args: &LinearArgs) -> Result<(), CudaError> {
     };
     let [weights, x] = [runtime.tile_map(&weights)?, runtime.tile_map(&x)?];
     let launch = wide.launch(n_tiles as usize, args.n_rows as usize, n_multiprocessors);
-    let args = WideArgs { weights, x, linear: *args, unused: [0; 5] };
+    let args = WideArgs { weights, x, linear: *args, unused: [0; 4] };
     runtime.launch(wide.name, launch, bytemuck::bytes_of(&args))
 }
 

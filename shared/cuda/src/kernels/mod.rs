@@ -4,6 +4,7 @@ pub mod attention;
 pub mod batch;
 pub mod filter;
 pub mod linear;
+pub mod linear_super;
 pub mod norm;
 pub mod reduce;
 pub mod rope;
@@ -16,6 +17,7 @@ pub fn signatures() -> Vec<(&'static str, usize)> {
         attention::SIGNATURES,
         filter::SIGNATURES,
         linear::SIGNATURES,
+        linear_super::SIGNATURES,
         norm::SIGNATURES,
         reduce::SIGNATURES,
         rope::SIGNATURES,

@@ -181,6 +181,20 @@ DEVICE uint32_t subtract_bf16(uint32_t a, uint32_t b) {
                      bf16_to_float((uint16_t)(a >> 16)) - bf16_to_float((uint16_t)(b >> 16)));
 }
 
+DEVICE uint32_t multiply_add_bf16(uint32_t a, uint32_t b, uint32_t c) {
+    auto number = [](uint32_t pair, int half) { return (double)bf16_to_float((uint16_t)(pair >> (16 * half))); };
+    float d[2];
+    for (int half = 0; half < 2; half++) d[half] = (float)(number(a, half) * number(b, half) + number(c, half));
+    return pack_bf16(d[0], d[1]);
+}
+DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) { return multiply_add_bf16(a, b, 0x80008000u); }
+DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t which) {
+    uint64_t both = (uint64_t)high << 32 | low;
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; i++) picked |= (uint32_t)(both >> (which >> (4 * i) & 7) * 8 & 255) << (8 * i);
+    return picked;
+}
+
 DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1,
                      emulator::Where where = emulator::Where::current()) {
     emulator::multiply(emulator::Format::bf16, c, a, b0, b1, where);
@@ -202,6 +216,8 @@ DEVICE void load_matrices(uint32_t (&r)[4], const uint8_t *first, int along_a, i
 DEVICE uint32_t transpose(uint32_t x, emulator::Where where = emulator::Where::current()) {
     return emulator::transposed(x, where);
 }
+
+template <int n> DEVICE void load_once(uint32_t *to, const uint8_t *global) { memcpy(to, global, 4 * n); }
 
 DEVICE void copy_async(void *shared, const void *global, bool valid,
                        emulator::Where where = emulator::Where::current()) {
