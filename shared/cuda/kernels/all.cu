@@ -8,6 +8,7 @@
 #include "linear_many.cu"
 #include "linear_many_super.cu"
 #include "linear_wide.cu"
+#include "linear_wide_super.cu"
 #include "norm.cu"
 #include "reduce.cu"
 #include "rope.cu"

@@ -45,20 +45,23 @@ DEVICE void await(Barrier *barrier, uint32_t parity) {
                            "}" ::"r"(shared_address(barrier)), "r"(parity)
                            : "memory"));
 }
-// Tiles of core matrices in memory, and how many of both a copy takes at once; the host makes it (Runtime::tile_map). It must
-// be an argument of the kernel.
+// Tiles in memory, how many pieces of how many bytes they have, and how many of both a copy takes at once; the host makes it
+// (Runtime::tile_map). It must be an argument of the kernel.
 struct alignas(64) TileMap {
     uint64_t opaque[16];
 };
-// Copies the map's box from this core matrix and tile on, tile after tile; zeros for what is not there. The barrier counts the
+// Copies the map's box from this piece and tile on, tile after tile; zeros for what is not there. The barrier counts the
 // bytes of the whole box. One instruction for a stage: many small copies take turns, each for some 75 cycles.
-DEVICE void copy_tiles(void *shared, const TileMap &map, int core, int tile, Barrier *barrier) {
+DEVICE void copy_tiles(void *shared, const TileMap &map, int piece, int tile, Barrier *barrier) {
     ON_HOPPER(asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
             shared_address(shared)),
-        "l"(&map), "r"(0), "r"(core), "r"(tile), "r"(shared_address(barrier))
+        "l"(&map), "r"(0), "r"(piece), "r"(tile), "r"(shared_address(barrier))
         : "memory"));
 }
+
+// A barrier of the n threads that call it.
+template <int n> DEVICE void sync_threads() { ON_HOPPER(asm volatile("bar.sync 1, %0;" ::"n"(n) : "memory")); }
 
 // Registers of each thread of the warpgroup from here on.
 template <int n> DEVICE void fewer_registers() { ON_HOPPER(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n))); }
@@ -114,6 +117,32 @@ DEVICE void multiply(float (&d)[32][4], Operand a, Operand b) {
                                PLACES_32_3 "}, %128, %129, 1, 1, 1, 0, 0;"
                            : SUMS_64(d, 0), SUMS_64(d, 16)
                            : "l"(a), "l"(b)));
+}
+
+
+// The same with the first operand in registers, which no one may change before the products have ended: warp w of the warpgroup
+// has rows 16 w .. as mma.m16n8k16 has them. Without `add` the sums begin.
+#define OPERAND_A(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+DEVICE void multiply(float (&d)[4][4], const uint32_t (&a)[4], Operand b, int add) {
+    ON_HOPPER(asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
+                           "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+                           "%11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
+                           : SUMS_16(d, 0)
+                           : OPERAND_A(a), "l"(b), "r"(add)));
+}
+DEVICE void multiply(float (&d)[8][4], const uint32_t (&a)[4], Operand b, int add) {
+    ON_HOPPER(asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+                           "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PLACES_32_0
+                           "}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+                           : SUMS_16(d, 0), SUMS_16(d, 4)
+                           : OPERAND_A(a), "l"(b), "r"(add)));
+}
+DEVICE void multiply(float (&d)[16][4], const uint32_t (&a)[4], Operand b, int add) {
+    ON_HOPPER(asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+                           "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PLACES_32_0 PLACES_32_1
+                           "}, {%64, %65, %66, %67}, %68, add, 1, 1, 0;\n}"
+                           : SUMS_64(d, 0)
+                           : OPERAND_A(a), "l"(b), "r"(add)));
 }
 
 }  // namespace hopper

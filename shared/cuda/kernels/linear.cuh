@@ -12,13 +12,20 @@
 #pragma once
 #include "matrix.cuh"
 
+// Memory that kernels use on their way; each finds it as it must be, and leaves it so.
+struct Workspace {
+    uint8_t *sums_of_x;  // of `sum_x`, for matrices with superblocks with minimums and more than few rows
+    float *quarters;     // sums of blocks that several thread blocks work on
+    uint32_t *arrivals;  // for each of these blocks 0
+};
+
 struct LinearArgs {
     Matrix matrix;
     const uint16_t *x;   // rows as operand B, padded to what the kernel reads; its first column meets the matrix's first
     const float *bias;   // [n_outputs], or null
     float *out;          // [n_rows][out_stride]; null for gated products
     uint16_t *gated;     // silu(gate) * up as operand B, [n_rows][gated_k_padded]; null for plain ones
-    const uint8_t *sums_of_x;  // of `sum_x`, where the matrix has superblocks with minimums and there are more than few rows
+    Workspace workspace;
     int64_t x_tile_bytes;  // from 8 rows of x to the next 8
     int32_t n_rows;      // rows of activations
     int32_t n_outputs;   // rows of the matrix; for gated products features, half of them

@@ -3,25 +3,28 @@
 
 namespace linear {
 
-// A block for TILES tiles of 16 outputs. Its warps take superblocks in turn; while one is multiplied, the weights of a warp's
-// next one are on their way to registers, and its activations to shared memory.
-// Shared: two superblocks of x for each warp, of each core matrix the rows that are there; then all sums of superblocks,
-// [n_supers][TILES][8 g][(n_rows + 1) / 2] float4.
-template <class F, int TILES, int WARPS> struct FewSuper {
+// A block for TILES tiles of 16 outputs. Its warps take superblocks in turn. A warp has the weights of DEPTH of these under way
+// to registers, one of which is replaced as it is multiplied, and the activations of the next one to shared memory.
+// Shared: two superblocks of x for each warp; then all sums of superblocks, [n_supers][TILES][8 g][(n_rows + 1) / 2] float4.
+template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
+    // A superblock of a tile.
+    struct Held {
+        typename F::Codes codes[SUPER_UNITS];
+        typename F::Scales scales;
+    };
+
     const LinearArgs &args;
     const int warp, lane, n_supers, n_rows;
-    const uint8_t *records[TILES];
+    // Of each tile the record that is loaded next.
+    const uint8_t *next[TILES];
     uint8_t *ring;
     float4 *sums;
     // Where a lane has columns of x that are there, the place of its sums; else -1.
     int kept_at, n_kept;
 
-    typename F::Codes codes[TILES][SUPER_UNITS];
-    typename F::Scales next[TILES];
-
     DEVICE FewSuper(const LinearArgs &args, uint8_t *shared)
         : args(args), warp(threadIdx.x / 32), lane(threadIdx.x % 32), n_supers(args.matrix.n_supers), n_rows(args.n_rows),
-          ring(shared + warp * 2 * x_bytes()), sums(reinterpret_cast<float4 *>(shared + WARPS * 2 * x_bytes())) {
+          ring(shared + warp * 2 * SUPER_X_BYTES), sums(reinterpret_cast<float4 *>(shared + WARPS * 2 * SUPER_X_BYTES)) {
         int n_columns = (n_rows + 1) / 2;
         kept_at = lane % 4 < n_columns ? lane / 4 * n_columns + lane % 4 : -1;
         n_kept = 8 * n_columns;
@@ -29,49 +32,43 @@ template <class F, int TILES, int WARPS> struct FewSuper {
         for (int m = 0; m < TILES; m++) {
             // Tiles beyond the last are not stored: any will do.
             int tile = min((int)blockIdx.x * TILES + m, args.matrix.n_tiles - 1);
-            records[m] = args.matrix.tiles + tile * args.matrix.tile_bytes;
+            next[m] = args.matrix.tiles + tile * args.matrix.tile_bytes + warp * F::RECORD_BYTES;
         }
     }
 
-    // Of a superblock.
-    DEVICE int x_bytes() const { return n_rows * 512; }
-    DEVICE const uint8_t *record(int m, int super) const { return records[m] + super * F::RECORD_BYTES; }
-
     DEVICE void copy_x(int super, int parity) const {
-        const uint8_t *from = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
-        uint8_t *to = ring + parity * x_bytes() + (lane / 8 * n_rows + lane % 8) * 16;
+        constexpr int GROUP_BYTES = X_BYTES / 2;
+        const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + lane * 16;
+        uint8_t *to = ring + parity * SUPER_X_BYTES + lane * 16;
         if (super < n_supers && lane % 8 < n_rows) {
+            const int first = super * 8 - args.matrix.first_group;
+            if (first >= 0 && first + 8 <= 2 * args.matrix.n_units) {
+                const uint8_t *from = x + first * GROUP_BYTES;
 #pragma unroll
-            for (int group = 0; group < 8; group++) {
-                int at = group_of_x(args.matrix, super, group);
-                copy_async(to + group * n_rows * 64, from + at * 4 * CORE_BYTES, true);
+                for (int group = 0; group < 8; group++) copy_async(to + group * GROUP_BYTES, from + group * GROUP_BYTES, true);
+            } else {
+#pragma unroll 1
+                for (int group = 0; group < 8; group++) {
+                    const uint8_t *from = x + group_of_x(args.matrix, super, group) * GROUP_BYTES;
+                    copy_async(to + group * GROUP_BYTES, from, true);
+                }
             }
         }
         copy_commit();
     }
     // In the place of rows that are not there, anything is read: their products are not stored.
     DEVICE void load_x(uint32_t (&b)[4], int parity, int group) const {
-        load_matrices(b, ring + parity * x_bytes() + group * n_rows * 64, n_rows * 16, n_rows * 32, lane);
+        load_matrices(b, ring + parity * SUPER_X_BYTES + group * (X_BYTES / 2), CORE_BYTES, 2 * CORE_BYTES, lane);
     }
 
-    DEVICE void load_first() {
-        if (warp >= n_supers) return;
+    DEVICE void advance() {
 #pragma unroll
-        for (int m = 0; m < TILES; m++) {
-#pragma unroll
-            for (int unit = 0; unit < SUPER_UNITS; unit++) codes[m][unit].load(record(m, warp), unit, lane, ReadOnce());
-            next[m].load(record(m, warp), lane, ReadOnce());
-        }
+        for (int m = 0; m < TILES; m++) next[m] = kept_in_register(next[m] + WARPS * F::RECORD_BYTES);
     }
 
-    DEVICE void multiply(int super, int parity) {
-        const bool is_more = super + WARPS < n_supers;
-        typename F::Scales scales[TILES];
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            scales[m] = next[m];
-            if (is_more) next[m].load(record(m, super + WARPS), lane, ReadOnce());
-        }
+    // Multiplies a superblock, and loads the next one into its place as it goes, when any remain.
+    DEVICE void multiply(Held (&held)[TILES], int super, int parity) {
+        const bool is_more = super + DEPTH * WARPS < n_supers;
         float part[TILES][4] = {};
         SumsOfX<F::PER_HALF> of_x;
 #pragma unroll
@@ -80,8 +77,8 @@ template <class F, int TILES, int WARPS> struct FewSuper {
             load_x(b[0], parity, unit * 2);
             load_x(b[1], parity, unit * 2 + 1);
             if constexpr (F::MIN) {
-#pragma unroll
-                for (int s = 0; s < 4; s++) of_x.add(unit * 4 + s, b[s / 2][s % 2 * 2], b[s / 2][s % 2 * 2 + 1], lane);
+                of_x.add(unit * 2, b[0], lane);
+                of_x.add(unit * 2 + 1, b[1], lane);
             }
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
@@ -89,28 +86,31 @@ template <class F, int TILES, int WARPS> struct FewSuper {
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     uint32_t a[4];
-                    if (s % F::STEPS_OF_FACTORS == 0) factors = F::factors(scales[m], unit, s);
-                    F::operand_a(a, codes[m][unit], factors, s);
+                    if (s % F::STEPS_OF_FACTORS == 0) factors = F::factors(held[m].scales, unit, s);
+                    F::operand_a(a, held[m].codes[unit], factors, s);
                     mma_bf16(part[m], a, b[s / 2][s % 2 * 2], b[s / 2][s % 2 * 2 + 1]);
                 }
-                if (is_more) codes[m][unit].load(record(m, super + WARPS), unit, lane, ReadOnce());
+                if (is_more) held[m].codes[unit].load(next[m], unit, lane, ReadOnce());
             }
         }
         uint32_t sums_of_x[SumsOfX<F::PER_HALF>::WORDS];
         if constexpr (F::MIN) of_x.operand_b(sums_of_x);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            float q[4] = {}, scale[2] = {scales[m].scale(0), scales[m].scale(1)}, minimum[2] = {};
+            typename F::Scales &scales = held[m].scales;
+            float q[4] = {}, scale[2] = {scales.scale(0), scales.scale(1)}, minimum[2] = {};
             if constexpr (F::MIN) {
                 uint32_t a[4];
-                F::minimums_a(a, scales[m]);
+                F::minimums_a(a, scales);
                 multiply_minimums<F>(q, a, sums_of_x);
-                minimum[0] = scales[m].minimum(0), minimum[1] = scales[m].minimum(1);
+                minimum[0] = scales.minimum(0), minimum[1] = scales.minimum(1);
             }
+            if (is_more) scales.load(next[m], lane, ReadOnce());
             finish_part<F>(part[m], q, scale, minimum);
             float4 sum = make_float4(part[m][0], part[m][1], part[m][2], part[m][3]);
             if (kept_at >= 0) sums[(super * TILES + m) * n_kept + kept_at] = sum;
         }
+        advance();
     }
 
     // The sums of tile `m`, in their order.
@@ -131,16 +131,33 @@ template <class F, int TILES, int WARPS> struct FewSuper {
     }
 
     DEVICE void run() {
+        Held held[DEPTH][TILES];
         // Weights do not depend on the kernels before: they are under way while those end.
-        load_first();
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            if (warp + i * WARPS >= n_supers) break;
+#pragma unroll
+            for (int m = 0; m < TILES; m++) {
+#pragma unroll
+                for (int unit = 0; unit < SUPER_UNITS; unit++) held[i][m].codes[unit].load(next[m], unit, lane, ReadOnce());
+                held[i][m].scales.load(next[m], lane, ReadOnce());
+            }
+            advance();
+        }
         grid_wait();
         copy_x(warp, 0);
         int parity = 0;
-        for (int super = warp; super < n_supers; super += WARPS, parity ^= 1) {
-            copy_x(super + WARPS, parity ^ 1);
-            copy_wait<1>();
-            sync_warp();
-            multiply(super, parity);
+        for (int first = warp; first < n_supers; first += DEPTH * WARPS) {
+#pragma unroll
+            for (int i = 0; i < DEPTH; i++) {
+                const int super = first + i * WARPS;
+                if (super >= n_supers) break;
+                copy_x(super + WARPS, parity ^ 1);
+                copy_wait<1>();
+                sync_warp();
+                multiply(held[i], super, parity);
+                parity ^= 1;
+            }
         }
         sync_block();
         if (warp >= TILES || kept_at < 0) return;
@@ -153,12 +170,18 @@ template <class F, int TILES, int WARPS> struct FewSuper {
 
 }  // namespace linear
 
-// Shapes of the kernels; src/kernels/linear_super.rs computes grids and shared memory from the same numbers.
+// Shapes of the kernels; src/kernels/linear_super.rs computes grids and shared memory from the same numbers. With pairs of tiles a
+// warp shares its sums of x; where tiles are few, more warps are under way without.
 #define FEW_SUPER(name, F)                                      \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 256, 2) {       \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 128, 4) {       \
         SHARED(uint8_t, shared);                                \
         grid_release();                                         \
-        linear::FewSuper<F, 2, 8>(args, shared).run();          \
+        linear::FewSuper<F, 2, 4, 1>(args, shared).run();       \
+    }                                                           \
+    KERNEL_AHEAD(linear_few_small_##name, LinearArgs, 256, 2) { \
+        SHARED(uint8_t, shared);                                \
+        grid_release();                                         \
+        linear::FewSuper<F, 1, 8, 1>(args, shared).run();       \
     }
 
 FEW_SUPER(q2_k, Q2_K)

@@ -21,9 +21,12 @@ template <bool PER_HALF> DEVICE void sum_x(const SumXArgs &args) {
     const uint8_t *x = reinterpret_cast<const uint8_t *>(args.x) + row_tile * args.x_tile_bytes;
     SumsOfX<PER_HALF> sums;
 #pragma unroll
-    for (int s = 0; s < 16; s++) {
-        int at = group_of_x(args.matrix, super, s / 2) * 4 * CORE_BYTES + s % 2 * 2 * CORE_BYTES + lane * 4;
-        sums.add(s, word_at(x, at), word_at(x, at + CORE_BYTES), lane);
+    for (int group = 0; group < 8; group++) {
+        int at = group_of_x(args.matrix, super, group) * 4 * CORE_BYTES + lane * 4;
+        uint32_t b[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) b[i] = word_at(x, at + i * CORE_BYTES);
+        sums.add(group, b, lane);
     }
     uint32_t b[SumsOfX<PER_HALF>::WORDS];
     sums.operand_b(b);
@@ -67,7 +70,7 @@ template <class F, int MT, int NT, int WARPS_M, int WARPS_N> struct ManySuper {
             if (super >= n_supers) return;
             for (int piece = threadIdx.x; piece < BLOCK_N * PIECES; piece += THREADS) {
                 int row_tile = piece / PIECES;
-                const uint8_t *from = args.sums_of_x + ((int64_t)(first_n + row_tile) * n_supers + super) * SUM_BYTES;
+                const uint8_t *from = args.workspace.sums_of_x + ((int64_t)(first_n + row_tile) * n_supers + super) * SUM_BYTES;
                 uint8_t *to = super_at(super) + WEIGHT_BYTES + piece * 16;
                 copy_async(to, from + piece % PIECES * 16, has_rows(row_tile));
             }

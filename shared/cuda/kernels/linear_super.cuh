@@ -12,6 +12,9 @@
 
 namespace linear {
 
+// Bytes of 8 rows of activations in a superblock.
+constexpr int SUPER_X_BYTES = SUPER_UNITS * X_BYTES;
+
 // Superblocks of each quarter but the last; there may be fewer than four.
 DEVICE int quarter_of(int n_supers) { return (n_supers + 3) / 4; }
 
@@ -24,15 +27,23 @@ DEVICE int group_of_x(const Matrix &matrix, int super, int group) {
 // Sums of 8 rows of x over the groups, or half groups, of a superblock, as operand B.
 template <bool PER_HALF> struct SumsOfX {
     static constexpr int WORDS = PER_HALF ? 4 : 2;
-    float sums[4] = {};
+    // Of the group with the number g, and with 8 more, for rows 2 t and 2 t + 1.
+    float sums[WORDS] = {};
 
-    // Adds 16 columns: step `s` of the superblock.
-    DEVICE void add(int s, uint32_t b0, uint32_t b1, int lane) {
-        const uint32_t ones = ONE_BF16 << 16 | ONE_BF16;
-        int row = PER_HALF ? s : s / 2;
-        uint32_t selected = lane / 4 == row % 8 ? ones : 0;
-        uint32_t a[4] = {row < 8 ? selected : 0, row < 8 ? 0 : selected, row < 8 ? selected : 0, row < 8 ? 0 : selected};
-        mma_bf16(sums, a, b0, b1);
+    // Takes 32 columns: group `group` of the superblock.
+    DEVICE void add(int group, const uint32_t (&b)[4], int lane) {
+        const uint32_t ones[4] = {ONE_BF16 << 16 | ONE_BF16, ONE_BF16 << 16 | ONE_BF16, ONE_BF16 << 16 | ONE_BF16,
+                                  ONE_BF16 << 16 | ONE_BF16};
+        float all[2][4] = {};
+        mma_bf16(all[0], ones, b[0], b[1]);
+        mma_bf16(all[PER_HALF ? 1 : 0], ones, b[2], b[3]);
+#pragma unroll
+        for (int half = 0; half < (PER_HALF ? 2 : 1); half++) {
+            int row = PER_HALF ? 2 * group + half : group;
+            bool is_mine = lane / 4 == row % 8;
+#pragma unroll
+            for (int i = 0; i < 2; i++) sums[row / 8 * 2 + i] = is_mine ? all[half][i] : sums[row / 8 * 2 + i];
+        }
     }
     DEVICE void operand_b(uint32_t (&b)[WORDS]) const {
 #pragma unroll

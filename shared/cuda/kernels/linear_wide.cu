@@ -15,7 +15,7 @@ constexpr int WIDE_WEIGHT_BYTES = WIDE_M_TILES * Bf16::CODE_BYTES;
 struct WideArgs {
     hopper::TileMap weights, x;
     LinearArgs linear;
-    uint64_t unused[4];
+    uint64_t unused[2];
 };
 
 template <int N> struct Wide {

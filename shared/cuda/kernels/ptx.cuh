@@ -120,6 +120,11 @@ DEVICE uint32_t transpose(uint32_t x) {
     return y;
 }
 
+// The same address, which the compiler may not compute anew where it is used.
+DEVICE const uint8_t *kept_in_register(const uint8_t *address) {
+    asm("" : "+l"(address));
+    return address;
+}
 // Loads 1, 2 or 4 words of global memory that are needed this one time, and that no kernel under way writes.
 template <int n> DEVICE void load_once(uint32_t *to, const uint8_t *global) {
     if constexpr (n == 4) {
@@ -231,8 +236,13 @@ DEVICE float reciprocal_fast(float x) {
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-// Adds to a number in shared memory and returns what it was, in one step.
-DEVICE uint32_t fetch_add(uint32_t *shared, uint32_t x) { return atomicAdd(shared, x); }
+// Adds to a number and returns what it was, in one step.
+DEVICE uint32_t fetch_add(uint32_t *number, uint32_t x) { return atomicAdd(number, x); }
+// Numbers in global memory that other blocks read or have written in this launch: with a fence between these and the step that
+// tells the others.
+DEVICE void store_for_others(float *global, float x) { __stcg(global, x); }
+DEVICE float load_of_others(const float *global) { return __ldcg(global); }
+DEVICE void fence_device() { __threadfence(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 #endif

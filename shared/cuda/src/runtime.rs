@@ -21,21 +21,23 @@ pub struct Launch {
     pub shared_bytes: u32,
 }
 
-/// Tiles of core matrices in device memory, and the box of them that a copy takes (kernels/hopper.cuh, `TileMap`).
+/// Tiles in device memory, and the box of them that a copy takes (kernels/hopper.cuh, `TileMap`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Tiles {
-    /// The first core matrix; a multiple of 16.
+    /// The first tile's first piece; a multiple of 16.
     pub first: DevicePtr,
     /// Bytes from a tile to the next; a multiple of 16.
     pub tile_bytes: u64,
     /// Tiles; a box may reach beyond, and gets zeros there.
     pub n_tiles: u32,
-    /// Core matrices of a tile, one behind the other.
-    pub n_cores: u32,
+    /// Pieces of a tile, one behind the other; a box may reach beyond these too.
+    pub n_pieces: u32,
+    /// Bytes of a piece, a multiple of 16 and at most 2048.
+    pub piece_bytes: u32,
     /// Tiles of a box, at most 256.
     pub box_tiles: u32,
-    /// Core matrices of each tile in a box, at most 256.
-    pub box_cores: u32,
+    /// Pieces of each tile in a box, at most 256.
+    pub box_pieces: u32,
 }
 
 /// What a kernel takes for [`Tiles`].

@@ -7,8 +7,8 @@ use paceline_model::{Capacity, ModelConfig, SplitPlan};
 use super::graphs::bucket_rows;
 use super::weights::padded;
 use crate::kernels::attention::n_counts;
-use crate::kernels::linear::ROW_PADDING;
-use crate::kernels::linear_super::sums_bytes;
+use crate::kernels::linear::{ROW_PADDING, Workspace};
+use crate::kernels::linear_super::WorkspaceNeed;
 use crate::{CudaError, DevicePtr, Runtime};
 
 /// Bytes that partial results of attention may take; what would need more is left to the kernel without partial results.
@@ -83,8 +83,8 @@ pub(crate) struct Buffers {
     pub gated: DevicePtr,
     /// Gate and up, `[2][n_rows][n_ff]` f32, where they are two matrices.
     pub gate_up: DevicePtr,
-    /// Sums of activations that minimums of K-quants are multiplied with.
-    pub sums_of_x: DevicePtr,
+    /// What products use on their way.
+    pub workspace: Workspace,
     /// `[n_output_rows][n_vocab]` f32
     pub logits: DevicePtr,
     /// Cosine and sine of every position, `[n_positions][head_dim / 2][2]` f32.
@@ -110,11 +110,14 @@ impl Sizes {
         self.capacity.max_rows.next_multiple_of(ROW_PADDING)
     }
 
-    /// Room for the sums of any operand.
-    fn sums_bytes(&self) -> usize {
-        let Widths { n_embd, query, ffn, .. } = self.widths;
-        let n_rows = self.n_rows_padded().max(self.capacity.max_output_rows.next_multiple_of(ROW_PADDING));
-        sums_bytes(n_rows, n_embd.max(query).max(ffn))
+    /// What any product may need.
+    fn workspace_need(&self) -> WorkspaceNeed {
+        let Widths { n_embd, query, ffn, vocab, .. } = self.widths;
+        WorkspaceNeed {
+            n_rows: self.n_rows_padded().max(self.capacity.max_output_rows.next_multiple_of(ROW_PADDING)),
+            n_columns: n_embd.max(query).max(ffn),
+            n_outputs: n_embd.max(self.widths.qkv()).max(2 * ffn).max(vocab),
+        }
     }
 
     pub(crate) fn allocate(&self, runtime: &mut dyn Runtime, angles: &[f32]) -> Result<Buffers, CudaError> {
@@ -124,6 +127,7 @@ impl Sizes {
         let n_outputs = bucket_rows(capacity.max_output_rows).unwrap_or(capacity.max_output_rows);
         let operand = |width: usize| 2 * n_rows.max(n_outputs.next_multiple_of(ROW_PADDING)) * padded(width);
         let angles_bytes: &[u8] = bytemuck::cast_slice(angles);
+        let need = self.workspace_need();
         let mut alloc = |n_bytes: usize| runtime.alloc(n_bytes.max(1));
         let buffers = Buffers {
             batch: alloc(self.batch_bytes)?,
@@ -138,11 +142,16 @@ impl Sizes {
             n_done: alloc(4 * n_counts(n_rows, self.n_kv_heads, self.most_per_kv))?,
             gated: alloc(operand(widths.ffn))?,
             gate_up: alloc(if self.gate_apart { 8 * n_rows * widths.ffn } else { 0 })?,
-            sums_of_x: alloc(self.sums_bytes())?,
+            workspace: Workspace {
+                sums_of_x: alloc(need.sums_bytes())?,
+                quarters: alloc(need.quarters_bytes())?,
+                arrivals: alloc(need.arrivals_bytes())?,
+            },
             logits: alloc(4 * n_outputs * widths.vocab)?,
             angles: alloc(angles_bytes.len())?,
         };
         runtime.upload(buffers.angles, angles_bytes)?;
+        runtime.upload(buffers.workspace.arrivals, &vec![0; need.arrivals_bytes()])?;
         Ok(buffers)
     }
 }

@@ -8,16 +8,15 @@ use super::device::check;
 use crate::CudaError;
 use crate::runtime::{TileMap, Tiles};
 
-/// Elements of 16 bits in a core matrix.
-const CORE_ELEMENTS: u64 = 64;
-/// Bytes of a core matrix.
-const CORE_BYTES: u64 = 128;
+/// Bytes of an element: the greatest there is, as a box has at most 256 along each side.
+const ELEMENT_BYTES: u32 = 8;
 
-/// The map of these tiles: elements of a core matrix, core matrices, tiles.
+/// The map of these tiles: elements of a piece, pieces, tiles.
 pub(super) fn encode(tiles: &Tiles) -> Result<TileMap, CudaError> {
-    let sizes = [CORE_ELEMENTS, u64::from(tiles.n_cores), u64::from(tiles.n_tiles)];
-    let strides = [CORE_BYTES, tiles.tile_bytes];
-    let box_sizes = [CORE_ELEMENTS as u32, tiles.box_cores, tiles.box_tiles];
+    let n_elements = tiles.piece_bytes / ELEMENT_BYTES;
+    let sizes = [u64::from(n_elements), u64::from(tiles.n_pieces), u64::from(tiles.n_tiles)];
+    let strides = [u64::from(tiles.piece_bytes), tiles.tile_bytes];
+    let box_sizes = [n_elements, tiles.box_pieces, tiles.box_tiles];
     let steps = [1u32; 3];
     let mut map = TileMap([0; 16]);
     // SAFETY: the map has the size and alignment of a CUtensorMap, and the arrays three, two, three and three elements, as the
@@ -25,7 +24,7 @@ pub(super) fn encode(tiles: &Tiles) -> Result<TileMap, CudaError> {
     let result = unsafe {
         sys::cuTensorMapEncodeTiled(
             ptr::from_mut(&mut map).cast(),
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
             3,
             tiles.first as usize as *mut _,
             sizes.as_ptr(),

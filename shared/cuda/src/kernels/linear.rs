@@ -33,6 +33,18 @@ pub struct Matrix {
     pub first_group: i32,
 }
 
+/// `Workspace` of kernels/linear.cuh; [`linear_super::WorkspaceNeed`] tells how much of each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Workspace {
+    /// Sums of activations.
+    pub sums_of_x: DevicePtr,
+    /// Sums of blocks that several thread blocks work on.
+    pub quarters: DevicePtr,
+    /// Counters of these blocks; zeros at first, and after each kernel.
+    pub arrivals: DevicePtr,
+}
+
 /// `LinearArgs` of kernels/linear.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
@@ -47,8 +59,8 @@ pub struct LinearArgs {
     pub out: DevicePtr,
     /// `silu(gate) * up` as operand B; 0 for plain products.
     pub gated: DevicePtr,
-    /// Room for sums of `x`, see [`linear_super::sums_bytes`].
-    pub sums_of_x: DevicePtr,
+    /// Memory for the kernels' own use.
+    pub workspace: Workspace,
     /// Bytes from 8 rows of `x` to the next 8.
     pub x_tile_bytes: i64,
     /// Rows of activations.
@@ -108,7 +120,7 @@ pub enum Size {
     Some,
     /// Any number.
     Many,
-    /// Any number of rows with plain numbers, on Hopper.
+    /// Any number of rows with plain numbers or K-quants, on Hopper.
     Wide,
 }
 
@@ -120,9 +132,11 @@ impl Size {
             None => Blocking::many(kind).shared_bytes(kind.planes()),
         };
         let fits = shared_bytes <= device.max_shared_bytes();
+        let has_wide = |from: usize| device.is_hopper() && n_rows > from;
         match n_rows {
             0..=FEW_ROWS => Self::Few,
-            _ if n_rows > SOME_ROWS && device.is_hopper() && kind == Kind::BF16 => Self::Wide,
+            _ if kind == Kind::BF16 && has_wide(SOME_ROWS) => Self::Wide,
+            _ if kind.record().is_some() && has_wide(FEW_ROWS) => Self::Wide,
             _ if n_rows <= SOME_ROWS || !fits => Self::Some,
             _ => Self::Many,
         }
@@ -180,7 +194,7 @@ struct WideArgs {
     x: TileMap,
     linear: LinearArgs,
     /// Fills the struct up.
-    unused: [u64; 4],
+    unused: [u64; 2],
 }
 
 const WIDE: [Wide; 3] = [
@@ -258,6 +272,7 @@ macro_rules! kernel_names {
                 $((Kind::$kind, Size::Few) => concat!("linear_few_", $name),
                 (Kind::$kind, Size::Some) => concat!("linear_some_", $name),
                 (Kind::$kind, Size::Many | Size::Wide) => concat!("linear_many_", $name),)*
+                _ => panic!("invariant: K-quants have names of their own"),
             }
         }
 
@@ -275,10 +290,7 @@ macro_rules! kernel_names {
     };
 }
 
-kernel_names!(
-    BF16 "bf16", Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0", Q5_1 "q5_1", Q8_0 "q8_0",
-    Q2_K "q2_k", Q3_K "q3_k", Q4_K "q4_k", Q5_K "q5_k", Q6_K "q6_k"
-);
+kernel_names!(BF16 "bf16", Q4_0 "q4_0", Q4_1 "q4_1", Q5_0 "q5_0", Q5_1 "q5_1", Q8_0 "q8_0");
 
 /// Multiplies `args.n_rows` rows, with the kernel of this size; all sizes give the same bits.
 ///
@@ -287,7 +299,7 @@ kernel_names!(
 pub fn linear(runtime: &mut dyn Runtime, kind: Kind, size: Size, args: &LinearArgs) -> Result<(), CudaError> {
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
     if let Some(record) = kind.record() {
-        return linear_super::linear(runtime, kernel_name(kind, size), SuperShape { record, size }, args);
+        return linear_super::linear(runtime, SuperShape { kind, record, size }, args);
     }
     let launch = match size {
         Size::Few if kind == Kind::BF16 => plain_launch(&args.matrix, n_rows, runtime),
@@ -309,21 +321,23 @@ fn wide(runtime: &mut dyn Runtime, args: &LinearArgs) -> Result<(), CudaError> {
         first: tiles,
         tile_bytes: tile_bytes as u64,
         n_tiles: n_tiles as u32,
-        n_cores: n_units as u32 * (unit_bytes / CORE_BYTES) as u32,
+        n_pieces: n_units as u32 * (unit_bytes / CORE_BYTES) as u32,
+        piece_bytes: CORE_BYTES as u32,
         box_tiles: WIDE_TILES as u32,
-        box_cores: (unit_bytes / CORE_BYTES) as u32,
+        box_pieces: (unit_bytes / CORE_BYTES) as u32,
     };
     let x = Tiles {
         first: args.x,
         tile_bytes: args.x_tile_bytes as u64,
         n_tiles: (args.n_rows as u32).div_ceil(8),
-        n_cores: n_units as u32 * (X_BYTES / CORE_BYTES) as u32,
+        n_pieces: n_units as u32 * (X_BYTES / CORE_BYTES) as u32,
+        piece_bytes: CORE_BYTES as u32,
         box_tiles: wide.block_rows as u32 / 8,
-        box_cores: (X_BYTES / CORE_BYTES) as u32,
+        box_pieces: (X_BYTES / CORE_BYTES) as u32,
     };
     let [weights, x] = [runtime.tile_map(&weights)?, runtime.tile_map(&x)?];
     let launch = wide.launch(n_tiles as usize, args.n_rows as usize, n_multiprocessors);
-    let args = WideArgs { weights, x, linear: *args, unused: [0; 4] };
+    let args = WideArgs { weights, x, linear: *args, unused: [0; 2] };
     runtime.launch(wide.name, launch, bytemuck::bytes_of(&args))
 }
 

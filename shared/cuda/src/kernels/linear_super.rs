@@ -1,8 +1,9 @@
 //! Launches of the matrix products with K-quants, kernels/linear_*_super.cu. The numbers of rows, columns and stages are those
 //! of the kernels.
 
-use super::linear::{LinearArgs, Matrix, Size, X_BYTES};
-use crate::pack::Record;
+use super::linear::{FEW_ROWS, LinearArgs, Matrix, Size, X_BYTES};
+use crate::pack::{CORE_BYTES, Kind, Record, TILE_ROWS};
+use crate::runtime::{TileMap, Tiles};
 use crate::{CudaError, DevicePtr, Launch, Runtime};
 use paceline_kernels::formats::{GROUP_LEN, GROUPS_PER_SUPER};
 
@@ -24,21 +25,132 @@ pub struct SumXArgs {
     pub per_half: i32,
 }
 
-/// Kernels of this file, but the products, and the bytes of their arguments.
-pub const SIGNATURES: &[(&str, usize)] = &[("sum_x", size_of::<SumXArgs>())];
+/// `WideSuperArgs` of kernels/linear_wide_super.cu.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+struct WideSuperArgs {
+    weights: TileMap,
+    x: TileMap,
+    sums_of_x: TileMap,
+    linear: LinearArgs,
+    /// 1 when a block of outputs may be several thread blocks' work.
+    is_split: i32,
+    /// Fills the struct up.
+    unused: [i32; 3],
+}
 
-/// Bytes of the sums of `n_rows` rows of activations of `n_columns` columns, for any matrix.
-pub fn sums_bytes(n_rows: usize, n_columns: usize) -> usize {
-    // A matrix may begin and end inside a superblock.
-    let n_supers = n_columns.div_ceil(GROUP_LEN * GROUPS_PER_SUPER) + 1;
-    n_rows.div_ceil(8) * n_supers * 4 * crate::pack::CORE_BYTES
+/// Kernels of a type for each size.
+struct Names {
+    few: &'static str,
+    few_small: &'static str,
+    some: &'static str,
+    many: &'static str,
+    /// As in [`WIDE`].
+    wide: [&'static str; 3],
+}
+
+macro_rules! kernel_names {
+    ($($kind:ident $name:literal),*) => {
+        fn names(kind: Kind) -> Names {
+            match kind {
+                $(Kind::$kind => Names {
+                    few: concat!("linear_few_", $name),
+                    few_small: concat!("linear_few_small_", $name),
+                    some: concat!("linear_some_", $name),
+                    many: concat!("linear_many_", $name),
+                    wide: [
+                        concat!("linear_wide_32_", $name),
+                        concat!("linear_wide_64_", $name),
+                        concat!("linear_wide_128_", $name),
+                    ],
+                },)*
+                _ => panic!("invariant: {kind:?} has no superblocks"),
+            }
+        }
+
+        /// Kernels of this file and the bytes of their arguments.
+        pub const SIGNATURES: &[(&str, usize)] = &[
+            ("sum_x", size_of::<SumXArgs>()),
+            $((concat!("linear_few_", $name), size_of::<LinearArgs>()),
+            (concat!("linear_few_small_", $name), size_of::<LinearArgs>()),
+            (concat!("linear_some_", $name), size_of::<LinearArgs>()),
+            (concat!("linear_many_", $name), size_of::<LinearArgs>()),
+            (concat!("linear_wide_32_", $name), size_of::<WideSuperArgs>()),
+            (concat!("linear_wide_64_", $name), size_of::<WideSuperArgs>()),
+            (concat!("linear_wide_128_", $name), size_of::<WideSuperArgs>()),)*
+        ];
+    };
+}
+
+kernel_names!(Q2_K "q2_k", Q3_K "q3_k", Q4_K "q4_k", Q5_K "q5_k", Q6_K "q6_k");
+
+/// What a product may need of a workspace at most.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkspaceNeed {
+    /// Rows of activations.
+    pub n_rows: usize,
+    /// Columns of the widest matrix.
+    pub n_columns: usize,
+    /// Rows of the highest one; gate and up count as one.
+    pub n_outputs: usize,
+}
+
+impl WorkspaceNeed {
+    /// Bytes of the sums of activations, for any matrix.
+    pub fn sums_bytes(&self) -> usize {
+        // A matrix may begin and end inside a superblock.
+        let n_supers = self.n_columns.div_ceil(GROUP_LEN * GROUPS_PER_SUPER) + 1;
+        self.n_rows.div_ceil(8) * n_supers * 4 * CORE_BYTES
+    }
+
+    /// Blocks of outputs; those of a gate and of what it is multiplied with may have a half tile each to spare.
+    fn n_blocks(&self) -> usize {
+        self.n_outputs.div_ceil(WIDE_TILES * TILE_ROWS) + 1
+    }
+
+    /// Bytes of the sums of quarters.
+    pub fn quarters_bytes(&self) -> usize {
+        (self.n_blocks() * SPLIT[1].quarters_bytes()).min(MOST_QUARTERS_BYTES)
+    }
+
+    /// Bytes of the counters, which must be zeros at first.
+    pub fn arrivals_bytes(&self) -> usize {
+        self.n_blocks() * size_of::<u32>()
+    }
 }
 
 /// How a matrix is held and multiplied.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SuperShape {
+    pub kind: Kind,
     pub record: Record,
     pub size: Size,
+}
+
+/// Blocking of the kernels for few rows: tiles of 16 outputs, warps.
+struct Few {
+    tiles: usize,
+    warps: usize,
+}
+
+const FEW: Few = Few { tiles: 2, warps: 4 };
+const FEW_SMALL: Few = Few { tiles: 1, warps: 8 };
+/// Pairs of tiles for each multiprocessor from which on it is worth while to have pairs.
+const PAIRS_FROM: usize = 4;
+/// Bytes of a superblock of x, and of the sums of a tile for two rows.
+const SUPER_X_BYTES: usize = 4 * X_BYTES;
+const TILE_SUM_BYTES: usize = 128;
+
+impl Few {
+    fn launch(&self, matrix: &Matrix, n_rows: usize) -> Launch {
+        let x_bytes = self.warps * 2 * SUPER_X_BYTES;
+        let sums_bytes = matrix.n_supers as usize * self.tiles * TILE_SUM_BYTES * n_rows.div_ceil(2);
+        Launch {
+            grid: [(matrix.n_tiles as usize).div_ceil(self.tiles) as u32, 1, 1],
+            threads: 32 * self.warps as u32,
+            shared_bytes: (x_bytes + sums_bytes) as u32,
+        }
+    }
 }
 
 /// Blocking of the kernels for more rows: tiles of 16 outputs, tiles of 8 rows, threads.
@@ -71,38 +183,81 @@ impl Blocking {
     }
 }
 
-/// Tiles and warps of a block for few rows; bytes of a superblock of one row of activations, and of the sums of a tile.
-const FEW_TILES: usize = 2;
-const FEW_WARPS: usize = 8;
-const ROW_BYTES: usize = 512;
-const TILE_SUM_BYTES: usize = 128;
+/// Tiles of a block of the wide kernels, and its threads.
+const WIDE_TILES: usize = 8;
+const WIDE_THREADS: u32 = 384;
+/// Bytes that sums of quarters may take; blocks that would need more are not split.
+const MOST_QUARTERS_BYTES: usize = 48 << 20;
+/// Quarters for each multiprocessor at most for which blocks are split: with more, whole blocks are shared fairly too.
+const SPLIT_UP_TO: usize = 16;
 
-fn few_launch(matrix: &Matrix, n_rows: usize) -> Launch {
-    let x_bytes = FEW_WARPS * 2 * n_rows * ROW_BYTES;
-    let sums_bytes = matrix.n_supers as usize * FEW_TILES * TILE_SUM_BYTES * n_rows.div_ceil(2);
-    Launch {
-        grid: [(matrix.n_tiles as usize).div_ceil(FEW_TILES) as u32, 1, 1],
-        threads: 32 * FEW_WARPS as u32,
-        shared_bytes: (x_bytes + sums_bytes) as u32,
+/// Blocking of the wide kernels: rows of activations, stages of superblocks, stages of units of x.
+struct Wide {
+    block_rows: usize,
+    super_stages: usize,
+    x_stages: usize,
+}
+
+const SPLIT: [Wide; 2] = [
+    Wide { block_rows: 32, super_stages: 4, x_stages: 8 },
+    Wide { block_rows: 64, super_stages: 4, x_stages: 8 },
+];
+const WHOLE: Wide = Wide { block_rows: 128, super_stages: 2, x_stages: 6 };
+
+impl Wide {
+    /// The number of the kernel for so many rows, and its blocking.
+    fn of(n_rows: usize) -> (usize, &'static Self) {
+        let split = SPLIT.iter().enumerate().find(|(_, wide)| n_rows <= wide.block_rows);
+        split.unwrap_or((SPLIT.len(), &WHOLE))
+    }
+
+    /// Bytes of the sums of the quarters of a block.
+    const fn quarters_bytes(&self) -> usize {
+        4 * 4 * WIDE_TILES * TILE_ROWS * self.block_rows
+    }
+
+    fn shared_bytes(&self, record: Record) -> u32 {
+        let n_tiles = self.block_rows / 8;
+        let of_super = WIDE_TILES * record.n_bytes() + n_tiles * record.sums_bytes();
+        let quarters = if self.block_rows > 64 { self.quarters_bytes() / 4 } else { 0 };
+        let barriers = 2 * size_of::<u64>() * (self.super_stages + self.x_stages);
+        let stages = self.super_stages * of_super + self.x_stages * n_tiles * X_BYTES;
+        // Behind the barriers lies a counter.
+        (quarters + stages + barriers + 8) as u32
+    }
+
+    fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
+        n_tiles.div_ceil(WIDE_TILES) * n_rows.div_ceil(self.block_rows)
+    }
+
+    fn is_split(&self, n_blocks: usize, n_multiprocessors: usize) -> bool {
+        self.block_rows <= 64
+            && 4 * n_blocks <= SPLIT_UP_TO * n_multiprocessors
+            && n_blocks * self.quarters_bytes() <= MOST_QUARTERS_BYTES
     }
 }
 
-/// Multiplies with the kernel `name`.
+/// Multiplies with a kernel of this shape.
 pub(super) fn linear(
     runtime: &mut dyn Runtime,
-    name: &'static str,
     shape: SuperShape,
     args: &LinearArgs,
 ) -> Result<(), CudaError> {
-    let SuperShape { record, size } = shape;
+    let SuperShape { kind, record, size } = shape;
     let (n_tiles, n_rows) = (args.matrix.n_tiles as usize, args.n_rows as usize);
+    assert!(size != Size::Few || n_rows <= FEW_ROWS, "invariant: few rows are few");
     if size != Size::Few && record.has_minimums() {
         sum_x(runtime, record, args)?;
     }
-    let launch = match size {
-        Size::Few => few_launch(&args.matrix, n_rows),
-        Size::Some => SOME.launch(record, n_tiles, n_rows),
-        Size::Many | Size::Wide => MANY.launch(record, n_tiles, n_rows),
+    let names = names(kind);
+    let (name, launch) = match size {
+        Size::Few if n_tiles >= 2 * PAIRS_FROM * runtime.n_multiprocessors() as usize => {
+            (names.few, FEW.launch(&args.matrix, n_rows))
+        }
+        Size::Few => (names.few_small, FEW_SMALL.launch(&args.matrix, n_rows)),
+        Size::Some => (names.some, SOME.launch(record, n_tiles, n_rows)),
+        Size::Many => (names.many, MANY.launch(record, n_tiles, n_rows)),
+        Size::Wide => return wide(runtime, &names, record, args),
     };
     runtime.launch(name, launch, bytemuck::bytes_of(args))
 }
@@ -112,11 +267,66 @@ fn sum_x(runtime: &mut dyn Runtime, record: Record, args: &LinearArgs) -> Result
     let sums = SumXArgs {
         matrix: args.matrix,
         x: args.x,
-        sums: args.sums_of_x,
+        sums: args.workspace.sums_of_x,
         x_tile_bytes: args.x_tile_bytes,
         n_rows: args.n_rows,
         per_half: record.per_half().into(),
     };
     let launch = Launch { grid: [n_items.div_ceil(4) as u32, 1, 1], threads: 128, shared_bytes: 0 };
     runtime.launch("sum_x", launch, bytemuck::bytes_of(&sums))
+}
+
+fn wide(
+    runtime: &mut dyn Runtime,
+    names: &Names,
+    record: Record,
+    args: &LinearArgs,
+) -> Result<(), CudaError> {
+    let Matrix { n_tiles, n_supers, n_units, tiles, tile_bytes, .. } = args.matrix;
+    let (n_row_tiles, n_multiprocessors) =
+        ((args.n_rows as u32).div_ceil(8), runtime.n_multiprocessors() as usize);
+    let (number, wide) = Wide::of(args.n_rows as usize);
+    let box_rows = (wide.block_rows / 8) as u32;
+    let cores = |bytes: usize| (bytes / CORE_BYTES) as u32;
+    // A record is two pieces: one would be too long for a box.
+    let weights = Tiles {
+        first: tiles,
+        tile_bytes: tile_bytes as u64,
+        n_tiles: n_tiles as u32,
+        n_pieces: 2 * n_supers as u32,
+        piece_bytes: record.n_bytes() as u32 / 2,
+        box_tiles: WIDE_TILES as u32,
+        box_pieces: 2,
+    };
+    let x = Tiles {
+        first: args.x,
+        tile_bytes: args.x_tile_bytes as u64,
+        n_tiles: n_row_tiles,
+        n_pieces: n_units as u32 * cores(X_BYTES),
+        piece_bytes: CORE_BYTES as u32,
+        box_tiles: box_rows,
+        box_pieces: cores(X_BYTES),
+    };
+    let sums_cores = cores(record.sums_bytes()).max(1);
+    let sums_of_x = Tiles {
+        first: args.workspace.sums_of_x,
+        tile_bytes: u64::from(n_supers as u32 * sums_cores) * CORE_BYTES as u64,
+        n_pieces: n_supers as u32 * sums_cores,
+        box_pieces: sums_cores,
+        ..x
+    };
+    let [weights, x, sums_of_x] =
+        [runtime.tile_map(&weights)?, runtime.tile_map(&x)?, runtime.tile_map(&sums_of_x)?];
+    let n_blocks = wide.n_blocks(n_tiles as usize, args.n_rows as usize);
+    let is_split = wide.is_split(n_blocks, n_multiprocessors);
+    let quarter = (n_supers as usize).div_ceil(4);
+    let n_items = if is_split { n_blocks * (n_supers as usize).div_ceil(quarter) } else { n_blocks };
+    let launch = Launch {
+        grid: [n_items.min(n_multiprocessors) as u32, 1, 1],
+        threads: WIDE_THREADS,
+        shared_bytes: wide.shared_bytes(record),
+    };
+    let args =
+        WideSuperArgs { weights, x, sums_of_x, linear: *args, is_split: is_split.into(), unused: [0; 3] };
+    runtime.launch(names.wide[number], launch, bytemuck::bytes_of(&args))
 }

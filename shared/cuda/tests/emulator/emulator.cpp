@@ -39,8 +39,8 @@ std::vector<Kernel> &kernels() {
     return all;
 }
 
-enum class Meeting { warp, block, shuffle, transpose, mma_bf16, mma_half };
-constexpr const char *MEETING_NAMES[] = {"sync_warp", "sync_block", "shuffle_xor", "transpose", "mma_bf16", "mma_half"};
+enum class Meeting { warp, block, threads, shuffle, transpose, mma_bf16, mma_half };
+constexpr const char *MEETING_NAMES[] = {"sync_warp", "sync_block", "sync_threads", "shuffle_xor", "transpose", "mma_bf16", "mma_half"};
 
 struct Copy {
     void *to;
@@ -62,6 +62,9 @@ struct Product {
     int n_tiles;
     uint64_t a, b;
     uint32_t group;
+    // Registers of the lanes with the same rows, where they hold the first operand.
+    const uint32_t *registers[4];
+    bool in_registers, add;
 };
 
 struct Warp;
@@ -74,6 +77,7 @@ struct Fiber {
     uint32_t n_groups;
     std::vector<Copy> copies;
     uint32_t n_product_groups;
+    const uint32_t *registers;
     std::vector<Product> products;
 };
 
@@ -87,7 +91,7 @@ struct Warp {
     Meeting meeting;
     int mask;
     Where where;
-    bool at_barrier;
+    bool at_barrier, is_among;
     // Operands as lanes bring them, and results, which stay until the next meeting is complete.
     uint32_t values[WARP], results[WARP];
     alignas(32) uint32_t a[16][8];
@@ -106,7 +110,7 @@ struct Worker {
     Context main;
     const Kernel *kernel = nullptr;
     const void *args = nullptr;
-    uint32_t n_warps = 0, n_at_barrier = 0, n_left = 0, n_threads = 0, shared_bytes = 0;
+    uint32_t n_warps = 0, n_at_barrier = 0, n_among = 0, n_left = 0, n_threads = 0, shared_bytes = 0;
     uint64_t random = 0;
     std::vector<BarrierCopy> barrier_copies;
     // Looks at barriers since something last happened.
@@ -306,6 +310,26 @@ void meet_in_block(Where where) {
     run(&fiber, take(*other_warp()));
 }
 
+void meet_of(uint32_t n_threads, Where where) {
+    if (!arrive(Meeting::threads, where)) return;
+    Fiber &fiber = self();
+    Warp &warp = *fiber.warp;
+    warp.is_among = true;
+    if (++worker->n_among < n_threads / WARP) return wait(fiber);
+    worker->n_among = 0;
+    for (uint32_t i = 0; i < worker->n_warps; i++) {
+        Warp &other = worker->warps[i];
+        if (!other.is_among) continue;
+        if (!same(other.where, where))
+            fail("threads wait in sync_threads at %s:%u and at %s:%u", file_of(where), where.line(), file_of(other.where),
+                 other.where.line());
+        other.is_among = false;
+        other.waiting = 0;
+        release(other, 0xffffffffu);
+    }
+    run(&fiber, take(*other_warp()));
+}
+
 uint32_t shuffle(uint32_t x, int mask, Where where) {
     Fiber &fiber = self();
     Warp &warp = *fiber.warp;
@@ -401,24 +425,24 @@ void arrive_at(Barrier *barrier, uint32_t n_bytes, Where where) {
     end_phase_if_complete(barrier);
 }
 // Copies are made while somebody waits for a barrier; until then the target holds poison.
-void begin_tile_copy(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where) {
+void begin_tile_copy(void *shared, const TileMap &map, int piece, int tile, Barrier *barrier, Where where) {
     check(barrier, where);
     unsigned char *to = (unsigned char *)shared;
-    uint32_t n_bytes = map.box_cores * 128;
-    if ((to - worker->shared) % 128 || (uintptr_t)map.first % 16 || map.tile_bytes % 16)
+    uint32_t n_bytes = map.box_pieces * map.piece_bytes;
+    if ((to - worker->shared) % 128 || (uintptr_t)map.first % 16 || map.tile_bytes % 16 || map.piece_bytes % 16)
         fail("copy_tiles at %s:%u from %p by %llu to shared + %td: not aligned", file_of(where), where.line(), map.first,
              (unsigned long long)map.tile_bytes, to - worker->shared);
     if (to < worker->shared || to + map.box_tiles * n_bytes > worker->shared + worker->shared_bytes)
         fail("copy_tiles at %s:%u of %u times %u bytes to shared + %td, of %u bytes", file_of(where), where.line(),
              map.box_tiles, n_bytes, to - worker->shared, worker->shared_bytes);
-    if (core < 0 || tile < 0 || (uint32_t)core + map.box_cores > map.n_cores)
-        fail("copy_tiles at %s:%u of core matrices %d to %u, of %u", file_of(where), where.line(), core,
-             (uint32_t)core + map.box_cores, map.n_cores);
     memset(to, POISON, map.box_tiles * n_bytes);
-    for (uint32_t i = 0; i < map.box_tiles; i++) {
-        uint64_t at = ((uint64_t)tile + i) * map.tile_bytes + (uint64_t)core * 128;
-        const void *from = (uint32_t)tile + i < map.n_tiles ? map.first + at : nullptr;
-        worker->barrier_copies.push_back({to + i * n_bytes, from, n_bytes, barrier});
+    for (int64_t i = 0; i < map.box_tiles; i++) {
+        for (int64_t j = 0; j < map.box_pieces; j++, to += map.piece_bytes) {
+            // Negative places are beyond too.
+            bool is_there = (uint64_t)(tile + i) < map.n_tiles && (uint64_t)(piece + j) < map.n_pieces;
+            const unsigned char *from = map.first + (tile + i) * (int64_t)map.tile_bytes + (piece + j) * (int64_t)map.piece_bytes;
+            worker->barrier_copies.push_back({to, is_there ? from : nullptr, map.piece_bytes, barrier});
+        }
     }
 }
 void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where) {
@@ -474,7 +498,16 @@ uint64_t operand_at(const void *shared, int along_columns, int along_rows) {
 // A product is made when it is waited for: who changes its operands or reads its sums before does not get away with it.
 void begin_product(float (*d)[4], int n_tiles, uint64_t a, uint64_t b) {
     Fiber &fiber = self();
-    fiber.products.push_back({d, n_tiles, a, b, fiber.n_product_groups});
+    fiber.products.push_back({d, n_tiles, a, b, fiber.n_product_groups, {}, false, true});
+}
+void begin_product(float (*d)[4], int n_tiles, const uint32_t (&a)[4], uint64_t b, bool add, Where where) {
+    Fiber &fiber = self();
+    fiber.registers = a;
+    meet_in_warp(where);
+    Product product{d, n_tiles, 0, b, fiber.n_product_groups, {}, true, add};
+    for (uint32_t t = 0; t < 4; t++) product.registers[t] = fiber.warp->fibers[fiber.lane / 4 * 4 + t].registers;
+    fiber.products.push_back(product);
+    meet_in_warp(where);
 }
 void commit_products() { self().n_product_groups++; }
 // Sixteen numbers of a row of an operand.
@@ -490,12 +523,18 @@ static void row_of(float (&numbers)[16], uint64_t operand, uint32_t row) {
 static void make(const Product &product, uint32_t warp, uint32_t lane) {
     uint32_t g = lane / 4, t = lane % 4;
     float a[2][16], b[16];
-    for (uint32_t i = 0; i < 2; i++) row_of(a[i], product.a, warp * 16 + g + 8 * i);
+    for (uint32_t i = 0; i < 2; i++) {
+        if (!product.in_registers) row_of(a[i], product.a, warp * 16 + g + 8 * i);
+        for (uint32_t k = 0; product.in_registers && k < 16; k++) {
+            uint32_t pair = product.registers[k % 8 / 2][k / 8 * 2 + i];
+            a[i][k] = bf16_to_float((uint16_t)(pair >> (16 * (k % 2))));
+        }
+    }
     for (int tile = 0; tile < product.n_tiles; tile++) {
         for (uint32_t column = 0; column < 2; column++) {
             row_of(b, product.b, (uint32_t)tile * 8 + 2 * t + column);
             for (uint32_t i = 0; i < 2; i++) {
-                float sum = product.d[tile][2 * i + column];
+                float sum = product.add ? product.d[tile][2 * i + column] : 0.0f;
                 for (int k = 0; k < 16; k++) sum += a[i][k] * b[k];
                 product.d[tile][2 * i + column] = sum;
             }
@@ -536,7 +575,7 @@ void prepare_block(Worker &worker, const Position &position, uint64_t seed) {
     worker.random = (seed + 1) * 0x9e3779b97f4a7c15ull | 1;
     worker.n_threads = position.threads.x;
     worker.n_warps = worker.n_threads / WARP;
-    worker.n_at_barrier = worker.n_left = 0;
+    worker.n_at_barrier = worker.n_among = worker.n_left = 0;
     worker.failed = false;
     worker.barrier_copies.clear();
     worker.n_looks = 0;
@@ -559,7 +598,7 @@ void prepare_block(Worker &worker, const Position &position, uint64_t seed) {
         Warp &warp = worker.warps[i];
         warp.fibers = &worker.fibers[i * WARP];
         warp.waiting = warp.left = 0;
-        warp.at_barrier = false;
+        warp.at_barrier = warp.is_among = false;
         release(warp, 0xffffffffu);
     }
 }

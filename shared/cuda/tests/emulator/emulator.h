@@ -48,19 +48,21 @@ struct Barrier {
 void set_barrier(Barrier *barrier, uint32_t n_arrivals, Where where);
 void arrive_at(Barrier *barrier, uint32_t n_bytes, Where where);
 void await_phase(Barrier *barrier, uint32_t parity, Where where);
-// Tiles of core matrices; `tests/support/emulated.rs` makes it.
+// Tiles in memory; `tests/support/emulated.rs` makes it.
 struct alignas(64) TileMap {
     const unsigned char *first;
     uint64_t tile_bytes;
-    uint32_t n_tiles, n_cores, box_tiles, box_cores;
-    uint64_t unused[12];
+    uint32_t n_tiles, n_pieces, box_tiles, box_pieces, piece_bytes;
+    uint32_t unused[23];
 };
-void begin_tile_copy(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where);
+void begin_tile_copy(void *shared, const TileMap &map, int piece, int tile, Barrier *barrier, Where where);
 void arrive_with_copies(Barrier *barrier, Where where);
 int shared_size();
 void begin_bulk_copy(void *shared, const void *global, uint32_t n_bytes, Barrier *barrier, Where where);
 uint64_t operand_at(const void *shared, int along_columns, int along_rows);
 void begin_product(float (*d)[4], int n_tiles, uint64_t a, uint64_t b);
+void begin_product(float (*d)[4], int n_tiles, const uint32_t (&a)[4], uint64_t b, bool add, Where where);
+void meet_of(uint32_t n_threads, Where where);
 void commit_products();
 void finish_products(int n_under_way);
 
@@ -217,6 +219,7 @@ DEVICE uint32_t transpose(uint32_t x, emulator::Where where = emulator::Where::c
     return emulator::transposed(x, where);
 }
 
+inline const uint8_t *kept_in_register(const uint8_t *address) { return address; }
 template <int n> DEVICE void load_once(uint32_t *to, const uint8_t *global) { memcpy(to, global, 4 * n); }
 
 DEVICE void copy_async(void *shared, const void *global, bool valid,
@@ -274,12 +277,15 @@ DEVICE uint32_t shuffle_xor(uint32_t x, int mask, emulator::Where where = emulat
 DEVICE float shuffle_xor(float x, int mask, emulator::Where where = emulator::Where::current()) {
     return __uint_as_float(emulator::shuffle(__float_as_uint(x), mask, where));
 }
-// The fibers of a block share a thread.
-DEVICE uint32_t fetch_add(uint32_t *shared, uint32_t x) {
-    uint32_t before = *shared;
-    *shared += x;
-    return before;
+// Blocks run on several threads.
+DEVICE uint32_t fetch_add(uint32_t *number, uint32_t x) { return __atomic_fetch_add(number, x, __ATOMIC_SEQ_CST); }
+DEVICE void store_for_others(float *global, float x) { __atomic_store(global, &x, __ATOMIC_RELAXED); }
+DEVICE float load_of_others(const float *global) {
+    float x;
+    __atomic_load(global, &x, __ATOMIC_RELAXED);
+    return x;
 }
+DEVICE void fence_device() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 DEVICE void sync_warp(emulator::Where where = emulator::Where::current()) { emulator::meet_in_warp(where); }
 DEVICE void sync_block(emulator::Where where = emulator::Where::current()) { emulator::meet_in_block(where); }
 
@@ -301,9 +307,10 @@ DEVICE void await(Barrier *barrier, uint32_t parity, Where where = Where::curren
     emulator::await_phase(barrier, parity, where);
 }
 using emulator::TileMap;
-DEVICE void copy_tiles(void *shared, const TileMap &map, int core, int tile, Barrier *barrier, Where where = Where::current()) {
-    emulator::begin_tile_copy(shared, map, core, tile, barrier, where);
+DEVICE void copy_tiles(void *shared, const TileMap &map, int piece, int tile, Barrier *barrier, Where where = Where::current()) {
+    emulator::begin_tile_copy(shared, map, piece, tile, barrier, where);
 }
+template <int n> DEVICE void sync_threads(Where where = Where::current()) { emulator::meet_of(n, where); }
 template <int n> DEVICE void fewer_registers() {}
 template <int n> DEVICE void more_registers() {}
 DEVICE Operand operand(const void *shared, int along_rows) { return emulator::operand_at(shared, 128, along_rows); }
@@ -311,12 +318,17 @@ DEVICE Operand next_step(Operand operand, int steps) { return operand + (uint64_
 DEVICE void begin_products(Where where = Where::current()) { emulator::meet_in_warp(where); }
 DEVICE void commit_products() { emulator::commit_products(); }
 template <int n> DEVICE void products_wait(Where where = Where::current()) {
-    // A warp's products end together.
+    // A warp's products begin and end together.
+    emulator::meet_in_warp(where);
     emulator::finish_products(n);
     emulator::meet_in_warp(where);
 }
 template <int n_tiles> DEVICE void multiply(float (&d)[n_tiles][4], Operand a, Operand b) {
     emulator::begin_product(d, n_tiles, a, b);
+}
+template <int n_tiles>
+DEVICE void multiply(float (&d)[n_tiles][4], const uint32_t (&a)[4], Operand b, int add, Where where = Where::current()) {
+    emulator::begin_product(d, n_tiles, a, b, add != 0, where);
 }
 
 }  // namespace hopper

@@ -346,11 +346,12 @@ impl Runtime for Emulated {
     fn tile_map(&self, tiles: &Tiles) -> Result<TileMap, CudaError> {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         let mut map = [0; 16];
-        map[..4].copy_from_slice(&[
+        map[..5].copy_from_slice(&[
             tiles.first,
             tiles.tile_bytes,
-            pair(tiles.n_tiles, tiles.n_cores),
-            pair(tiles.box_tiles, tiles.box_cores),
+            pair(tiles.n_tiles, tiles.n_pieces),
+            pair(tiles.box_tiles, tiles.box_pieces),
+            pair(tiles.piece_bytes, 0),
         ]);
         Ok(TileMap(map))
     }

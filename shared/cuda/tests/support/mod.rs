@@ -5,3 +5,4 @@ pub mod arrays;
 pub mod compiled;
 pub mod emulated;
 pub mod pretended_link;
+pub mod products;
