@@ -181,6 +181,33 @@ impl KvLayer {
         }
     }
 
+    /// Makes one block a copy of another.
+    ///
+    /// # Panics
+    /// When one of them is beyond the pool.
+    pub fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        let shape = self.shape;
+        let of_block = |len: usize| shape.n_kv_heads * len;
+        let (n_keys, n_values) = (of_block(shape.key_len()), of_block(shape.value_len()));
+        match &mut self.elements {
+            Elements::F16 { keys, values } => {
+                copy_within(keys, n_keys, from, to);
+                copy_within(values, n_values, from, to);
+            }
+            Elements::F32 { keys, values } => {
+                copy_within(keys, n_keys, from, to);
+                copy_within(values, n_values, from, to);
+            }
+            Elements::Q8 { keys, values, scales } => {
+                copy_within(keys, n_keys, from, to);
+                copy_within(values, n_values, from, to);
+                let n_scales = of_block(shape.scales_len());
+                copy_within(&mut scales.keys, n_scales, from, to);
+                copy_within(&mut scales.values, n_scales, from, to);
+            }
+        }
+    }
+
     pub(crate) fn blocks(&self) -> AnyKvBlocks<'_> {
         let shape = self.shape;
         match &self.elements {
@@ -195,6 +222,10 @@ impl KvLayer {
             }
         }
     }
+}
+
+fn copy_within<E: Copy>(elements: &mut [E], n_of_block: usize, from: BlockId, to: BlockId) {
+    elements.copy_within(from.idx() * n_of_block..(from.idx() + 1) * n_of_block, to.idx() * n_of_block);
 }
 
 impl<'a, E> KvBlocks<'a, E> {
@@ -438,6 +469,11 @@ mod tests {
                 }
                 let (untouched, _) = stored(&layer, (BlockId(2), 0, 14, 0));
                 assert_eq!(untouched, 0.0);
+                layer.copy_block(BlockId(4), BlockId(1));
+                for i in 0..3 * head_dim {
+                    let place = |block| (BlockId(block), i / head_dim, 0, i % head_dim);
+                    assert_eq!(stored(&layer, place(1)), stored(&layer, place(4)), "{isa}");
+                }
             }
         }
     }

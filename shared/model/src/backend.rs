@@ -2,6 +2,7 @@
 //! operations belongs to the decoder. No operation is carried out here.
 
 use paceline_collectives::Collective;
+use paceline_domain::{BlockId, ErrorKind};
 
 use crate::batch::Batch;
 use crate::estimate::DeviceRoom;
@@ -57,6 +58,17 @@ pub trait Backend: LogitRows {
         let own = Err(format!("{} has no links", self.name()));
         let answer = group.agree(own, &mut || Err("no links".into()))?;
         Ok(Route::ThroughHost(answer.err().unwrap_or_default()))
+    }
+
+    /// Whether [`Backend::copy_block`] works.
+    fn copies_blocks(&self) -> bool {
+        false
+    }
+
+    /// Makes one block of the KV memory a copy of another, in every layer, before the next pass.
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), ModelError> {
+        let problem = format!("{} does not copy blocks ({from} to {to})", self.name());
+        Err(ModelError::Device { kind: ErrorKind::Bug, problem })
     }
 
     /// Takes over a checked batch: positions, block tables, output rows; the embeddings of its tokens become the residual

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use paceline_collectives::Collective;
-use paceline_domain::Fingerprint;
+use paceline_domain::{BlockId, Fingerprint};
 
 use crate::backend::{Backend, Device, Half, Pass};
 use crate::batch::{Batch, BatchLimits};
@@ -98,6 +98,24 @@ impl Decoder {
     /// Bytes of packed weights and of the KV store.
     pub fn memory_bytes(&self) -> (usize, usize) {
         self.backend.memory_bytes()
+    }
+
+    /// Whether the device copies KV blocks.
+    pub fn copies_blocks(&self) -> bool {
+        self.backend.copies_blocks()
+    }
+
+    /// Makes one KV block a copy of another, before the next batch.
+    ///
+    /// # Errors
+    /// A device that failed or does not copy blocks.
+    ///
+    /// # Panics
+    /// When a block is beyond the pool.
+    pub fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), ModelError> {
+        let n_blocks = self.limits.n_kv_blocks;
+        assert!(from.idx() < n_blocks && to.idx() < n_blocks, "block {from} or {to} of a pool of {n_blocks}");
+        self.backend.copy_block(from, to)
     }
 
     /// Enters the group, once, before the first batch: ranks find out whether their devices reach each other without the

@@ -1,6 +1,6 @@
 //! The paged KV memory of all layers of one rank. Which sequence owns which block is decided by the coordinator.
 
-use paceline_domain::KvType;
+use paceline_domain::{BlockId, KvType};
 use paceline_kernels::kv::{KvLayer, KvShape};
 
 use crate::estimate::Capacity;
@@ -27,6 +27,11 @@ impl KvStore {
     /// Bytes of the whole store.
     pub(crate) fn bytes(&self) -> usize {
         self.layers.iter().map(|layer| layer.shape().n_blocks * layer.shape().block_bytes()).sum()
+    }
+
+    /// In every layer.
+    pub(crate) fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        self.layers.iter_mut().for_each(|layer| layer.copy_block(from, to));
     }
 
     pub(crate) fn layer(&self, layer: usize) -> &KvLayer {

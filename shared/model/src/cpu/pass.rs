@@ -1,7 +1,7 @@
 //! The operations of a forward pass on a CPU: which kernel works on which buffer.
 
 use paceline_collectives::Collective;
-use paceline_domain::TokenId;
+use paceline_domain::{BlockId, TokenId};
 use paceline_kernels::argmax::argmax;
 use paceline_kernels::attention::{AttentionArgs, attention};
 use paceline_kernels::elementwise::add_into;
@@ -34,6 +34,15 @@ impl Backend for CpuBackend {
 
     fn memory_bytes(&self) -> (usize, usize) {
         (self.weights.bytes(), self.kv.bytes())
+    }
+
+    fn copies_blocks(&self) -> bool {
+        true
+    }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), ModelError> {
+        self.kv.copy_block(from, to);
+        Ok(())
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<Pass, ModelError> {
