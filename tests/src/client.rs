@@ -1,7 +1,7 @@
 //! Requests and collected answers. Whatever a stream must always keep to is asserted here.
 
 use paceline_wire::inference::{
-    Chat, ChatMessage, Finished, GenerateRequest, SamplingOptions, Started, StopOptions, TokenIds,
+    Chat, ChatMessage, Delta, Finished, GenerateRequest, SamplingOptions, Started, StopOptions, TokenIds,
     TokenLogprobs, generate_request::Input, generate_response::Event, inference_client::InferenceClient,
 };
 use tonic::{IntoRequest, Status, transport::Channel};
@@ -52,56 +52,88 @@ pub fn from_tokens(ids: Vec<u32>, max_tokens: u32) -> GenerateRequest {
 /// A request whose length does not depend on end tokens.
 pub fn request(input: Input, sampling: SamplingOptions, max_tokens: u32) -> GenerateRequest {
     let stop = StopOptions { max_tokens: Some(max_tokens), ignore_eos: Some(true), ..Default::default() };
-    GenerateRequest {
-        model: None,
-        input: Some(input),
-        sampling: Some(sampling),
-        stop: Some(stop),
-        speculation: None,
-        priority: None,
-    }
+    GenerateRequest { input: Some(input), sampling: Some(sampling), stop: Some(stop), ..Default::default() }
 }
 
-/// Runs a generation to its end.
+/// Runs a generation of one choice to its end.
 ///
 /// # Errors
 /// The status that the server answers.
 ///
 /// # Panics
-/// When the stream breaks a rule: chunks are numbered without gaps, `Started` comes first, `Finished` last, and
-/// usage counts what came.
+/// As [`generate_choices`], or when it has several choices.
 pub async fn generate(
     client: &mut InferenceClient<Channel>,
     request: impl IntoRequest<GenerateRequest>,
 ) -> Result<Generation, Status> {
+    let mut choices = generate_choices(client, request).await?;
+    assert_eq!(choices.len(), 1, "one choice was asked for");
+    Ok(choices.swap_remove(0))
+}
+
+/// Runs a generation to its end, all choices of it.
+///
+/// # Errors
+/// The status that the server answers.
+///
+/// # Panics
+/// When the stream breaks a rule: chunks are numbered without gaps, `Started` comes first, a choice says nothing after its
+/// `Finished`, and usage counts what came.
+pub async fn generate_choices(
+    client: &mut InferenceClient<Channel>,
+    request: impl IntoRequest<GenerateRequest>,
+) -> Result<Vec<Generation>, Status> {
     let mut stream = client.generate(request.into_request()).await?.into_inner();
-    let (mut started, mut finished) = (None, None);
-    let (mut text, mut tokens, mut logprobs, mut n_deltas) = (String::new(), Vec::new(), Vec::new(), 0);
+    let mut choices: Vec<Part> = Vec::new();
+    let mut started = None;
     let mut next_index = 0;
     while let Some(chunk) = stream.message().await? {
         assert_eq!(chunk.index, next_index, "chunks are numbered without gaps");
         next_index += 1;
-        assert!(finished.is_none(), "a chunk after the last");
         match chunk.event.expect("a chunk has an event") {
             Event::Started(event) => {
                 assert_eq!(chunk.index, 0, "Started comes first");
+                choices = vec![Part::default(); event.choice_seeds.len()];
                 started = Some(event);
             }
-            Event::Delta(delta) => {
-                assert!(started.is_some(), "Started comes first");
-                n_deltas += 1;
-                text.push_str(&delta.text);
-                tokens.extend(delta.token_ids);
-                logprobs.extend(delta.logprobs);
+            Event::Delta(delta) => choices[chunk.choice as usize].take(delta),
+            Event::Finished(event) => {
+                let before = choices[chunk.choice as usize].finished.replace(event);
+                assert!(before.is_none(), "a choice ends once");
             }
-            Event::Finished(event) => finished = Some(event),
         }
     }
-    let (started, finished) = (started.expect("a Started chunk"), finished.expect("a Finished chunk"));
-    let usage = finished.usage.expect("usage");
-    assert_eq!(usage.completion_tokens as usize, tokens.len(), "usage counts the tokens that came");
-    assert_eq!(usage.prompt_tokens, started.n_prompt_tokens, "usage counts the prompt");
-    let timings = finished.timings.expect("timings");
-    assert!(timings.queue_us <= timings.first_token_us && timings.first_token_us <= timings.total_us);
-    Ok(Generation { started, text, tokens, logprobs, n_deltas, finished })
+    let started = started.expect("a Started chunk");
+    Ok(choices.into_iter().map(|part| part.end(&started)).collect())
+}
+
+/// What came of one choice.
+#[derive(Clone, Default)]
+struct Part {
+    text: String,
+    tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
+    n_deltas: usize,
+    finished: Option<Finished>,
+}
+
+impl Part {
+    fn take(&mut self, delta: Delta) {
+        assert!(self.finished.is_none(), "a chunk after the last");
+        self.n_deltas += 1;
+        self.text.push_str(&delta.text);
+        self.tokens.extend(delta.token_ids);
+        self.logprobs.extend(delta.logprobs);
+    }
+
+    fn end(self, started: &Started) -> Generation {
+        let Self { text, tokens, logprobs, n_deltas, finished } = self;
+        let finished = finished.expect("a Finished chunk");
+        let usage = finished.usage.expect("usage");
+        assert_eq!(usage.completion_tokens as usize, tokens.len(), "usage counts the tokens that came");
+        assert_eq!(usage.prompt_tokens, started.n_prompt_tokens, "usage counts the prompt");
+        let timings = finished.timings.expect("timings");
+        assert!(timings.queue_us <= timings.first_token_us && timings.first_token_us <= timings.total_us);
+        Generation { started: started.clone(), text, tokens, logprobs, n_deltas, finished }
+    }
 }

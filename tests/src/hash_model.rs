@@ -41,6 +41,7 @@ struct State {
     /// Passes until one fails; negative when none will.
     n_until_failure: AtomicI64,
     n_failed: AtomicU64,
+    n_copied: AtomicU64,
     recorded: Option<Mutex<Vec<RecordedPass>>>,
 }
 
@@ -56,6 +57,8 @@ pub enum Flaw {
     ForeignBlock,
     /// A position is read as the pass before left it.
     StaleEntry,
+    /// A block that should become a copy of another stays as it is.
+    LostCopy,
 }
 
 /// One pass as the device saw it.
@@ -96,6 +99,11 @@ impl HashModel {
     /// Passes that failed so far, on all ranks.
     pub fn n_failed(&self) -> u64 {
         self.state.n_failed.load(Ordering::Relaxed)
+    }
+
+    /// Blocks that were copied so far, on all ranks.
+    pub fn n_copied(&self) -> u64 {
+        self.state.n_copied.load(Ordering::Relaxed)
     }
 
     /// What was recorded since the last call.
@@ -277,6 +285,19 @@ impl Backend for HashRank {
 
     fn memory_bytes(&self) -> (usize, usize) {
         (0, self.entries.iter().map(|layer| layer.len() * size_of::<u64>()).sum())
+    }
+
+    fn copies_blocks(&self) -> bool {
+        true
+    }
+
+    fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), ModelError> {
+        let (from, to) = (from.idx() * BLOCK_POSITIONS, to.idx() * BLOCK_POSITIONS);
+        if self.state.flaw != Flaw::LostCopy {
+            self.entries.iter_mut().for_each(|layer| layer.copy_within(from..from + BLOCK_POSITIONS, to));
+        }
+        self.state.n_copied.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<Pass, ModelError> {

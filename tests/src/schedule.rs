@@ -59,17 +59,19 @@ pub struct Job {
     pub after: usize,
     /// The client goes away after so many tokens; 0 is before the first.
     pub cancelled_after: Option<usize>,
-    /// The tokens it has when it runs alone.
-    pub alone: Vec<TokenId>,
+    /// Completions.
+    pub n_choices: u32,
+    /// The tokens each of its choices has when it runs alone.
+    pub alone: Vec<Vec<TokenId>>,
 }
 
 /// What a request got.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Received {
-    /// Tokens in order.
-    pub tokens: Vec<TokenId>,
-    /// Whether it came to its end.
-    pub is_finished: bool,
+    /// Tokens of each choice, in order.
+    pub tokens: Vec<Vec<TokenId>>,
+    /// Choices that came to their end.
+    pub n_finished: u32,
     /// Tokens of its prompt that were found in the prefix cache; known at its end.
     pub n_cached: u32,
 }
@@ -90,21 +92,20 @@ pub struct Mismatch {
 impl fmt::Display for Mismatch {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { seed, job, received, sent } = self;
-        let (n_prompt, n_alone) = (sent.prompt.len(), sent.alone.len());
+        let n_prompt = sent.prompt.len();
+        let n_alone: Vec<usize> = sent.alone.iter().map(Vec::len).collect();
         write!(
             formatter,
-            "seed {seed}, request {job} with {n_prompt} prompt tokens, {n_alone} tokens alone: "
+            "seed {seed}, request {job} with {n_prompt} prompt tokens, {n_alone:?} tokens alone: "
         )?;
         match received {
             Err(status) => write!(formatter, "{:?}: {}", status.code(), status.message())?,
             Ok(received) => {
-                let same = received.tokens.iter().zip(&sent.alone).take_while(|(one, other)| one == other);
-                let (n_same, n_received) = (same.count(), received.tokens.len());
-                write!(
-                    formatter,
-                    "{n_received} tokens came, finished {}, the first {n_same} are equal",
-                    received.is_finished
-                )?;
+                write!(formatter, "{} choices were finished, ", received.n_finished)?;
+                for (tokens, alone) in received.tokens.iter().zip(&sent.alone) {
+                    let n_same = tokens.iter().zip(alone).take_while(|(one, other)| one == other).count();
+                    write!(formatter, "{} tokens came, the first {n_same} are equal, ", tokens.len())?;
+                }
             }
         }
         write!(formatter, "; {:?}, cancelled after {:?}", sent.sampling, sent.cancelled_after)
@@ -124,12 +125,12 @@ pub struct Schedule {
 pub struct Schedules<'a> {
     shape: Shape,
     families: Vec<Vec<TokenId>>,
-    /// The tokens a request has when it runs alone.
+    /// The tokens a request of one choice has when it runs alone.
     alone: &'a dyn Fn(&Job) -> Vec<TokenId>,
 }
 
 impl<'a> Schedules<'a> {
-    /// Texts follow from the seed. `alone` is asked about each request once; its `alone` is not set then.
+    /// Texts follow from the seed. `alone` is asked about each choice once, as a request of its own; its `alone` is not set then.
     pub fn new(seed: u64, shape: Shape, alone: &'a dyn Fn(&Job) -> Vec<TokenId>) -> Self {
         let mut random = Random::new(seed);
         let longest = SHARED[SHARED.len() - 1];
@@ -144,7 +145,7 @@ impl<'a> Schedules<'a> {
         let mut jobs: Vec<Job> = Vec::with_capacity(n_jobs);
         for _ in 0..n_jobs {
             let mut job = self.job(&mut random, &jobs);
-            job.alone = (self.alone)(&job);
+            job.alone = (0..job.n_choices).map(|choice| (self.alone)(&job.of_choice(choice))).collect();
             jobs.push(job);
         }
         Schedule { seed, jobs }
@@ -164,6 +165,7 @@ impl<'a> Schedules<'a> {
             end_tokens: if random.happens(0.5) { vec![self.shape.end_token] } else { Vec::new() },
             after: if random.happens(0.4) { 0 } else { random.within(0..12) },
             cancelled_after,
+            n_choices: if random.happens(0.25) { random.within(2..5) as u32 } else { 1 },
             alone: Vec::new(),
         }
     }
@@ -177,7 +179,7 @@ impl<'a> Schedules<'a> {
             }
             5 | 6 if !before.is_empty() => {
                 let earlier = random.pick(before);
-                [earlier.prompt.as_slice(), &earlier.alone].concat()
+                [earlier.prompt.as_slice(), &earlier.alone[0]].concat()
             }
             7 if !before.is_empty() => return random.pick(before).prompt.clone(),
             _ => text(random, 1, &self.shape),
@@ -203,13 +205,16 @@ fn sampling(random: &mut Random) -> SamplingParams {
 }
 
 impl Job {
+    /// The request that one of its choices is the same as.
+    pub fn of_choice(&self, choice: u32) -> Self {
+        Self { sampling: self.sampling.of_choice(choice), n_choices: 1, ..self.clone() }
+    }
+
     /// As it is sent.
     pub fn request(&self) -> GenerateRequest {
         let sampling = &self.sampling;
         GenerateRequest {
-            speculation: None,
-            priority: None,
-            model: None,
+            n: Some(self.n_choices),
             input: Some(Input::TokenIds(TokenIds { ids: self.prompt.iter().map(|token| token.0).collect() })),
             sampling: Some(SamplingOptions {
                 temperature: Some(sampling.temperature),
@@ -226,15 +231,16 @@ impl Job {
                 ignore_eos: Some(true),
                 ..StopOptions::default()
             }),
+            ..GenerateRequest::default()
         }
     }
 
     /// Whether this is what it gets when it runs alone: all of it, or the beginning when the client went away.
     fn is_as_alone(&self, received: &Received) -> bool {
         if self.cancelled_after.is_some() {
-            return self.alone.starts_with(&received.tokens);
+            return self.alone.iter().zip(&received.tokens).all(|(alone, tokens)| alone.starts_with(tokens));
         }
-        received.is_finished && received.tokens == self.alone
+        received.n_finished == self.n_choices && received.tokens == self.alone
     }
 
     async fn run(
@@ -242,20 +248,22 @@ impl Job {
         mut client: InferenceClient<Channel>,
         progress: &watch::Sender<usize>,
     ) -> Result<Received, Status> {
-        let mut received = Received { tokens: Vec::new(), is_finished: false, n_cached: 0 };
-        let enough =
-            |received: &Received| self.cancelled_after.is_some_and(|most| received.tokens.len() >= most);
+        let tokens = vec![Vec::new(); self.n_choices as usize];
+        let (mut received, mut n_tokens) = (Received { tokens, n_finished: 0, n_cached: 0 }, 0);
+        let enough = |n_tokens: usize| self.cancelled_after.is_some_and(|most| n_tokens >= most);
         let mut stream = client.generate(self.request()).await?.into_inner();
-        while !enough(&received) {
+        while !enough(n_tokens) {
             let Some(chunk) = stream.message().await? else { break };
+            let choice = chunk.choice as usize;
             match chunk.event {
                 Some(Event::Delta(delta)) => {
-                    received.tokens.extend(delta.token_ids.into_iter().map(TokenId));
-                    progress.send_replace(received.tokens.len());
+                    n_tokens += delta.token_ids.len();
+                    received.tokens[choice].extend(delta.token_ids.into_iter().map(TokenId));
+                    progress.send_replace(n_tokens);
                 }
                 Some(Event::Finished(finished)) => {
-                    received.is_finished = true;
-                    received.n_cached = finished.usage.map_or(0, |usage| usage.cached_tokens);
+                    received.n_finished += 1;
+                    received.n_cached += finished.usage.map_or(0, |usage| usage.cached_tokens);
                 }
                 _ => {}
             }

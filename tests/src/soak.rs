@@ -89,12 +89,12 @@ impl Soak {
         while !enough(&tokens) {
             match stream.message().await?.and_then(|chunk| chunk.event) {
                 Some(Event::Delta(delta)) => tokens.extend(delta.token_ids.into_iter().map(TokenId)),
-                Some(Event::Finished(_)) if tokens == job.alone => return Ok(Came::Whole),
+                Some(Event::Finished(_)) if tokens == job.alone[0] => return Ok(Came::Whole),
                 Some(Event::Started(_)) => {}
                 Some(Event::Finished(_)) | None => return Ok(Came::Wrong),
             }
         }
-        Ok(if job.alone.starts_with(&tokens) { Came::Part } else { Came::Wrong })
+        Ok(if job.alone[0].starts_with(&tokens) { Came::Part } else { Came::Wrong })
     }
 }
 
@@ -135,9 +135,18 @@ fn short_job(random: &mut Random, cancelled: f64) -> Job {
     let n_own = random.within(1..12);
     prompt.extend((0..n_own).map(|_| TokenId(random.within(0..N_VOCAB) as u32)));
     let (sampling, max_tokens) = (SamplingParams::greedy(), random.within(1..9));
-    let alone = tokens_alone(N_VOCAB, &prompt, &sampling, &[], max_tokens);
+    let alone = vec![tokens_alone(N_VOCAB, &prompt, &sampling, &[], max_tokens)];
     let cancelled_after = random.happens(cancelled).then(|| random.within(0..max_tokens));
-    Job { prompt, sampling, max_tokens, end_tokens: Vec::new(), after: 0, cancelled_after, alone }
+    Job {
+        prompt,
+        sampling,
+        max_tokens,
+        end_tokens: Vec::new(),
+        after: 0,
+        cancelled_after,
+        n_choices: 1,
+        alone,
+    }
 }
 
 /// Bytes of this process that are in memory.

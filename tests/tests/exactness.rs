@@ -111,10 +111,11 @@ impl Differences {
 #[tokio::test]
 async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     let mut differences = Differences::default();
-    let (mut n_whole, mut n_cancelled, mut n_cached) = (0, 0, 0);
+    let (mut n_whole, mut n_cancelled, mut n_cached, mut n_copied) = (0, 0, 0, 0);
     for cluster_seed in 0..N_CLUSTERS {
         let limits = Limits::random(cluster_seed);
-        let cluster = limits.start(&HashModel::new()).await;
+        let device = HashModel::new();
+        let cluster = limits.start(&device).await;
         let client = cluster.client().await.expect("a connection");
         let schedules = limits.schedules(cluster_seed);
         for i in 0..N_SCHEDULES {
@@ -125,11 +126,15 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
             n_cached += received.iter().flatten().map(|received| u64::from(received.n_cached)).sum::<u64>();
             differences.add(&limits, &schedule.mismatches(received));
         }
+        n_copied += device.n_copied();
         drop(client);
         cluster.stop().await.expect("stops");
     }
     differences.assert_none();
-    println!("{n_whole} requests to their end, {n_cancelled} cancelled, {n_cached} prompt tokens cached");
+    println!(
+        "{n_whole} requests to their end, {n_cancelled} cancelled, {n_cached} prompt tokens cached, {n_copied} blocks copied"
+    );
+    assert!(n_copied > 1_000, "{n_copied} blocks copied are too few to say so");
     assert!(n_whole > 10_000 && n_cancelled > 2_000, "{n_whole} and {n_cancelled} are too few to say so");
 }
 
@@ -180,15 +185,18 @@ async fn alone_is_what_it_says() {
 /// The harness is worth nothing unless it notices KV memory that is wrong.
 #[tokio::test]
 async fn wrong_kv_entries_do_not_stay_hidden() {
-    for flaw in [Flaw::LostWrite, Flaw::ForeignBlock, Flaw::StaleEntry] {
+    for flaw in [Flaw::LostWrite, Flaw::ForeignBlock, Flaw::StaleEntry, Flaw::LostCopy] {
         let limits = Limits { n_ranks: 1, ..Limits::random(11) };
         let shape = Shape { max_tokens: CONTEXT, ..limits.shape.clone() };
         let limits = Limits { flags: vec!["--context".into(), CONTEXT.to_string()], shape, ..limits };
         let cluster = limits.start(&HashModel::flawed(flaw)).await;
         let client = cluster.client().await.expect("a connection");
-        let schedule = limits.schedules(11).schedule(11);
-        let mismatches = schedule.mismatches(limits.run(&schedule, &client).await);
-        let differ = mismatches.iter().filter(|mismatch| mismatch.received.is_ok()).count();
+        let (schedules, mut differ) = (limits.schedules(11), 0);
+        for seed in 11..16 {
+            let schedule = schedules.schedule(seed);
+            let mismatches = schedule.mismatches(limits.run(&schedule, &client).await);
+            differ += mismatches.iter().filter(|mismatch| mismatch.received.is_ok()).count();
+        }
         assert!(differ > 0, "{flaw:?} was not noticed");
         drop(client);
         cluster.stop().await.expect("stops");

@@ -24,7 +24,7 @@ const MOST_GROWTH: u64 = 6 << 20;
 fn whole_pool() -> Schedule {
     let prompt: Vec<TokenId> = (0..POOL - 8).map(|i| TokenId((i * i % 61) as u32)).collect();
     let sampling = SamplingParams::greedy();
-    let alone = tokens_alone(N_VOCAB, &prompt, &sampling, &[], 8);
+    let alone = vec![tokens_alone(N_VOCAB, &prompt, &sampling, &[], 8)];
     let job = Job {
         prompt,
         sampling,
@@ -32,6 +32,7 @@ fn whole_pool() -> Schedule {
         end_tokens: Vec::new(),
         after: 0,
         cancelled_after: None,
+        n_choices: 1,
         alone,
     };
     Schedule { seed: 0, jobs: vec![job] }

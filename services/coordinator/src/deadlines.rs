@@ -1,30 +1,30 @@
-//! Until when sequences are wanted. It is told the time and does not end anything itself.
+//! Until when requests are wanted. It is told the time and does not end anything itself.
 
 use std::{
     collections::{BTreeSet, HashMap},
     time::Instant,
 };
 
-use paceline_domain::SequenceId;
+use paceline_domain::RequestId;
 
-/// Deadlines of live sequences; most have none.
+/// Deadlines of live requests; most have none.
 #[derive(Debug, Default)]
 pub struct Deadlines {
-    in_order: BTreeSet<(Instant, SequenceId)>,
-    by_sequence: HashMap<SequenceId, Instant>,
+    in_order: BTreeSet<(Instant, RequestId)>,
+    by_request: HashMap<RequestId, Instant>,
 }
 
 impl Deadlines {
-    /// A sequence is wanted until then.
-    pub fn set(&mut self, id: SequenceId, deadline: Instant) {
+    /// A request is wanted until then.
+    pub fn set(&mut self, id: RequestId, deadline: Instant) {
         self.remove(id);
         self.in_order.insert((deadline, id));
-        self.by_sequence.insert(id, deadline);
+        self.by_request.insert(id, deadline);
     }
 
-    /// A sequence ended. It need not have a deadline.
-    pub fn remove(&mut self, id: SequenceId) {
-        if let Some(deadline) = self.by_sequence.remove(&id) {
+    /// A request ended. It need not have a deadline.
+    pub fn remove(&mut self, id: RequestId) {
+        if let Some(deadline) = self.by_request.remove(&id) {
             self.in_order.remove(&(deadline, id));
         }
     }
@@ -34,8 +34,8 @@ impl Deadlines {
         self.in_order.first().map(|(deadline, _)| *deadline)
     }
 
-    /// Sequences that nobody wants any more, until they are removed.
-    pub fn expired(&self, now: Instant) -> Vec<SequenceId> {
+    /// Requests that nobody wants any more, until they are removed.
+    pub fn expired(&self, now: Instant) -> Vec<RequestId> {
         self.in_order.iter().take_while(|(deadline, _)| *deadline <= now).map(|(_, id)| *id).collect()
     }
 }
@@ -50,7 +50,7 @@ mod tests {
     fn the_expired_are_those_whose_time_has_come() {
         let start = Instant::now();
         let at = |n_seconds| start + Duration::from_secs(n_seconds);
-        let [a, b, c] = [1, 2, 3].map(SequenceId);
+        let [a, b, c] = [1, 2, 3].map(RequestId);
         let mut deadlines = Deadlines::default();
         deadlines.set(a, at(9));
         deadlines.set(b, at(5));
@@ -63,6 +63,6 @@ mod tests {
         [a, c, c].into_iter().for_each(|id| deadlines.remove(id));
         assert_eq!(deadlines.expired(at(8)), [b]);
         deadlines.remove(b);
-        assert_eq!((deadlines.next(), deadlines.by_sequence.len()), (None, 0));
+        assert_eq!((deadlines.next(), deadlines.by_request.len()), (None, 0));
     }
 }

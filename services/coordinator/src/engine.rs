@@ -8,20 +8,21 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use paceline_domain::{Epoch, FinishReason, GenerateRequest, SequenceId, StepNumber, StepPlan, StepResult};
+use paceline_domain::{Epoch, GenerateRequest, RequestId, SequenceId, StepNumber, StepPlan, StepResult};
 use paceline_speculation::StepLoad;
 use paceline_telemetry::context;
+use paceline_wire::inference::generate_response::Event as Chunk;
 use tokio::sync::{mpsc, watch};
 use tracing::{Span, info_span};
 
 use crate::{
-    admission::Place,
     caller::Caller,
+    client::Client,
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, sequence},
     output::Output,
     pool::PoolWish,
-    reader::{Flow, Progress, Reader},
+    reader::{Flow, Progress},
     scheduler::{Commit, Limits, NewSequence, Pace, Priority, Scheduler, Verified},
     shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
 };
@@ -40,7 +41,7 @@ pub enum Event {
     /// A group was formed, or could not be.
     Formed(Result<ShardGroup, FormError>),
     /// A reader that had stalled read something, or nothing for too long.
-    Reader(SequenceId, Progress),
+    Reader(RequestId, Progress),
     /// A deadline passed.
     Due,
     /// End all requests and the loop.
@@ -51,18 +52,14 @@ pub enum Event {
 pub struct Submission {
     /// What to generate.
     pub request: GenerateRequest,
-    /// Its output side; the first chunk has been made.
-    pub output: Output,
-    /// Where chunks go.
-    pub reader: Reader,
+    /// The output side of each of its choices.
+    pub outputs: Vec<Output>,
+    /// Where chunks go; the first was sent.
+    pub client: Client,
     /// Whose it is, and until when it is wanted.
     pub caller: Caller,
     /// Its class in the queue.
     pub priority: Priority,
-    /// Its share of the token budget.
-    pub place: Place,
-    /// The request's span.
-    pub span: Span,
 }
 
 /// What the rest of the process may know of the group.
@@ -92,11 +89,11 @@ pub enum GroupStatus {
     },
 }
 
+/// One choice of a request.
 struct Active {
+    request: RequestId,
+    choice: u32,
     output: Output,
-    reader: Reader,
-    _place: Place,
-    span: Span,
 }
 
 /// A step whose ranks have not all answered.
@@ -113,7 +110,8 @@ pub struct Engine {
     spec: GroupSpec,
     scheduler: Scheduler,
     drafter: Drafter,
-    requests: HashMap<SequenceId, Active>,
+    choices: HashMap<SequenceId, Active>,
+    clients: HashMap<RequestId, Client>,
     deadlines: Deadlines,
     /// How long a reader may stall.
     reader_limit: Duration,
@@ -145,7 +143,8 @@ impl Engine {
             spec,
             scheduler: Scheduler::new(limits),
             drafter: Drafter::new(drafter),
-            requests: HashMap::new(),
+            choices: HashMap::new(),
+            clients: HashMap::new(),
             deadlines: Deadlines::default(),
             reader_limit,
             group: None,
@@ -171,15 +170,12 @@ impl Engine {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Rank(event)) => self.rank_event(event),
                 Some(Event::Formed(outcome)) => self.formed(outcome),
-                Some(Event::Reader(id, progress)) => self.reader_event(id, progress),
+                Some(Event::Reader(request, progress)) => self.reader_event(request, progress),
                 Some(Event::Due) => {}
                 Some(Event::Stop) | None => break,
             }
         }
-        for (_, mut request) in self.requests.drain() {
-            let chunk = request.output.finished(&FinishReason::Cancelled, Vec::new(), Instant::now());
-            request.reader.end(Ok(chunk), self.reader_limit);
-        }
+        self.cancel_all(Instant::now());
     }
 
     /// What happens next, the nearest deadline included.
@@ -232,6 +228,9 @@ impl Engine {
                 // Sequences are admitted by the size of the first pool, so a later group has no other.
                 self.spec.pool = PoolWish::Exactly(n_kv_blocks);
                 self.scheduler.begin_epoch(group.epoch(), n_kv_blocks);
+                if group.copies_blocks() {
+                    self.scheduler.copy_blocks();
+                }
                 self.status.send_replace(GroupStatus::Ready {
                     n_ranks: group.n_ranks(),
                     n_kv_blocks,
@@ -261,25 +260,33 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, output, reader, caller, priority, place, span } = submission;
-        let sequence = self.scheduler.submit(NewSequence {
-            prompt: request.prompt.tokens().to_vec(),
-            max_tokens: request.stop.max_tokens,
-            sampling: request.sampling.clone(),
-            tenant: caller.tenant,
-            priority,
-        });
-        self.drafter.submit(&sequence::NewSequence {
-            id: sequence,
-            prompt: request.prompt.tokens(),
-            sampling: &request.sampling,
-            max_tokens: request.stop.max_tokens as usize,
-            options: request.speculation,
-        });
-        if let Some(deadline) = caller.deadline {
-            self.deadlines.set(sequence, deadline);
+        let Submission { request, outputs, mut client, caller, priority } = submission;
+        let mut first = None;
+        for (output, choice) in outputs.into_iter().zip(0..) {
+            let sampling = request.sampling.of_choice(choice);
+            let id = self.scheduler.submit(NewSequence {
+                prompt: request.prompt.tokens().to_vec(),
+                max_tokens: request.stop.max_tokens,
+                sampling: sampling.clone(),
+                tenant: caller.tenant.clone(),
+                priority,
+                sibling: first,
+            });
+            self.drafter.submit(&sequence::NewSequence {
+                id,
+                prompt: request.prompt.tokens(),
+                sampling: &sampling,
+                max_tokens: request.stop.max_tokens as usize,
+                options: request.speculation,
+            });
+            first.get_or_insert(id);
+            client.opens(id);
+            self.choices.insert(id, Active { request: request.id, choice, output });
         }
-        self.requests.insert(sequence, Active { output, reader, _place: place, span });
+        if let Some(deadline) = caller.deadline {
+            self.deadlines.set(request.id, deadline);
+        }
+        self.clients.insert(request.id, client);
     }
 
     /// Sends steps until the next one needs an answer first.
@@ -294,14 +301,14 @@ impl Engine {
 
     /// Asks for what may follow the sequences whose next step is due.
     async fn propose(&mut self) {
-        for id in self.requests.keys() {
+        for id in self.choices.keys() {
             let needs_each = self.drafter.needs_each_token(*id);
             self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
         }
         let open: Vec<_> = self.scheduler.open_to_proposals().collect();
         self.drafter.collect(&open, Instant::now()).await;
         let n = open.len();
-        let n_spare_rows = (self.spec.max_sampled_rows as usize).saturating_sub(self.requests.len());
+        let n_spare_rows = (self.spec.max_sampled_rows as usize).saturating_sub(self.choices.len());
         let load = StepLoad { n_rows: n.max(1), n_tokens: n, n_spare_rows };
         for (id, tokens) in self.drafter.propose(&open, load) {
             self.scheduler.propose(id, tokens);
@@ -334,13 +341,13 @@ impl Engine {
 
     fn note_scheduled(&mut self, plan: &StepPlan, now: Instant) {
         for chunk in &plan.chunks {
-            if let Some(request) = self.requests.get_mut(&chunk.sequence) {
-                request.output.clock.scheduled.get_or_insert(now);
+            if let Some(choice) = self.choices.get_mut(&chunk.sequence) {
+                choice.output.clock.scheduled.get_or_insert(now);
             }
         }
         for open in &plan.opens {
-            if let Some(request) = self.requests.get_mut(&open.sequence) {
-                request.output.note_cached(open.cached_tokens.len() as u32);
+            if let Some(choice) = self.choices.get_mut(&open.sequence) {
+                choice.output.note_cached(open.cached_tokens.len() as u32);
             }
         }
     }
@@ -348,17 +355,23 @@ impl Engine {
     /// The step's span: child of its first request's, linked to the others'. Numbers are signed because OTLP has no
     /// unsigned ones.
     fn step_span(&self, plan: &StepPlan) -> Span {
-        let mut requests = plan.chunks.iter().filter_map(|chunk| self.requests.get(&chunk.sequence));
-        let Some(first) = requests.next() else { return Span::none() };
+        let mut requests: Vec<RequestId> = Vec::with_capacity(plan.chunks.len());
+        for choice in plan.chunks.iter().filter_map(|chunk| self.choices.get(&chunk.sequence)) {
+            if !requests.contains(&choice.request) {
+                requests.push(choice.request);
+            }
+        }
+        let mut clients = requests.iter().filter_map(|request| self.clients.get(request));
+        let Some(first) = clients.next() else { return Span::none() };
         let span = info_span!(
-            parent: &first.span,
+            parent: first.span(),
             "step",
             epoch = plan.epoch.0 as i64,
             step = plan.step.0 as i64,
             n_rows = plan.n_rows() as i64,
             n_sequences = plan.chunks.len() as i64,
         );
-        requests.for_each(|request| context::link(&span, &request.span));
+        clients.for_each(|client| context::link(&span, client.span()));
         span
     }
 
@@ -417,14 +430,17 @@ impl Engine {
 
     /// Tokens of a step that follow the end of their request find no request any more.
     fn commit(&mut self, commit: Commit, now: Instant) {
-        let Some(request) = self.requests.get_mut(&commit.sequence) else { return };
-        let pushed = request.output.push(&commit.sampled, now);
-        let flow = request.reader.push(pushed.chunk);
-        match (pushed.finish, flow) {
-            (Some(reason), _) => self.finish(commit.sequence, &reason, now),
-            (None, Flow::Open) => {}
-            (None, Flow::Stalled) => self.await_reader(commit.sequence),
-            (None, Flow::Gone) => drop(self.remove(commit.sequence)),
+        let Some(Active { request, choice, output }) = self.choices.get_mut(&commit.sequence) else { return };
+        let Some(client) = self.clients.get_mut(request) else { return };
+        let request = *request;
+        let pushed = output.push(&commit.sampled, now);
+        match client.push(*choice, Chunk::Delta(pushed.delta)) {
+            Flow::Open => {}
+            Flow::Stalled => self.await_reader(request),
+            Flow::Gone => return drop(self.remove(request)),
+        }
+        if let Some(reason) = pushed.finish {
+            self.finish(commit.sequence, &reason, now);
         }
     }
 }

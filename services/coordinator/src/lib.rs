@@ -9,7 +9,7 @@
 //! * [`text`] – chat template and tokenizer, off the async threads
 //! * [`admission`] – a place in the queue, or a refusal at once
 //! * [`engine`] – the one event loop
-//! * [`deadlines`] – pure: which sequences nobody wants any more
+//! * [`deadlines`] – pure: which requests nobody wants any more
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
 //! * [`ledger`] – pure: who holds which KV blocks, and which hold a known prefix
 //! * [`prefix`] – pure: names of token prefixes
@@ -17,11 +17,13 @@
 //! * [`drafter`] – proposals for the next step, from the draft service and from the requests' own tokens
 //! * [`shard_group`] – one stream to each rank
 //! * [`output`] – tokens of one request to text, stop rules, chunks
+//! * [`client`] – the choices of one request as one stream of chunks
 //! * [`reader`] – chunks to a client, and what becomes of one that reads too slowly
 #![forbid(unsafe_code)]
 
 pub mod admission;
 pub mod caller;
+pub mod client;
 pub mod config;
 pub mod deadlines;
 pub mod drafter;

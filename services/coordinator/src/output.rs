@@ -1,5 +1,5 @@
-//! The output side of one request: committed tokens to numbered chunks of text. Its state is a function of the
-//! tokens pushed. It applies the stop rules and does not know about steps or shards.
+//! The output side of one choice of a request: committed tokens to pieces of text. Its state is a function of the tokens
+//! pushed. It applies the stop rules and does not know about steps, shards or other choices.
 
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
@@ -19,7 +19,7 @@ pub struct Clock {
     pub first_token: Option<Instant>,
 }
 
-/// What became of a request so far.
+/// What became of a choice so far.
 pub struct Output {
     tokenizer: Arc<Tokenizer>,
     detokenizer: Detokenizer,
@@ -29,15 +29,14 @@ pub struct Output {
     n_prompt: u32,
     n_tokens: u32,
     n_cached: Option<u32>,
-    next_index: u64,
     /// Moments, set by the engine.
     pub clock: Clock,
 }
 
-/// Chunks to send for one token, and the end if this was it.
+/// What to send for one token, and the end if this was it.
 pub struct Pushed {
     /// What to send now.
-    pub chunk: proto::GenerateResponse,
+    pub delta: proto::Delta,
     /// Set when no token must follow.
     pub finish: Option<FinishReason>,
 }
@@ -58,16 +57,8 @@ impl Output {
             n_prompt: request.prompt.tokens().len() as u32,
             n_tokens: 0,
             n_cached: None,
-            next_index: 0,
             clock: Clock { arrived, scheduled: None, first_token: None },
         }
-    }
-
-    /// The next chunk with this content.
-    pub fn chunk(&mut self, event: proto::generate_response::Event) -> proto::GenerateResponse {
-        let index = self.next_index;
-        self.next_index += 1;
-        proto::GenerateResponse { index, event: Some(event) }
     }
 
     /// The first so many tokens were in the prefix cache when it began; what is found later, when it goes on after a
@@ -102,7 +93,7 @@ impl Output {
             token_ids: vec![sampled.token.0],
             logprobs: sampled.logprob.map(|logprob| self.logprobs(sampled, logprob)).into_iter().collect(),
         };
-        Pushed { chunk: self.chunk(proto::generate_response::Event::Delta(delta)), finish }
+        Pushed { delta, finish }
     }
 
     fn match_stop(&mut self, piece: &str, text: &mut String) -> Option<FinishReason> {
@@ -120,13 +111,13 @@ impl Output {
         proto::TokenLogprobs { logprob, top: top.collect() }
     }
 
-    /// The last chunk; `proposals` is what became of proposals.
+    /// The last it says; `proposals` is what became of proposals.
     pub fn finished(
         &mut self,
         reason: &FinishReason,
         proposals: Vec<proto::ProposalCounts>,
         now: Instant,
-    ) -> proto::GenerateResponse {
+    ) -> proto::Finished {
         let micros =
             |moment: Instant| moment.saturating_duration_since(self.clock.arrived).as_micros() as u64;
         let (kind, stop_string, stop_token_id) = match reason {
@@ -136,7 +127,7 @@ impl Output {
             FinishReason::Cancelled => (proto::FinishReason::Cancelled, None, None),
         };
         let usage = self.usage();
-        let finished = proto::Finished {
+        proto::Finished {
             reason: kind.into(),
             stop_string,
             stop_token_id,
@@ -151,18 +142,17 @@ impl Output {
                 total_us: micros(now),
             }),
             proposals,
-        };
-        self.chunk(proto::generate_response::Event::Finished(finished))
+        }
     }
 
     /// What is still held back when no token will follow, because it might have become a character or a stop string.
-    pub fn rest(&mut self) -> Option<proto::GenerateResponse> {
+    pub fn rest(&mut self) -> Option<proto::Delta> {
         let (mut text, rest) = (String::new(), self.detokenizer.finish());
         if self.match_stop(&rest, &mut text).is_none() {
             text.push_str(&self.stop_matcher.finish());
         }
         let delta = proto::Delta { text, ..proto::Delta::default() };
-        (!delta.text.is_empty()).then(|| self.chunk(proto::generate_response::Event::Delta(delta)))
+        (!delta.text.is_empty()).then_some(delta)
     }
 
     /// Tokens counted so far.

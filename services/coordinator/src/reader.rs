@@ -141,7 +141,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(600);
 
     fn chunk(index: u64) -> GenerateResponse {
-        GenerateResponse { index, event: None }
+        GenerateResponse { index, ..GenerateResponse::default() }
     }
 
     async fn rest(mut receiver: mpsc::Receiver<Message>) -> Vec<Result<u64, Code>> {

@@ -6,6 +6,7 @@
 //! * `sequence` – one sequence: its tokens, and what of them the shards have
 //! * `waiting` – who is next: fair share among tenants, in classes
 //! * `admit` – a place and the first blocks; cached prefixes
+//! * `family` – sequences of one prompt: who waits for whom, what is copied
 //! * `blocks` – more blocks as sequences grow; who gives up its own
 //! * [`plan`] – a step
 //! * [`budget`] – how many rows of prompts a step takes, and whose
@@ -16,6 +17,7 @@ mod admit;
 pub mod apply;
 mod blocks;
 pub mod budget;
+mod family;
 pub mod plan;
 mod sequence;
 pub mod step_time;
@@ -80,6 +82,8 @@ pub struct NewSequence {
     pub tenant: String,
     /// Its class.
     pub priority: Priority,
+    /// A sequence with the same prompt, if there is one: then this one waits until that has read the prompt.
+    pub sibling: Option<SequenceId>,
 }
 
 /// Whether steps of a sequence may be planned before its last token is known.
@@ -125,6 +129,8 @@ pub struct Scheduler {
     sequences: BTreeMap<SequenceId, Sequence>,
     /// Sequences that shards have open and the next plan closes.
     closes: Vec<SequenceId>,
+    /// Whether every rank copies blocks.
+    copies_blocks: bool,
     in_flight: VecDeque<InFlight>,
     counters: Counters,
 }
@@ -149,6 +155,7 @@ impl Scheduler {
             running: Vec::new(),
             sequences: BTreeMap::new(),
             closes: Vec::new(),
+            copies_blocks: false,
             in_flight: VecDeque::new(),
             counters: Counters::default(),
         }
@@ -168,6 +175,7 @@ impl Scheduler {
         let n_before = self.ledger.n_blocks();
         assert!(n_before == 0 || n_before == n_kv_blocks as usize, "invariant: the pool keeps its size");
         self.ledger = BlockLedger::new(n_kv_blocks);
+        self.copies_blocks = false;
         self.epoch = epoch;
         self.next_step = StepNumber(1);
         self.in_flight.clear();
@@ -178,7 +186,12 @@ impl Scheduler {
         }
     }
 
-    /// Puts a sequence at the end of its tenant's queue.
+    /// From now on blocks may be copied: every rank of the group can.
+    pub fn copy_blocks(&mut self) {
+        self.copies_blocks = true;
+    }
+
+    /// Puts a sequence at the end of its tenant's queue, or beside a sibling that still reads their prompt.
     ///
     /// # Panics
     /// When its prompt is empty, it may generate nothing or it could never fit: all this was checked before.
@@ -189,9 +202,11 @@ impl Scheduler {
         let id = SequenceId(self.next_sequence);
         self.next_sequence += 1;
         let root = PrefixKey::root(&new.tenant, &self.limits.model);
-        let priority = new.priority;
-        let sequence = Sequence::new(new, root);
-        self.waiting.push(id, &sequence.tenant, priority);
+        let (priority, sibling) = (new.priority, new.sibling);
+        let sequence = Sequence::new(id, new, root);
+        if !self.joins(id, sibling) {
+            self.waiting.push(id, &sequence.tenant, priority);
+        }
         self.sequences.insert(id, sequence);
         id
     }
@@ -205,6 +220,7 @@ impl Scheduler {
         }
         self.waiting.remove(id);
         self.running.retain(|running| *running != id);
+        self.release_siblings(sequence.siblings);
     }
 
     /// Whether steps of this sequence may be planned ahead; from the start they may. Unknown ids are ignored.

@@ -25,6 +25,7 @@ use tracing::{Instrument as _, Span, field, info_span};
 use crate::{
     admission::Admission,
     caller::Caller,
+    client::Client,
     engine::{Event, GroupStatus, Submission},
     output::Output,
     reader::Reader,
@@ -85,6 +86,17 @@ impl InferenceService {
         span
     }
 
+    fn started(&self, request: &paceline_domain::GenerateRequest) -> Started {
+        let seed_of = |choice| request.sampling.of_choice(choice).seed;
+        Started {
+            request_id: request.id.to_string(),
+            model: self.served.model.clone(),
+            n_prompt_tokens: request.prompt.tokens().len() as u32,
+            seed: request.sampling.seed,
+            choice_seeds: (0..request.n_choices).map(seed_of).collect(),
+        }
+    }
+
     async fn submit(
         &self,
         request: GenerateRequest,
@@ -97,8 +109,12 @@ impl InferenceService {
         validate::model(&self.served, request.model.as_deref())?;
         let priority = validate::priority(request.priority)?;
         let seed = u64::from_le_bytes(random()?);
-        let given =
-            GivenOptions { sampling: request.sampling, stop: request.stop, speculation: request.speculation };
+        let given = GivenOptions {
+            sampling: request.sampling,
+            stop: request.stop,
+            speculation: request.speculation,
+            n: request.n,
+        };
         let options = validate::options(&self.served, given, seed)?;
         let tokens = match validate::source(&self.served, request.input)? {
             Source::Tokens(tokens) => tokens,
@@ -110,22 +126,18 @@ impl InferenceService {
         let id = RequestId(u128::from_le_bytes(random()?));
         let request = validate::request(&self.served, n_kv_blocks, id, tokens, options)?;
         let n_prompt_tokens = request.prompt.tokens().len() as u32;
-        let max_tokens = request.stop.max_tokens;
+        let n_tokens =
+            u64::from(n_prompt_tokens) + u64::from(request.stop.max_tokens) * u64::from(request.n_choices);
         let place = self
             .admission
-            .admit(&caller.tenant, u64::from(n_prompt_tokens) + u64::from(max_tokens), Instant::now())
+            .admit(&caller.tenant, n_tokens, Instant::now())
             .map_err(|refusal| busy(refusal.to_string(), refusal.retry_after))?;
-        let mut output = Output::new(&request, self.text.tokenizer(), arrived);
-        let (mut reader, chunks) = Reader::new(self.reader_buffer);
-        let started = Started {
-            request_id: id.to_string(),
-            model: self.served.model.clone(),
-            n_prompt_tokens,
-            seed: request.sampling.seed,
-        };
-        reader.push(output.chunk(Chunk::Started(started)));
-        let span = Span::current();
-        let submission = Box::new(Submission { request, output, reader, caller, priority, place, span });
+        let (reader, chunks) = Reader::new(self.reader_buffer);
+        let mut client = Client::new(reader, place, Span::current());
+        client.push(0, Chunk::Started(self.started(&request)));
+        let output = |_| Output::new(&request, self.text.tokenizer(), arrived);
+        let outputs = (0..request.n_choices).map(output).collect();
+        let submission = Box::new(Submission { request, outputs, client, caller, priority });
         self.events
             .send(Event::Submit(submission))
             .await

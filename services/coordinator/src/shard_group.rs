@@ -157,6 +157,11 @@ impl ShardGroup {
         self.ranks.iter().map(|ready| ready.device_numerics).collect()
     }
 
+    /// Whether every rank's device copies KV blocks.
+    pub fn copies_blocks(&self) -> bool {
+        self.ranks.iter().all(|ready| ready.copies_blocks)
+    }
+
     /// Sends a plan to every rank. A rank that cannot take it is reported by its reader.
     pub fn send(&self, plan: &StepPlan, trace: (String, String)) {
         let plan = Plan { traceparent: trace.0, tracestate: trace.1, ..Plan::from(plan) };

@@ -2,7 +2,7 @@
 
 use paceline_domain::{
     GenerateRequest, Prompt, RequestId, SamplingParams, Speculation, SpeculationOptions, StopRules, TokenId,
-    request::{MAX_PROPOSAL, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
+    request::{MAX_CHOICES, MAX_PROPOSAL, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
 };
 use paceline_text::{ChatMessage, SpecialTokens};
 use paceline_wire::{inference as proto, status::bad_request};
@@ -126,6 +126,8 @@ pub struct GivenOptions {
     pub stop: Option<proto::StopOptions>,
     /// Who may propose.
     pub speculation: Option<proto::SpeculationOptions>,
+    /// Completions.
+    pub n: Option<u32>,
 }
 
 /// Options within their limits.
@@ -137,6 +139,8 @@ pub struct Options {
     pub stop: proto::StopOptions,
     /// Who may propose.
     pub speculation: SpeculationOptions,
+    /// Completions.
+    pub n_choices: u32,
 }
 
 /// Everything but the prompt, checked before the work of tokenizing is done.
@@ -151,8 +155,12 @@ pub fn options(served: &Served, given: GivenOptions, drawn_seed: u64) -> Result<
         .collect();
     violations.extend(stop_problems(served, &stop).into_iter().map(|problem| ("stop".to_owned(), problem)));
     let speculation = speculation.map_err(|problem| violations.push(("speculation".into(), problem)));
+    let n_choices = given.n.unwrap_or(1);
+    if !(1..=MAX_CHOICES).contains(&n_choices) {
+        violations.push(("n".into(), format!("n is {n_choices}; it must be from 1 to {MAX_CHOICES}")));
+    }
     match speculation {
-        Ok(speculation) if violations.is_empty() => Ok(Options { sampling, stop, speculation }),
+        Ok(speculation) if violations.is_empty() => Ok(Options { sampling, stop, speculation, n_choices }),
         _ => Err(bad_request(&violations)),
     }
 }
@@ -225,7 +233,7 @@ pub fn request(
     n_kv_blocks: u32,
     id: RequestId,
     tokens: Vec<TokenId>,
-    Options { sampling, stop, speculation }: Options,
+    Options { sampling, stop, speculation, n_choices }: Options,
 ) -> Result<GenerateRequest, Status> {
     let n_prompt = tokens.len();
     let prompt = Prompt::new(tokens).ok_or_else(|| violation("input", "the prompt has no tokens"))?;
@@ -251,7 +259,7 @@ pub fn request(
         stop_tokens: stop.token_ids.into_iter().map(TokenId).collect(),
         ignore_eos: stop.ignore_eos.unwrap_or(false),
     };
-    Ok(GenerateRequest { id, prompt, sampling, stop, speculation })
+    Ok(GenerateRequest { id, prompt, sampling, stop, speculation, n_choices })
 }
 
 #[cfg(test)]
@@ -283,13 +291,23 @@ mod tests {
             ignore_eos: None,
         };
         let speculation = proto::SpeculationOptions { mode: None, max_tokens: Some(33) };
-        let given =
-            GivenOptions { sampling: Some(sampling), stop: Some(stop), speculation: Some(speculation) };
+        let given = GivenOptions {
+            sampling: Some(sampling),
+            stop: Some(stop),
+            speculation: Some(speculation),
+            n: Some(17),
+        };
         let status = options(&served(), given, 1).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
-        for part in
-            ["temperature is -1", "top_p is 2", "max_tokens is 0", "stop string 0", "stop token 10", "33"]
-        {
+        for part in [
+            "temperature is -1",
+            "top_p is 2",
+            "max_tokens is 0",
+            "stop string 0",
+            "stop token 10",
+            "33",
+            "n is 17",
+        ] {
             assert!(status.message().contains(part), "{part} in {}", status.message());
         }
     }

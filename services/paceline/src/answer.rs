@@ -151,7 +151,7 @@ pub fn request(model: &Model, input: Input, sampling: &SamplingArgs) -> Generate
         sampling: Some(sampling.sampling()),
         stop: Some(sampling.stop()),
         speculation: sampling.speculation(),
-        priority: None,
+        ..GenerateRequest::default()
     }
 }
 

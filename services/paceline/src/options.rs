@@ -313,8 +313,8 @@ impl SamplingArgs {
         StopOptions {
             max_tokens: Some(self.max_tokens),
             strings: self.stop.clone(),
-            token_ids: Vec::new(),
             ignore_eos: Some(self.ignore_eos),
+            ..StopOptions::default()
         }
     }
 

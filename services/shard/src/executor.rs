@@ -228,6 +228,7 @@ impl Executor {
             weight_bytes: weight_bytes as u64,
             kv_bytes: kv_bytes as u64,
             saved_bytes,
+            copies_blocks: decoder.copies_blocks(),
         };
         let message = Some(proto::shard_message::Message::Ready(ready));
         let _ = outbox.blocking_send(Ok(proto::ShardMessage { message }));
@@ -257,6 +258,9 @@ impl Executor {
         self.last_samples.fill(&mut traced.plan, self.collective.as_mut())?;
         let plan = &traced.plan;
         self.sequences.begin(plan)?;
+        for copy in plan.opens.iter().filter_map(|open| open.copied) {
+            self.decoder.copy_block(copy.from, copy.to)?;
+        }
         let samples = self.forward_and_sample(plan)?;
         self.last_samples.replace(plan, &samples);
         self.last_step = plan.step;

@@ -226,6 +226,7 @@ mod tests {
             n_prompt: 1,
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
+            copied: None,
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -269,6 +270,7 @@ mod tests {
             n_prompt: 1,
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
+            copied: None,
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -314,6 +316,7 @@ mod tests {
             n_prompt: 2,
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
+            copied: None,
         };
         let plan =
             StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens: vec![open], chunks };

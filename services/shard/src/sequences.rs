@@ -86,15 +86,26 @@ impl Sequences {
             return Err(fail("is opened twice".into()));
         }
         let n_positions = open.cached_blocks.len() * BLOCK_POSITIONS;
-        if open.cached_tokens.len() != n_positions {
-            let n_cached = open.cached_tokens.len();
-            return Err(fail(format!("{n_cached} cached tokens in blocks for {n_positions}")));
+        let n_copied = open.cached_tokens.len().checked_sub(n_positions);
+        let is_right = match open.copied {
+            Some(_) => n_copied.is_some_and(|n| (1..BLOCK_POSITIONS).contains(&n)),
+            None => n_copied == Some(0),
+        };
+        if !is_right {
+            let (n_cached, n_copies) = (open.cached_tokens.len(), usize::from(open.copied.is_some()));
+            return Err(fail(format!(
+                "{n_cached} cached tokens in blocks for {n_positions} and {n_copies} copies"
+            )));
         }
+        let copied = open.copied.map(|copy| [copy.from, copy.to]);
         self.check_blocks(open.sequence, &open.cached_blocks)?;
+        self.check_blocks(open.sequence, copied.as_ref().map_or(&[], |blocks| blocks))?;
         let mut history = TokenHistory::new(open.n_prompt as usize);
         open.cached_tokens.iter().for_each(|token| history.push(*token));
         let sampling = open.sampling.clone();
-        self.by_id.insert(open.sequence, Sequence { sampling, history, blocks: open.cached_blocks.clone() });
+        let mut blocks = open.cached_blocks.clone();
+        blocks.extend(open.copied.map(|copy| copy.to));
+        self.by_id.insert(open.sequence, Sequence { sampling, history, blocks });
         Ok(())
     }
 
@@ -138,7 +149,7 @@ fn unknown(sequence: SequenceId) -> PlanError {
 
 #[cfg(test)]
 mod tests {
-    use paceline_domain::{Epoch, StepNumber, TokenId};
+    use paceline_domain::{BlockCopy, Epoch, StepNumber, TokenId};
 
     use super::*;
 
@@ -153,7 +164,22 @@ mod tests {
             n_prompt: 2,
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
+            copied: None,
         }
+    }
+
+    /// Its first tokens are in a copy of block 0.
+    fn copied(id: u64, n_tokens: usize, to: u32) -> SequenceOpen {
+        let copied = Some(BlockCopy { from: BlockId(0), to: BlockId(to) });
+        SequenceOpen { cached_tokens: vec![TokenId(0); n_tokens], copied, ..open(id) }
+    }
+
+    #[test]
+    fn a_copied_block_is_the_sequences_own() {
+        let mut sequences = Sequences::new(4);
+        sequences.begin(&plan(vec![copied(1, 15, 3)], vec![chunk(1, 15, 2, 1, &[2])], vec![])).unwrap();
+        let sequence = sequences.get(SequenceId(1));
+        assert_eq!((sequence.history.len(), sequence.blocks.as_slice()), (15, &[BlockId(3), BlockId(2)][..]));
     }
 
     fn chunk(
@@ -180,6 +206,9 @@ mod tests {
             (plan(vec![], vec![chunk(7, 0, 1, 0, &[0])], vec![]), "is not open"),
             (plan(vec![], vec![], vec![SequenceId(7)]), "is not open"),
             (plan(vec![open(1)], vec![], vec![]), "is opened twice"),
+            (plan(vec![copied(2, 0, 1)], vec![], vec![]), "0 cached tokens in blocks for 0 and 1 copies"),
+            (plan(vec![copied(2, 16, 1)], vec![], vec![]), "16 cached tokens in blocks for 0 and 1 copies"),
+            (plan(vec![copied(2, 3, 4)], vec![], vec![]), "block 4 of a pool of 4"),
             (plan(vec![], vec![chunk(1, 3, 1, 1, &[])], vec![]), "starts at 3 with 2 tokens held"),
             (plan(vec![], vec![chunk(1, 2, 1, 2, &[])], vec![]), "keeps 2 of 1 blocks"),
             (plan(vec![], vec![chunk(1, 2, 15, 1, &[])], vec![]), "reaches 17 tokens in blocks for 16"),

@@ -6,6 +6,8 @@ use crate::{RequestId, SamplingParams, TokenId};
 pub const MAX_STOP_STRINGS: usize = 16;
 /// Longest stop string in bytes.
 pub const MAX_STOP_STRING_BYTES: usize = 512;
+/// Most completions of one prompt.
+pub const MAX_CHOICES: u32 = 16;
 
 /// The tokens a generation starts from; never empty.
 #[derive(Clone, PartialEq, Debug)]
@@ -83,6 +85,8 @@ pub struct GenerateRequest {
     pub stop: StopRules,
     /// Who may propose tokens.
     pub speculation: SpeculationOptions,
+    /// Completions, each with a seed of its own; see [`SamplingParams::of_choice`].
+    pub n_choices: u32,
 }
 
 /// Why a generation ended.

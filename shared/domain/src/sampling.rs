@@ -36,6 +36,19 @@ pub struct SamplingParams {
     pub n_logprobs: Option<u32>,
 }
 
+/// The seed of a choice: the request's own for the first, for the others a number without pattern, so that seeds that
+/// follow each other have no choices in common (the mix of Steele, Lea and Flood, "Fast splittable pseudorandom number
+/// generators", 2014).
+pub fn choice_seed(seed: u64, choice: u32) -> u64 {
+    if choice == 0 {
+        return seed;
+    }
+    let state = seed.wrapping_add(u64::from(choice).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
 impl Default for SamplingParams {
     fn default() -> Self {
         Self {
@@ -57,6 +70,11 @@ impl SamplingParams {
     /// Parameters that always choose the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Those of one of several completions of a prompt, from 0: the same but for the seed.
+    pub fn of_choice(&self, choice: u32) -> Self {
+        Self { seed: choice_seed(self.seed, choice), ..self.clone() }
     }
 
     /// Every limit that is violated, in words that say what is allowed; empty when all is well.
@@ -132,6 +150,17 @@ mod tests {
         assert_eq!(problems.len(), 5, "{problems:?}");
         assert!(problems[0].contains("temperature is -1"));
         assert!(problems[1].contains("top_p is NaN"));
+    }
+
+    #[test]
+    fn choices_have_seeds_of_their_own_that_never_change() {
+        let mut seeds: Vec<u64> =
+            (0..100).flat_map(|seed| (0..16).map(move |choice| choice_seed(seed, choice))).collect();
+        assert_eq!(seeds[..3], [0, 16_294_208_416_658_607_535, 7_960_286_522_194_355_700]);
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 1600);
+        assert_eq!(SamplingParams { seed: 7, ..SamplingParams::greedy() }.of_choice(0).seed, 7);
     }
 
     #[test]

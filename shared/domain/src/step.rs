@@ -12,10 +12,21 @@ pub struct SequenceOpen {
     pub sampling: SamplingParams,
     /// Tokens of the prompt; presence and frequency penalties count only what follows.
     pub n_prompt: u32,
-    /// Tokens before the first chunk (a prefix-cache hit); penalties need them.
+    /// Tokens before the first chunk: a prefix-cache hit, or what was computed for another sequence; penalties need them.
     pub cached_tokens: Vec<TokenId>,
-    /// KV blocks that hold `cached_tokens`, all full.
+    /// KV blocks that hold the first of `cached_tokens`, all full.
     pub cached_blocks: Vec<BlockId>,
+    /// Where the rest of `cached_tokens`, less than a block, comes from.
+    pub copied: Option<BlockCopy>,
+}
+
+/// One KV block becomes a copy of another before the pass of a step, after the copies of earlier opens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockCopy {
+    /// It is read.
+    pub from: BlockId,
+    /// It is written, and the sequence's own.
+    pub to: BlockId,
 }
 
 /// Tokens of one sequence to run through the model in this step.

@@ -1,8 +1,8 @@
 //! Step plans and results between protobuf and the domain. Shape is checked here; meaning is the shard's matter.
 
 use paceline_domain::{
-    BlockId, Epoch, SampledToken, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, SequenceSamples,
-    StepNumber, StepPlan, StepResult, StepTimings, TokenId, TokenLogprob,
+    BlockCopy, BlockId, Epoch, SampledToken, SamplingParams, SequenceChunk, SequenceId, SequenceOpen,
+    SequenceSamples, StepNumber, StepPlan, StepResult, StepTimings, TokenId, TokenLogprob,
 };
 
 use crate::{ProtocolError, shard};
@@ -69,6 +69,7 @@ impl From<&SequenceOpen> for shard::SequenceOpen {
             n_prompt: open.n_prompt,
             cached_tokens: tokens(&open.cached_tokens),
             cached_blocks: blocks(&open.cached_blocks),
+            copied: open.copied.map(|copy| shard::BlockCopy { from: copy.from.0, to: copy.to.0 }),
         }
     }
 }
@@ -86,6 +87,7 @@ impl TryFrom<shard::SequenceOpen> for SequenceOpen {
             n_prompt: open.n_prompt,
             cached_tokens: token_ids(open.cached_tokens),
             cached_blocks: block_ids(open.cached_blocks),
+            copied: open.copied.map(|copy| BlockCopy { from: BlockId(copy.from), to: BlockId(copy.to) }),
         })
     }
 }
@@ -259,8 +261,9 @@ mod tests {
                 sequence: SequenceId(2),
                 sampling,
                 n_prompt: 3,
-                cached_tokens: vec![TokenId(4); 16],
+                cached_tokens: vec![TokenId(4); 17],
                 cached_blocks: vec![BlockId(5)],
+                copied: Some(BlockCopy { from: BlockId(3), to: BlockId(9) }),
             }],
             chunks: vec![SequenceChunk {
                 sequence: SequenceId(2),

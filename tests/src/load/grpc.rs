@@ -62,12 +62,11 @@ impl Grpc {
             ..StopOptions::default()
         };
         GenerateRequest {
-            speculation: None,
-            priority: None,
             model: Some(self.model.clone()),
             input: Some(input),
             sampling: Some(self.sampling.clone()),
             stop: Some(stop),
+            ..GenerateRequest::default()
         }
     }
 

@@ -2,81 +2,113 @@
 
 use std::time::Instant;
 
-use paceline_domain::{FinishReason, SequenceId};
+use paceline_domain::{FinishReason, RequestId, SequenceId};
+use paceline_wire::inference::generate_response::Event as Chunk;
 use tonic::Status;
 
 use super::{Active, Engine, Event};
 use crate::{
+    client::Client,
     output::proposal_counts,
     reader::{Flow, Progress},
 };
 
 impl Engine {
-    /// A request has all it wanted.
+    /// A choice has all it wanted; with the last one its request is done.
     pub(super) fn finish(&mut self, id: SequenceId, reason: &FinishReason, now: Instant) {
         let proposals = self.drafter.finish(id).map(proposal_counts).unwrap_or_default();
-        let Some(mut request) = self.remove(id) else { return };
-        let usage = request.output.usage();
-        request.span.record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
-        request.span.record("gen_ai.usage.output_tokens", i64::from(usage.n_completion));
-        let chunk = request.output.finished(reason, proposals, now);
-        request.reader.end(Ok(chunk), self.reader_limit);
+        let Some(Active { request, choice, mut output }) = self.remove_choice(id) else { return };
+        let Some(client) = self.clients.get_mut(&request) else { return };
+        let finished = Chunk::Finished(output.finished(reason, proposals, now));
+        let usage = output.usage();
+        if !client.closes(id, usage.n_completion) {
+            if client.push(choice, finished) == Flow::Stalled {
+                self.await_reader(request);
+            }
+            return;
+        }
+        client.span().record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
+        client.span().record("gen_ai.usage.output_tokens", client.n_completion() as i64);
+        if let Some(client) = self.remove(request) {
+            client.end(choice, finished, self.reader_limit);
+        }
     }
 
-    /// A request is over, wherever it was.
-    pub(super) fn remove(&mut self, id: SequenceId) -> Option<Active> {
+    /// A request is over, wherever its choices were.
+    pub(super) fn remove(&mut self, request: RequestId) -> Option<Client> {
+        let client = self.clients.remove(&request)?;
+        self.deadlines.remove(request);
+        for id in client.open() {
+            self.remove_choice(*id);
+        }
+        Some(client)
+    }
+
+    fn remove_choice(&mut self, id: SequenceId) -> Option<Active> {
         self.scheduler.finish(id);
         self.drafter.finish(id);
-        self.deadlines.remove(id);
-        self.requests.remove(&id)
+        self.choices.remove(&id)
     }
 
     /// Ends requests whose client is gone.
     pub(super) fn drop_abandoned(&mut self) {
-        let gone = self.requests.iter().filter(|(_, request)| request.reader.is_gone());
-        for id in gone.map(|(id, _)| *id).collect::<Vec<_>>() {
-            tracing::debug!(sequence = %id, "client gone");
-            self.remove(id);
+        let gone = self.clients.iter().filter(|(_, client)| client.is_gone());
+        for request in gone.map(|(request, _)| *request).collect::<Vec<_>>() {
+            tracing::debug!(%request, "client gone");
+            self.remove(request);
         }
     }
 
     /// Ends requests that nobody waits for any more, after what they have generated.
     pub(super) fn end_expired(&mut self, now: Instant) {
-        for id in self.deadlines.expired(now) {
-            let Some(Active { mut output, mut reader, .. }) = self.remove(id) else { continue };
-            if let Some(chunk) = output.rest() {
-                reader.push(chunk);
+        for request in self.deadlines.expired(now) {
+            let Some(client) = self.clients.get_mut(&request) else { continue };
+            let mut n_tokens = client.n_completion();
+            for id in client.open().to_vec() {
+                let Some(Active { choice, output, .. }) = self.choices.get_mut(&id) else { continue };
+                if let Some(rest) = output.rest() {
+                    client.push(*choice, Chunk::Delta(rest));
+                }
+                n_tokens += u64::from(output.usage().n_completion);
             }
-            let n_tokens = output.usage().n_completion;
             let message =
                 format!("the client's deadline passed; {n_tokens} tokens were generated until then");
-            reader.end(Err(Status::deadline_exceeded(message)), self.reader_limit);
+            if let Some(client) = self.remove(request) {
+                client.fail(Status::deadline_exceeded(message), self.reader_limit);
+            }
+        }
+    }
+
+    /// Ends everything, because the process does.
+    pub(super) fn cancel_all(&mut self, now: Instant) {
+        for id in self.choices.keys().copied().collect::<Vec<_>>() {
+            self.finish(id, &FinishReason::Cancelled, now);
         }
     }
 
     /// Nothing more is generated until the reader has read something.
-    pub(super) fn await_reader(&mut self, id: SequenceId) {
-        let Some(request) = self.requests.get(&id) else { return };
-        self.scheduler.hold(id);
-        let (progress, events) = (request.reader.progress(self.reader_limit), self.events.clone());
+    pub(super) fn await_reader(&mut self, request: RequestId) {
+        let Some(client) = self.clients.get(&request) else { return };
+        client.open().iter().for_each(|id| self.scheduler.hold(*id));
+        let (progress, events) = (client.progress(self.reader_limit), self.events.clone());
         tokio::spawn(async move {
             let progress = progress.await;
-            let _ = events.send(Event::Reader(id, progress)).await;
+            let _ = events.send(Event::Reader(request, progress)).await;
         });
     }
 
-    pub(super) fn reader_event(&mut self, id: SequenceId, progress: Progress) {
-        let Some(request) = self.requests.get_mut(&id) else { return };
-        match (progress, request.reader.flush()) {
-            (_, Flow::Open) => self.scheduler.release(id),
-            (Progress::Moves, Flow::Stalled) => self.await_reader(id),
+    pub(super) fn reader_event(&mut self, request: RequestId, progress: Progress) {
+        let Some(client) = self.clients.get_mut(&request) else { return };
+        match (progress, client.flush()) {
+            (_, Flow::Open) => client.open().iter().for_each(|id| self.scheduler.release(*id)),
+            (Progress::Moves, Flow::Stalled) => self.await_reader(request),
             (Progress::Stuck, Flow::Stalled) => {
-                tracing::info!(sequence = %id, "a client that reads nothing is given up");
-                if let Some(request) = self.remove(id) {
-                    request.reader.give_up(self.reader_limit);
+                tracing::info!(%request, "a client that reads nothing is given up");
+                if let Some(client) = self.remove(request) {
+                    client.give_up(self.reader_limit);
                 }
             }
-            (_, Flow::Gone) => drop(self.remove(id)),
+            (_, Flow::Gone) => drop(self.remove(request)),
         }
     }
 }

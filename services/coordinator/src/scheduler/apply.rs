@@ -99,6 +99,7 @@ impl Scheduler {
             }
         }
         self.waiting.charge(&sequence.tenant, 0, sampled.len());
+        let siblings = if sampled.is_empty() { Vec::new() } else { std::mem::take(&mut sequence.siblings) };
         sequence.tokens.extend(sampled.iter().map(|sampled| sampled.token));
         applied.commits.extend(sampled.into_iter().map(|sampled| Commit { sequence: id, sampled }));
         if has_kept_place {
@@ -106,6 +107,7 @@ impl Scheduler {
                 self.ledger.publish(block, key);
             }
         }
+        self.release_siblings(siblings);
     }
 }
 

@@ -103,7 +103,7 @@ impl Scheduler {
             let sequence = &self.sequences[&id];
             let is_new = sequence.opened_at.is_none();
             if !matches!(sequence.next(), Next::Known(n) if n > 1 || is_new)
-                || (is_new && self.awaits_prefix(id))
+                || (is_new && (self.awaits_prefix(id) || self.awaits_copy(id)))
             {
                 continue;
             }
@@ -114,7 +114,10 @@ impl Scheduler {
         }
         let Some(first) = prompts.first() else { return };
         let start = self.sequences[first].n_planned;
-        let pending = |id: &SequenceId| self.sequences[id].tokens.len() - self.sequences[id].n_planned;
+        let pending = |id: &SequenceId| match self.copy_for(*id) {
+            Some(_) => 1,
+            None => self.sequences[id].tokens.len() - self.sequences[id].n_planned,
+        };
         let wanted: Vec<usize> = prompts.iter().map(pending).collect();
         let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
         let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, start, n_rows_left);
@@ -127,13 +130,13 @@ impl Scheduler {
 
     /// What the shards must know of a sequence they do not know yet.
     fn open(&mut self, id: SequenceId) -> Option<SequenceOpen> {
-        let step = self.next_step;
-        let sequence = self.sequence(id);
-        if sequence.opened_at.is_some() {
+        if self.sequences[&id].opened_at.is_some() {
             return None;
         }
+        let (step, copied) = (self.next_step, self.copy_for(id));
+        let sequence = self.sequence(id);
         let n_tokens = sequence.tokens.len() as u64;
-        let open = sequence.open(id, step);
+        let open = sequence.open(id, step, copied);
         self.counters.n_opened_tokens += n_tokens;
         self.counters.n_cached_tokens += open.cached_tokens.len() as u64;
         Some(open)

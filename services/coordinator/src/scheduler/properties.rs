@@ -19,6 +19,8 @@ enum Event {
         max_tokens: u32,
         tenant: u8,
         priority: Priority,
+        /// Further sequences with the same prompt.
+        n_siblings: u64,
     },
     /// Proposals for all that can have some; `misled` of eight are wrong from a random place on.
     Propose {
@@ -47,13 +49,15 @@ enum Event {
 fn events() -> impl Strategy<Value = Vec<Event>> {
     // Around the ends of blocks, or anything.
     let n_prompt = prop_oneof![Just(15usize), Just(16), Just(17), Just(31), Just(32), Just(33), 1usize..70];
-    let submit = (0u32..3, n_prompt, 1u32..40, 0u8..2, priority()).prop_map(
-        |(family, n_prompt, max_tokens, tenant, priority)| Event::Submit {
+    let n_siblings = prop_oneof![3 => Just(0u64), 1 => 1u64..4];
+    let submit = (0u32..3, n_prompt, 1u32..40, 0u8..2, priority(), n_siblings).prop_map(
+        |(family, n_prompt, max_tokens, tenant, priority, n_siblings)| Event::Submit {
             family,
             n_prompt,
             max_tokens,
             tenant,
             priority,
+            n_siblings,
         },
     );
     let pace = prop_oneof![Just(Pace::RunAhead), Just(Pace::StepByStep)];
@@ -123,7 +127,7 @@ impl World {
         for n_rows in 1..=limits.max_rows as usize {
             scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64);
         }
-        Self {
+        let mut world = Self {
             limits,
             n_blocks,
             scheduler,
@@ -132,16 +136,30 @@ impl World {
             live: BTreeMap::new(),
             n_epochs: 1,
             log: Vec::new(),
+        };
+        world.allow_copies();
+        world
+    }
+
+    /// In most groups.
+    fn allow_copies(&mut self) {
+        if !(u64::from(self.n_blocks) + self.n_epochs).is_multiple_of(4) {
+            self.scheduler.copy_blocks();
         }
     }
 
     fn happen(&mut self, event: &Event) {
         match *event {
-            Event::Submit { family, n_prompt, max_tokens, tenant, priority } => {
+            Event::Submit { family, n_prompt, max_tokens, tenant, priority, n_siblings } => {
                 let seed = u64::from(family) * 31 + n_prompt as u64;
                 let sampling = SamplingParams { seed, ..SamplingParams::greedy() };
                 let (prompt, tenant) = (prompt(family, n_prompt), tenant.to_string());
-                self.submit(NewSequence { prompt, max_tokens, sampling, tenant, priority });
+                let new = NewSequence { prompt, max_tokens, sampling, tenant, priority, sibling: None };
+                let sibling = self.submit(new.clone());
+                for i in 1..n_siblings + 1 {
+                    let sampling = SamplingParams { seed: seed + 1000 * i, ..new.sampling.clone() };
+                    self.submit(NewSequence { sampling, sibling, ..new.clone() });
+                }
             }
             Event::Propose { n, misled } => self.propose(n, misled),
             Event::Plan => self.plan(),
@@ -172,6 +190,7 @@ impl World {
                 self.plans.clear();
                 self.group = ToyGroup::new(self.n_blocks);
                 self.scheduler.begin_epoch(Epoch(self.n_epochs), self.n_blocks);
+                self.allow_copies();
             }
         }
         self.check_blocks();
@@ -181,13 +200,14 @@ impl World {
         self.live.keys().nth(which % self.live.len().max(1)).copied()
     }
 
-    fn submit(&mut self, new: NewSequence) {
+    fn submit(&mut self, new: NewSequence) -> Option<SequenceId> {
         if !Scheduler::could_fit(self.n_blocks, new.prompt.len() + new.max_tokens as usize) {
-            return;
+            return None;
         }
         let expected = (new.prompt.clone(), new.sampling.seed);
         let id = self.scheduler.submit(new);
         self.live.insert(id, expected);
+        Some(id)
     }
 
     fn propose(&mut self, n: usize, misled: u64) {
@@ -326,7 +346,7 @@ proptest! {
 /// The properties would be worth little if random events never met these.
 #[test]
 fn random_events_meet_hits_preemption_and_running_ahead() {
-    let (mut n_cached, mut n_preemptions, mut n_ahead, mut n_verified) = (0, 0, 0, 0);
+    let (mut n_cached, mut n_preemptions, mut n_ahead, mut n_verified, mut n_copied) = (0, 0, 0, 0, 0);
     let mut runner = TestRunner::deterministic();
     for _ in 0..200 {
         let (limits, n_blocks) = limits().new_tree(&mut runner).expect("limits").current();
@@ -339,7 +359,10 @@ fn random_events_meet_hits_preemption_and_running_ahead() {
         let chunks = || world.log.iter().flat_map(|plan| &plan.chunks);
         n_ahead += chunks().filter(|chunk| chunk.runs_ahead).count();
         n_verified += chunks().filter(|chunk| chunk.n_sampled > 1).count();
+        n_copied +=
+            world.log.iter().flat_map(|plan| &plan.opens).filter(|open| open.copied.is_some()).count();
     }
-    let met = (n_cached, n_preemptions, n_ahead, n_verified);
-    assert!(n_cached > 1000 && n_preemptions > 10 && n_ahead > 1000 && n_verified > 100, "{met:?}");
+    let met = (n_cached, n_preemptions, n_ahead, n_verified, n_copied);
+    assert!(n_cached > 1000 && n_preemptions > 10 && n_ahead > 1000, "{met:?}");
+    assert!(n_verified > 100 && n_copied > 50, "{met:?}");
 }

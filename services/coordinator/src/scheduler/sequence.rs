@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use paceline_domain::{
-    BlockId, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber, TokenId, UNKNOWN_TOKEN,
+    BlockCopy, BlockId, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber, TokenId,
+    UNKNOWN_TOKEN,
 };
 
 use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, blocks_for};
@@ -20,6 +21,10 @@ pub(super) struct Sequence {
     pub(super) pace: Pace,
     /// Whose it is.
     pub(super) tenant: Arc<str>,
+    /// The first of the sequences with its prompt; itself where it is alone.
+    pub(super) family: SequenceId,
+    /// Those of them that wait until it has read the prompt.
+    pub(super) siblings: Vec<SequenceId>,
     /// Nothing more is planned for it: what it has cannot be delivered now.
     pub(super) is_held: bool,
     /// Order of first places; kept when the place is lost.
@@ -61,7 +66,7 @@ pub(super) enum Next {
 }
 
 impl Sequence {
-    pub(super) fn new(new: NewSequence, root: PrefixKey) -> Self {
+    pub(super) fn new(id: SequenceId, new: NewSequence, root: PrefixKey) -> Self {
         Self {
             n_prompt: new.prompt.len(),
             n_limit: new.prompt.len() + new.max_tokens as usize,
@@ -69,6 +74,8 @@ impl Sequence {
             sampling: new.sampling,
             pace: Pace::default(),
             tenant: new.tenant.into(),
+            family: new.sibling.unwrap_or(id),
+            siblings: Vec::new(),
             is_held: false,
             age: None,
             n_preempted: 0,
@@ -172,16 +179,27 @@ impl Sequence {
         self.n_unknown = 0;
     }
 
-    /// What the shards must know before its first chunk.
-    pub(super) fn open(&mut self, id: SequenceId, step: StepNumber) -> SequenceOpen {
+    /// What the shards must know before its first chunk. With a copy all but the last token of its prompt are there.
+    pub(super) fn open(
+        &mut self,
+        id: SequenceId,
+        step: StepNumber,
+        copied: Option<BlockCopy>,
+    ) -> SequenceOpen {
         self.opened_at = Some(step);
         self.n_sent_blocks = self.n_cached_blocks;
+        if copied.is_some() {
+            self.n_sent_blocks += 1;
+            self.n_computed = self.n_prompt - 1;
+            self.n_planned = self.n_computed;
+        }
         SequenceOpen {
             sequence: id,
             sampling: self.sampling.clone(),
             n_prompt: self.n_prompt as u32,
             cached_tokens: self.tokens[..self.n_computed].to_vec(),
             cached_blocks: self.blocks[..self.n_cached_blocks].to_vec(),
+            copied,
         }
     }
 

@@ -38,6 +38,7 @@ fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
         sampling: SamplingParams::greedy(),
         tenant: String::new(),
         priority: Priority::Normal,
+        sibling: None,
     }
 }
 
@@ -418,4 +419,47 @@ fn a_flooding_tenant_leaves_every_other_place_to_a_light_one() {
         })
         .collect();
     assert_eq!(order, [1, 2, 7, 3, 8, 4]);
+}
+
+/// With the same prompt, and what its tokens follow from besides.
+fn sibling(of: SequenceId, seed: u64, n_prompt: usize, max_tokens: u32) -> NewSequence {
+    let sampling = SamplingParams { seed, ..SamplingParams::greedy() };
+    NewSequence { sampling, sibling: Some(of), ..sequence(n_prompt, max_tokens) }
+}
+
+#[test]
+fn siblings_share_a_prompt_that_is_read_once_and_copy_its_last_block() {
+    let mut scheduler = scheduler(LIMITS, N_KV_BLOCKS);
+    scheduler.copy_blocks();
+    let first = scheduler.submit(sequence(25, 3));
+    let others = [1, 2].map(|seed| scheduler.submit(sibling(first, seed, 25, 3)));
+    assert_eq!(scheduler.n_sequences(), (0, 1), "they wait beside the first, not in the queue");
+    let stranger = scheduler.submit(stranger("b", 2, 1));
+    assert_eq!(shape(&step(&mut scheduler)), [(1, 0, 18, 0), (4, 0, 2, 1)]);
+    scheduler.finish(stranger);
+    assert_eq!(shape(&step(&mut scheduler)), [(1, 18, 7, 1)]);
+    let plan = step(&mut scheduler);
+    assert_eq!(shape(&plan), [(1, 25, 1, 1), (2, 24, 1, 1), (3, 24, 1, 1)]);
+    assert_eq!(plan.opens.iter().map(|open| open.sequence).collect::<Vec<_>>(), others);
+    let blocks = |id: SequenceId| scheduler.sequences[&id].blocks.clone();
+    for open in &plan.opens {
+        let own = blocks(open.sequence);
+        assert_eq!((open.cached_tokens.len(), &open.cached_blocks), (24, &own[..1].to_vec()));
+        assert_eq!(open.copied, Some(paceline_domain::BlockCopy { from: blocks(first)[1], to: own[1] }));
+    }
+    assert_eq!(scheduler.n_free_blocks(), N_KV_BLOCKS as usize - 4, "one block shared, three of their own");
+}
+
+#[test]
+fn siblings_read_what_cannot_be_copied_and_outlive_the_first() {
+    let mut scheduler = scheduler(LIMITS, N_KV_BLOCKS);
+    let first = scheduler.submit(sequence(20, 3));
+    scheduler.submit(sibling(first, 1, 20, 3));
+    step(&mut scheduler);
+    assert_eq!(shape(&step(&mut scheduler)), [(1, 20, 1, 1), (2, 16, 4, 1)], "the group copies nothing");
+    let second = scheduler.submit(stranger("b", 20, 3));
+    let third = scheduler.submit(NewSequence { tenant: "b".into(), ..sibling(second, 1, 20, 3) });
+    scheduler.finish(second);
+    [first, SequenceId(2)].into_iter().for_each(|id| scheduler.finish(id));
+    assert_eq!(shape(&step(&mut scheduler)), [(third.0, 0, 20, 1)]);
 }

@@ -59,12 +59,17 @@ impl ToyGroup {
             assert!(self.sequences.remove(id).is_some(), "{id} is not open");
         }
         for open in &plan.opens {
-            assert_eq!(open.cached_tokens.len(), open.cached_blocks.len() * BLOCK_POSITIONS);
-            let sequence = ToySequence {
-                blocks: open.cached_blocks.clone(),
-                n_tokens: open.cached_tokens.len(),
-                seed: open.sampling.seed,
-            };
+            let n_copied = open.cached_tokens.len() - open.cached_blocks.len() * BLOCK_POSITIONS;
+            assert_eq!(n_copied > 0, open.copied.is_some());
+            assert!(n_copied < BLOCK_POSITIONS);
+            let mut blocks = open.cached_blocks.clone();
+            if let Some(copy) = open.copied {
+                let from = copy.from.idx() * BLOCK_POSITIONS;
+                self.memory.copy_within(from..from + BLOCK_POSITIONS, copy.to.idx() * BLOCK_POSITIONS);
+                blocks.push(copy.to);
+            }
+            let sequence =
+                ToySequence { blocks, n_tokens: open.cached_tokens.len(), seed: open.sampling.seed };
             assert!(self.sequences.insert(open.sequence, sequence).is_none(), "{} is open", open.sequence);
         }
         let chunks: Vec<SequenceChunk> = plan.chunks.iter().map(|chunk| self.resolved(chunk)).collect();

@@ -1,6 +1,6 @@
 //! Sequences that wait for a place. It decides who is next and nothing else.
 //!
-//! Who had a place and lost it goes before all others. Then classes: the highest that waits, unless another one was
+//! Who had a place and lost it goes before all others, then who continues a prompt that was just read for another. Then classes: the highest that waits, unless another one was
 //! passed over too often. In a class the tenant that was served least, by a virtual token counter (Sheng et al., "Fairness
 //! in Serving Large Language Models", 2024): it rises with what the tenant's sequences read and generate, and a tenant
 //! that starts to wait is lifted to the least of those that wait already, so that nobody saves up by being absent.
@@ -36,7 +36,7 @@ pub enum Priority {
 /// Fair share of places among tenants, in classes.
 #[derive(Debug)]
 pub(super) struct Waiting {
-    /// Who had a place, next first.
+    /// Who had a place, or shares the prompt of one that has, next first.
     returned: VecDeque<SequenceId>,
     /// By [`Priority`].
     classes: [Class; N_CLASSES],
@@ -92,6 +92,11 @@ impl Waiting {
     /// Before all others, because it had a place and lost it.
     pub(super) fn push_front(&mut self, id: SequenceId) {
         self.returned.push_front(id);
+    }
+
+    /// Before all that never had a place: what it shares with another one is there now.
+    pub(super) fn push_next(&mut self, id: SequenceId) {
+        self.returned.push_back(id);
     }
 
     /// Who is next.

@@ -274,12 +274,12 @@ impl Comparison {
         };
         let mode = SpeculationMode::from(mode);
         GenerateRequest {
-            priority: None,
             model: Some(self.model.name.clone()),
             input: Some(input),
             sampling: Some(SamplingOptions { temperature: Some(0.0), ..SamplingOptions::default() }),
             stop: Some(StopOptions { max_tokens: Some(max_tokens), ..StopOptions::default() }),
             speculation: Some(SpeculationOptions { mode: Some(mode.into()), max_tokens: None }),
+            ..GenerateRequest::default()
         }
     }
 }
