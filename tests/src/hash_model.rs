@@ -18,7 +18,7 @@ use paceline_model::{
     backend::{Half, Pass},
     logits::LogitRows,
 };
-use paceline_sampling::{TokenHistory, sample_row};
+use paceline_sampling::{TokenHistory, forbid, sample_row};
 
 use crate::random::scramble;
 
@@ -138,15 +138,25 @@ impl Device for HashModel {
     }
 }
 
-/// The tokens of a request that runs alone, by the definition of the double: no blocks, no batches, no services. Ends
-/// with the first token of `end_tokens`, which is included, or after `max_tokens`; `n_usable` is the vocabulary's size.
-pub fn tokens_alone(
-    n_usable: usize,
-    prompt: &[TokenId],
-    sampling: &SamplingParams,
-    end_tokens: &[TokenId],
-    max_tokens: usize,
-) -> Vec<TokenId> {
+/// A request, as far as its tokens depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// What it continues.
+    pub prompt: &'a [TokenId],
+    /// How tokens are chosen.
+    pub sampling: &'a SamplingParams,
+    /// The first of these ends it; it is included.
+    pub end_tokens: &'a [TokenId],
+    /// Before so many tokens none of them can be chosen.
+    pub min_tokens: usize,
+    /// Most tokens.
+    pub max_tokens: usize,
+}
+
+/// The tokens of a request that runs alone, by the definition of the double: no blocks, no batches, no services.
+/// `n_usable` is the vocabulary's size.
+pub fn tokens_alone(n_usable: usize, request: &Request<'_>) -> Vec<TokenId> {
+    let Request { prompt, sampling, end_tokens, min_tokens, max_tokens } = *request;
     let mut chain = Chain::default();
     let mut history = TokenHistory::new(prompt.len());
     history.extend(prompt);
@@ -155,6 +165,9 @@ pub fn tokens_alone(
     let mut tokens = Vec::new();
     while tokens.len() < max_tokens {
         let mut row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
+        if tokens.len() < min_tokens {
+            forbid(end_tokens, 0, &mut row);
+        }
         let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;
         tokens.push(token);
         if end_tokens.contains(&token) {

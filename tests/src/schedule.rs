@@ -12,7 +12,7 @@ use paceline_wire::inference::{
 use tokio::sync::watch;
 use tonic::{Status, transport::Channel};
 
-use crate::random::Random;
+use crate::{hash_model::Request, random::Random};
 
 /// Lengths of shared prefixes: at the borders of blocks.
 const SHARED: [usize; 9] = [
@@ -59,6 +59,8 @@ pub struct Job {
     pub after: usize,
     /// The client goes away after so many tokens; 0 is before the first.
     pub cancelled_after: Option<usize>,
+    /// Fewest tokens to generate: until then nothing ends it but its going away.
+    pub min_tokens: usize,
     /// Completions.
     pub n_choices: u32,
     /// The tokens each of its choices has when it runs alone.
@@ -165,6 +167,7 @@ impl<'a> Schedules<'a> {
             end_tokens: if random.happens(0.5) { vec![self.shape.end_token] } else { Vec::new() },
             after: if random.happens(0.4) { 0 } else { random.within(0..12) },
             cancelled_after,
+            min_tokens: if random.happens(0.3) { random.within(0..max_tokens + 1) } else { 0 },
             n_choices: if random.happens(0.25) { random.within(2..5) as u32 } else { 1 },
             alone: Vec::new(),
         }
@@ -210,6 +213,12 @@ impl Job {
         Self { sampling: self.sampling.of_choice(choice), n_choices: 1, ..self.clone() }
     }
 
+    /// As the double's definition wants it, of one choice.
+    pub fn alone_request(&self) -> Request<'_> {
+        let Self { prompt, sampling, end_tokens, min_tokens, max_tokens, .. } = self;
+        Request { prompt, sampling, end_tokens, min_tokens: *min_tokens, max_tokens: *max_tokens }
+    }
+
     /// As it is sent.
     pub fn request(&self) -> GenerateRequest {
         let sampling = &self.sampling;
@@ -229,6 +238,7 @@ impl Job {
                 max_tokens: Some(self.max_tokens as u32),
                 token_ids: self.end_tokens.iter().map(|token| token.0).collect(),
                 ignore_eos: Some(true),
+                min_tokens: Some(self.min_tokens as u32),
                 ..StopOptions::default()
             }),
             ..GenerateRequest::default()

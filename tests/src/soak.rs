@@ -135,18 +135,20 @@ fn short_job(random: &mut Random, cancelled: f64) -> Job {
     let n_own = random.within(1..12);
     prompt.extend((0..n_own).map(|_| TokenId(random.within(0..N_VOCAB) as u32)));
     let (sampling, max_tokens) = (SamplingParams::greedy(), random.within(1..9));
-    let alone = vec![tokens_alone(N_VOCAB, &prompt, &sampling, &[], max_tokens)];
     let cancelled_after = random.happens(cancelled).then(|| random.within(0..max_tokens));
-    Job {
+    let mut job = Job {
         prompt,
         sampling,
         max_tokens,
         end_tokens: Vec::new(),
         after: 0,
         cancelled_after,
+        min_tokens: 0,
         n_choices: 1,
-        alone,
-    }
+        alone: Vec::new(),
+    };
+    job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
+    job
 }
 
 /// Bytes of this process that are in memory.

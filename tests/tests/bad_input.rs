@@ -29,7 +29,7 @@ fn stop(of: &mut GenerateRequest) -> &mut StopOptions {
 }
 
 /// What is wrong, the code it must get, and a part of the message that tells the user.
-const BAD: [(Change, Code, &str); 22] = [
+const BAD: [(Change, Code, &str); 23] = [
     (|r| r.model = Some("gpt-5".into()), Code::NotFound, "test-model"),
     (
         |r| options(r).temperature = Some(-1.0),
@@ -44,6 +44,7 @@ const BAD: [(Change, Code, &str); 22] = [
     (|r| options(r).presence_penalty = Some(f32::NAN), Code::InvalidArgument, "presence_penalty is NaN"),
     (|r| options(r).logprobs = Some(21), Code::InvalidArgument, "at most 20"),
     (|r| options(r).logit_bias.extend([(60_000, 1.0)]), Code::InvalidArgument, "token 60000"),
+    (|r| stop(r).min_tokens = Some(9999), Code::InvalidArgument, "must not be above max_tokens"),
     (|r| r.n = Some(0), Code::InvalidArgument, "n is 0; it must be from 1 to 16"),
     (|r| options(r).logit_bias.extend([(6, 101.0)]), Code::InvalidArgument, "from -100 to 100"),
     (|r| r.input = None, Code::InvalidArgument, "`prompt`"),

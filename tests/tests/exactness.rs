@@ -24,7 +24,7 @@ const CONTEXT: usize = 160;
 const END: TokenId = TokenId(N_VOCAB as u32 - 1);
 
 fn alone(job: &Job) -> Vec<TokenId> {
-    tokens_alone(N_VOCAB, &job.prompt, &job.sampling, &job.end_tokens, job.max_tokens)
+    tokens_alone(N_VOCAB, &job.alone_request())
 }
 
 /// Limits of a cluster, and what its requests may need.

@@ -24,17 +24,18 @@ const MOST_GROWTH: u64 = 6 << 20;
 fn whole_pool() -> Schedule {
     let prompt: Vec<TokenId> = (0..POOL - 8).map(|i| TokenId((i * i % 61) as u32)).collect();
     let sampling = SamplingParams::greedy();
-    let alone = vec![tokens_alone(N_VOCAB, &prompt, &sampling, &[], 8)];
-    let job = Job {
+    let mut job = Job {
         prompt,
         sampling,
         max_tokens: 8,
         end_tokens: Vec::new(),
         after: 0,
         cancelled_after: None,
+        min_tokens: 0,
         n_choices: 1,
-        alone,
+        alone: Vec::new(),
     };
+    job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
     Schedule { seed: 0, jobs: vec![job] }
 }
 

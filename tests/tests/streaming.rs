@@ -158,6 +158,15 @@ async fn stop_tokens_and_end_tokens_end_the_answer_and_are_not_text() {
     assert_eq!(ended.tokens.last(), Some(&end_token));
     assert!(!ended.text.contains("<|im_end|>"), "{}", ended.text);
 
+    let n_least = ended.tokens.len() as u32 + 3;
+    stop(&mut request).min_tokens = Some(n_least);
+    let longer = ok(&mut client, request.clone()).await;
+    let n_same = ended.tokens.len() - 1;
+    assert_eq!(longer.tokens[..n_same], ended.tokens[..n_same]);
+    assert!(longer.tokens.len() as u32 > n_least, "{:?}", longer.text);
+    assert!(!longer.tokens[..n_least as usize].contains(&end_token), "the end token is held back");
+    stop(&mut request).min_tokens = None;
+
     let n_more = ended.tokens.len() as u32 + 5;
     (stop(&mut request).ignore_eos, stop(&mut request).max_tokens) = (Some(true), Some(n_more));
     let went_on = ok(&mut client, request).await;

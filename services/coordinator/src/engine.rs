@@ -268,6 +268,7 @@ impl Engine {
                 prompt: request.prompt.tokens().to_vec(),
                 max_tokens: request.stop.max_tokens,
                 sampling: sampling.clone(),
+                held_back: output.held_back(),
                 tenant: caller.tenant.clone(),
                 priority,
                 sibling: first,

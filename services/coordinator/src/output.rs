@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-use paceline_domain::{FinishReason, GenerateRequest, SampledToken, StopRules, TokenId, Usage};
+use paceline_domain::{FinishReason, GenerateRequest, HeldBack, SampledToken, StopRules, TokenId, Usage};
 use paceline_speculation::{Source, SourceCounters};
 use paceline_text::{Detokenizer, StopMatcher, Tokenizer};
 use paceline_wire::inference as proto;
@@ -59,6 +59,14 @@ impl Output {
             n_cached: None,
             clock: Clock { arrived, scheduled: None, first_token: None },
         }
+    }
+
+    /// The tokens that would end it too early.
+    pub fn held_back(&self) -> Option<HeldBack> {
+        let mut tokens: Vec<TokenId> = self.end_tokens.iter().copied().collect();
+        tokens.sort_unstable();
+        let until = self.n_prompt + self.rules.min_tokens;
+        (self.rules.min_tokens > 0 && !tokens.is_empty()).then_some(HeldBack { until, tokens })
     }
 
     /// The first so many tokens were in the prefix cache when it began; what is found later, when it goes on after a

@@ -29,7 +29,7 @@ use std::{
 };
 
 use paceline_domain::{
-    Digest, Epoch, SamplingParams, SequenceId, StepNumber, TokenId, group::BLOCK_POSITIONS,
+    Digest, Epoch, HeldBack, SamplingParams, SequenceId, StepNumber, TokenId, group::BLOCK_POSITIONS,
 };
 
 use crate::{ledger::BlockLedger, prefix::PrefixKey};
@@ -78,6 +78,8 @@ pub struct NewSequence {
     pub max_tokens: u32,
     /// How its tokens are chosen.
     pub sampling: SamplingParams,
+    /// What cannot be chosen yet.
+    pub held_back: Option<HeldBack>,
     /// Whose it is; prefixes are shared inside a tenant only.
     pub tenant: String,
     /// Its class.

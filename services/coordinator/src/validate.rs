@@ -207,6 +207,9 @@ fn stop_problems(served: &Served, stop: &proto::StopOptions) -> Vec<String> {
     if stop.max_tokens == Some(0) {
         problems.push("max_tokens is 0; it must be at least 1".into());
     }
+    if let Some((min, max)) = stop.min_tokens.zip(stop.max_tokens).filter(|(min, max)| min > max) {
+        problems.push(format!("min_tokens is {min}; it must not be above max_tokens, {max}"));
+    }
     if stop.strings.len() > MAX_STOP_STRINGS {
         problems.push(format!("{} stop strings; at most {MAX_STOP_STRINGS} are taken", stop.strings.len()));
     }
@@ -247,6 +250,12 @@ pub fn request(
         return Err(violation("input", problem));
     };
     let max_tokens = stop.max_tokens.map_or(room, |max| room.min(max as usize));
+    let min_tokens = stop.min_tokens.unwrap_or(0);
+    if min_tokens as usize > room {
+        let problem =
+            format!("min_tokens is {min_tokens}; beside {n_prompt} prompt tokens the context holds {room}");
+        return Err(violation("stop", problem));
+    }
     if !Scheduler::could_fit(n_kv_blocks, n_prompt + max_tokens) {
         return Err(Status::failed_precondition(format!(
             "{n_prompt} prompt tokens and {max_tokens} to generate never fit the KV pool of {n_kv_blocks} blocks of 16: \
@@ -255,6 +264,7 @@ pub fn request(
     }
     let stop = StopRules {
         max_tokens: max_tokens as u32,
+        min_tokens,
         stop_strings: stop.strings,
         stop_tokens: stop.token_ids.into_iter().map(TokenId).collect(),
         ignore_eos: stop.ignore_eos.unwrap_or(false),
@@ -288,6 +298,7 @@ mod tests {
             max_tokens: Some(0),
             strings: vec![String::new()],
             token_ids: vec![10],
+            min_tokens: Some(1),
             ignore_eos: None,
         };
         let speculation = proto::SpeculationOptions { mode: None, max_tokens: Some(33) };
@@ -307,6 +318,7 @@ mod tests {
             "stop token 10",
             "33",
             "n is 17",
+            "min_tokens is 1",
         ] {
             assert!(status.message().contains(part), "{part} in {}", status.message());
         }
@@ -358,6 +370,11 @@ mod tests {
         assert_eq!(request(10, Some(5)).unwrap().stop.max_tokens, 5);
         assert_eq!(request(10, Some(54)).unwrap().stop.max_tokens, 54);
         assert_eq!(request(10, Some(55)).unwrap_err().code(), Code::FailedPrecondition);
+        let long = proto::StopOptions { min_tokens: Some(91), ..Default::default() };
+        let given = GivenOptions { stop: Some(long), ..GivenOptions::default() };
+        let long = options(&served(), given, 1).unwrap();
+        let status = super::request(&served(), 9, RequestId(1), vec![TokenId(1); 10], long).unwrap_err();
+        assert!(status.message().contains("the context holds 90"), "{}", status.message());
         let status = request(100, Some(1)).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.message().contains("by 1 tokens"), "{}", status.message());

@@ -1,14 +1,18 @@
 //! From the logits of all ranks to tokens on rank 0: each rank prepares its slice of each sampled row, one gather
 //! brings them together, rank 0 chooses. A row travels as one candidate of eight bytes, found where the logits are with
 //! all of the step in one call; where it must be whole and is not, or is asked for log probabilities, as its logits.
+//! Rows that must not choose some tokens are brought to the host for it.
 
 use std::convert::Infallible;
 use std::ops::Range;
 
 use paceline_collectives::Collective;
-use paceline_domain::{SampledToken, SamplingParams, SequenceChunk, SequenceSamples, StepPlan};
-use paceline_model::{Logits, ModelError, logits::Choice};
-use paceline_sampling::{Candidate, merge, needs_full_row, sample_row, verify};
+use paceline_domain::{HeldBack, SampledToken, SamplingParams, SequenceChunk, SequenceSamples, StepPlan};
+use paceline_model::{
+    Logits, ModelError,
+    logits::{Choice, Columns},
+};
+use paceline_sampling::{Candidate, forbid, local_best, merge, needs_full_row, sample_row, verify};
 
 use crate::sequences::{Sequence, Sequences};
 
@@ -73,19 +77,25 @@ impl Sampler {
         logits: &mut Logits<'_>,
         n_ranks: usize,
     ) -> Result<(), ModelError> {
-        let n_columns = logits.columns(self.n_usable).n_usable;
+        let columns = logits.columns(self.n_usable);
         self.own.clear();
         self.places.clear();
         let mut choices = Vec::with_capacity(logits.n_rows());
         let mut row = 0;
         for chunk in &plan.chunks {
-            let Sequence { sampling, history, .. } = sequences.get(chunk.sequence);
+            let sequence = sequences.get(chunk.sequence);
+            let Sequence { sampling, history, .. } = sequence;
+            let is_whole = travels_whole(sampling, n_ranks);
             for i in 0..chunk.n_sampled as usize {
-                if travels_whole(sampling, n_ranks) {
-                    let logits = &logits.row(row)?[..n_columns];
-                    logits.iter().for_each(|logit| self.own.extend_from_slice(&logit.to_le_bytes()));
+                let position = position(chunk, i);
+                let restriction = Restriction::of(sequence, position);
+                if is_whole || !restriction.is_nothing() {
+                    self.row.clear();
+                    self.row.extend_from_slice(&logits.row(row)?[..columns.n_usable]);
+                    restriction.apply(columns, &mut self.row);
+                    if is_whole { self.add_logits() } else { self.add_best(sequence, position, columns) }
                 } else {
-                    choices.push(Choice { row, position: position(chunk, i), sampling, history });
+                    choices.push(Choice { row, position, sampling, history });
                     self.places.push(self.own.len());
                     self.own.extend_from_slice(&[0; CANDIDATE_BYTES]);
                 }
@@ -97,6 +107,18 @@ impl Sampler {
             self.own[*place..][..CANDIDATE_BYTES].copy_from_slice(&best.to_bytes());
         }
         Ok(())
+    }
+
+    /// Lays out the row at hand.
+    fn add_logits(&mut self) {
+        self.row.iter().for_each(|logit| self.own.extend_from_slice(&logit.to_le_bytes()));
+    }
+
+    /// Lays out the best token of the row at hand.
+    fn add_best(&mut self, sequence: &Sequence, position: u32, columns: Columns) {
+        let Sequence { sampling, history, .. } = sequence;
+        let best = local_best(sampling, history, position, columns.first_token.0, &mut self.row);
+        self.own.extend_from_slice(&best.to_bytes());
     }
 
     fn choose(&mut self, plan: &StepPlan, sequences: &Sequences) -> Vec<SequenceSamples> {
@@ -160,6 +182,28 @@ impl Sampler {
         let bytes =
             |part: &Vec<u8>| (part.len() - n_candidates * CANDIDATE_BYTES).checked_div(n_whole).unwrap_or(0);
         self.parts.iter().map(bytes).collect()
+    }
+}
+
+/// What a row must not choose.
+struct Restriction<'a> {
+    held_back: Option<&'a HeldBack>,
+}
+
+impl<'a> Restriction<'a> {
+    /// Of the token at a position.
+    fn of(sequence: &'a Sequence, position: u32) -> Self {
+        Self { held_back: sequence.held_back.as_ref().filter(|held| position < held.until) }
+    }
+
+    fn is_nothing(&self) -> bool {
+        self.held_back.is_none()
+    }
+
+    fn apply(&self, columns: Columns, logits: &mut [f32]) {
+        if let Some(held) = self.held_back {
+            forbid(&held.tokens, columns.first_token.0, logits);
+        }
     }
 }
 
@@ -227,6 +271,7 @@ mod tests {
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
             copied: None,
+            held_back: None,
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -271,6 +316,7 @@ mod tests {
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
             copied: None,
+            held_back: None,
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -308,7 +354,12 @@ mod tests {
     }
 
     /// Rows 1 .. of a verification of three proposals, chosen by this many ranks.
-    fn verified(sampling: &SamplingParams, logits: &[Vec<f32>], n_ranks: usize) -> Vec<SampledToken> {
+    fn verified(
+        sampling: &SamplingParams,
+        held_back: Option<HeldBack>,
+        logits: &[Vec<f32>],
+        n_ranks: usize,
+    ) -> Vec<SampledToken> {
         let chunks = vec![chunk(1, &[1, 5, 5, 6, 5], 4)];
         let open = SequenceOpen {
             sequence: SequenceId(1),
@@ -317,6 +368,7 @@ mod tests {
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
             copied: None,
+            held_back,
         };
         let plan =
             StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens: vec![open], chunks };
@@ -345,10 +397,11 @@ mod tests {
             SamplingParams { presence_penalty: 0.9, min_p: 0.1, ..SamplingParams::greedy() },
             repeating,
         ];
-        let (mut n_accepted, mut n_misled) = (0, 0);
+        let (mut n_accepted, mut n_misled, mut n_held) = (0, 0, 0);
         for trial in 0..200u64 {
             let noise = |row: usize| paceline_sampling::noise::gumbel_group(trial, row as u32, 0);
             let logits: Vec<Vec<f32>> = (0..4).map(|row| noise(row)[..N_VOCAB].to_vec()).collect();
+            let held_back = (trial % 2 == 0).then(|| HeldBack { until: 4, tokens: tokens(&[2, 7]) });
             for sampling in &kinds {
                 let ids = tokens(&[1, 5, 5, 6, 5]);
                 let mut history = TokenHistory::new(2);
@@ -357,26 +410,35 @@ mod tests {
                     if row > 0 {
                         history.push(ids[row + 1]);
                     }
-                    let sample = |history: &TokenHistory, position| {
+                    let free = |history: &TokenHistory, position| {
                         sample_row(sampling, history, position, &mut logits[row].clone())
+                    };
+                    let sample = |history: &TokenHistory, position| {
+                        let mut logits = logits[row].clone();
+                        if let Some(held) = held_back.as_ref().filter(|held| position < held.until) {
+                            forbid(&held.tokens, 0, &mut logits);
+                        }
+                        sample_row(sampling, history, position, &mut logits)
                     };
                     let mut all = TokenHistory::new(2);
                     all.extend(&ids);
                     let found = sample(&history, history.len() as u32);
-                    n_misled += u32::from(sample(&all, u32::MAX).token != found.token);
+                    n_misled += u32::from(free(&all, u32::MAX).token != found.token);
+                    n_held += u32::from(free(&history, history.len() as u32).token != found.token);
                     Ok::<_, Infallible>(found)
                 });
                 let Ok(expected) = expected;
                 n_accepted += expected.len() - 1;
                 for n_ranks in [1, 2, 3] {
                     assert_eq!(
-                        verified(sampling, &logits, n_ranks),
+                        verified(sampling, held_back.clone(), &logits, n_ranks),
                         expected,
                         "{n_ranks} ranks {sampling:?}"
                     );
                 }
             }
         }
-        assert!(n_accepted > 100 && n_misled > 100, "{n_accepted} accepted, {n_misled} would be misled");
+        let counts = (n_accepted, n_misled, n_held);
+        assert!(n_accepted > 100 && n_misled > 100 && n_held > 50, "accepted, misled, held: {counts:?}");
     }
 }

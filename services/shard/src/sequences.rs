@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use paceline_domain::{
-    BlockId, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepPlan, group::BLOCK_POSITIONS,
+    BlockId, HeldBack, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepPlan,
+    group::BLOCK_POSITIONS,
 };
 use paceline_sampling::TokenHistory;
 
@@ -23,6 +24,8 @@ pub struct PlanError {
 pub struct Sequence {
     /// How its tokens are chosen.
     pub sampling: SamplingParams,
+    /// What cannot be chosen yet.
+    pub held_back: Option<HeldBack>,
     /// Tokens in the KV memory and in the current chunk.
     pub history: TokenHistory,
     /// Where their keys and values are.
@@ -102,10 +105,10 @@ impl Sequences {
         self.check_blocks(open.sequence, copied.as_ref().map_or(&[], |blocks| blocks))?;
         let mut history = TokenHistory::new(open.n_prompt as usize);
         open.cached_tokens.iter().for_each(|token| history.push(*token));
-        let sampling = open.sampling.clone();
+        let (sampling, held_back) = (open.sampling.clone(), open.held_back.clone());
         let mut blocks = open.cached_blocks.clone();
         blocks.extend(open.copied.map(|copy| copy.to));
-        self.by_id.insert(open.sequence, Sequence { sampling, history, blocks });
+        self.by_id.insert(open.sequence, Sequence { sampling, held_back, history, blocks });
         Ok(())
     }
 
@@ -165,6 +168,7 @@ mod tests {
             cached_tokens: Vec::new(),
             cached_blocks: Vec::new(),
             copied: None,
+            held_back: None,
         }
     }
 

@@ -33,6 +33,7 @@ pub use reduce_tree::ReduceTree;
 pub use request::{FinishReason, GenerateRequest, Prompt, Speculation, SpeculationOptions, StopRules, Usage};
 pub use sampling::{SampledToken, SamplingParams, TokenLogprob};
 pub use step::{
-    BlockCopy, SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings, UNKNOWN_TOKEN,
+    BlockCopy, HeldBack, SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings,
+    UNKNOWN_TOKEN,
 };
 pub use weight_type::WeightType;

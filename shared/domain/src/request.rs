@@ -30,6 +30,8 @@ impl Prompt {
 pub struct StopRules {
     /// Most tokens to generate; at least 1, and prompt + this fits the context.
     pub max_tokens: u32,
+    /// Fewest tokens: until then no token that ends the generation can be chosen; at most `max_tokens`.
+    pub min_tokens: u32,
     /// Texts that end the generation; they are not part of the output.
     pub stop_strings: Vec<String>,
     /// Tokens that end the generation beside the model's own end tokens; they are not part of the text.

@@ -18,6 +18,17 @@ pub struct SequenceOpen {
     pub cached_blocks: Vec<BlockId>,
     /// Where the rest of `cached_tokens`, less than a block, comes from.
     pub copied: Option<BlockCopy>,
+    /// What cannot be chosen yet.
+    pub held_back: Option<HeldBack>,
+}
+
+/// Tokens that cannot be chosen for the first positions of a sequence.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HeldBack {
+    /// The first position for which they can.
+    pub until: u32,
+    /// Which.
+    pub tokens: Vec<TokenId>,
 }
 
 /// One KV block becomes a copy of another before the pass of a step, after the copies of earlier opens.

@@ -15,6 +15,7 @@
 //! * [`history`] – token counts as a function of the token log
 //! * [`noise`] – the counter-based generator and Gumbel noise
 //! * `adjust` – penalties and bias
+//! * `restrict` – tokens that must not be chosen
 //! * `filter` – top-k, top-p and min-p as one cut in the order of tokens
 //! * `math` – exp and ln with fixed operations
 
@@ -25,12 +26,14 @@ mod filter;
 pub mod history;
 mod math;
 pub mod noise;
+mod restrict;
 pub mod sample;
 pub mod verify;
 
 pub use adjust::has_penalty;
 pub use filter::{Cut, cut};
 pub use history::{TokenCount, TokenHistory};
+pub use restrict::forbid;
 pub use sample::{
     Candidate, has_filter, is_plain, local_best, merge, needs_full_row, plain_best, sample_row,
 };

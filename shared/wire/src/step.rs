@@ -1,8 +1,8 @@
 //! Step plans and results between protobuf and the domain. Shape is checked here; meaning is the shard's matter.
 
 use paceline_domain::{
-    BlockCopy, BlockId, Epoch, SampledToken, SamplingParams, SequenceChunk, SequenceId, SequenceOpen,
-    SequenceSamples, StepNumber, StepPlan, StepResult, StepTimings, TokenId, TokenLogprob,
+    BlockCopy, BlockId, Epoch, HeldBack, SampledToken, SamplingParams, SequenceChunk, SequenceId,
+    SequenceOpen, SequenceSamples, StepNumber, StepPlan, StepResult, StepTimings, TokenId, TokenLogprob,
 };
 
 use crate::{ProtocolError, shard};
@@ -70,6 +70,10 @@ impl From<&SequenceOpen> for shard::SequenceOpen {
             cached_tokens: tokens(&open.cached_tokens),
             cached_blocks: blocks(&open.cached_blocks),
             copied: open.copied.map(|copy| shard::BlockCopy { from: copy.from.0, to: copy.to.0 }),
+            held_back: open
+                .held_back
+                .as_ref()
+                .map(|held| shard::HeldBack { until: held.until, tokens: tokens(&held.tokens) }),
         }
     }
 }
@@ -88,6 +92,9 @@ impl TryFrom<shard::SequenceOpen> for SequenceOpen {
             cached_tokens: token_ids(open.cached_tokens),
             cached_blocks: block_ids(open.cached_blocks),
             copied: open.copied.map(|copy| BlockCopy { from: BlockId(copy.from), to: BlockId(copy.to) }),
+            held_back: open
+                .held_back
+                .map(|held| HeldBack { until: held.until, tokens: token_ids(held.tokens) }),
         })
     }
 }
@@ -264,6 +271,7 @@ mod tests {
                 cached_tokens: vec![TokenId(4); 17],
                 cached_blocks: vec![BlockId(5)],
                 copied: Some(BlockCopy { from: BlockId(3), to: BlockId(9) }),
+                held_back: Some(HeldBack { until: 20, tokens: vec![TokenId(2)] }),
             }],
             chunks: vec![SequenceChunk {
                 sequence: SequenceId(2),

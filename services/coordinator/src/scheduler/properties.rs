@@ -154,7 +154,15 @@ impl World {
                 let seed = u64::from(family) * 31 + n_prompt as u64;
                 let sampling = SamplingParams { seed, ..SamplingParams::greedy() };
                 let (prompt, tenant) = (prompt(family, n_prompt), tenant.to_string());
-                let new = NewSequence { prompt, max_tokens, sampling, tenant, priority, sibling: None };
+                let new = NewSequence {
+                    prompt,
+                    max_tokens,
+                    sampling,
+                    tenant,
+                    priority,
+                    sibling: None,
+                    held_back: None,
+                };
                 let sibling = self.submit(new.clone());
                 for i in 1..n_siblings + 1 {
                     let sampling = SamplingParams { seed: seed + 1000 * i, ..new.sampling.clone() };

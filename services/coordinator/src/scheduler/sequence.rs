@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use paceline_domain::{
-    BlockCopy, BlockId, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber, TokenId,
-    UNKNOWN_TOKEN,
+    BlockCopy, BlockId, HeldBack, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber,
+    TokenId, UNKNOWN_TOKEN,
 };
 
 use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, blocks_for};
@@ -18,6 +18,7 @@ pub(super) struct Sequence {
     /// Most tokens it can have.
     pub(super) n_limit: usize,
     pub(super) sampling: SamplingParams,
+    held_back: Option<HeldBack>,
     pub(super) pace: Pace,
     /// Whose it is.
     pub(super) tenant: Arc<str>,
@@ -72,6 +73,7 @@ impl Sequence {
             n_limit: new.prompt.len() + new.max_tokens as usize,
             tokens: new.prompt,
             sampling: new.sampling,
+            held_back: new.held_back,
             pace: Pace::default(),
             tenant: new.tenant.into(),
             family: new.sibling.unwrap_or(id),
@@ -200,6 +202,7 @@ impl Sequence {
             cached_tokens: self.tokens[..self.n_computed].to_vec(),
             cached_blocks: self.blocks[..self.n_cached_blocks].to_vec(),
             copied,
+            held_back: self.held_back.clone(),
         }
     }
 

@@ -39,6 +39,7 @@ fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
         tenant: String::new(),
         priority: Priority::Normal,
         sibling: None,
+        held_back: None,
     }
 }
 
