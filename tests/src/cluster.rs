@@ -139,6 +139,14 @@ impl TestCluster {
         self.cluster().address()
     }
 
+    /// Where the coordinator's metrics are, as `host:port`.
+    ///
+    /// # Panics
+    /// When it was not given an HTTP port.
+    pub fn http(&self) -> String {
+        self.cluster().http().expect("the coordinator has an HTTP port").to_owned()
+    }
+
     /// A new connection.
     ///
     /// # Panics

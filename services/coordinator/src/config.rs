@@ -27,6 +27,10 @@ pub struct Config {
     /// Address to serve clients on; port 0 takes a free one
     #[arg(long, env = "PACELINE_LISTEN", default_value = "127.0.0.1:50051")]
     pub listen: SocketAddr,
+    /// Address of the HTTP port with /metrics (Prometheus), /health/live and /health/ready; port 0 takes a free one
+    /// [default: no HTTP port]
+    #[arg(long, env = "PACELINE_HTTP_LISTEN")]
+    pub http_listen: Option<SocketAddr>,
     /// GGUF file, or directory with config.json and safetensors; the same as the shards'
     #[arg(long, env = "PACELINE_MODEL")]
     pub model: PathBuf,

@@ -2,9 +2,11 @@
 //! When a rank fails it forms the group anew and every live request goes on from its tokens.
 
 mod ends;
+mod observe;
 
 use std::{
     collections::{HashMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -20,6 +22,7 @@ use crate::{
     client::Client,
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, sequence},
+    metrics::{Broken, Metrics},
     output::Output,
     pool::PoolWish,
     reader::{Flow, Progress},
@@ -89,6 +92,20 @@ pub enum GroupStatus {
     },
 }
 
+/// What a loop works with.
+pub struct Parts {
+    /// How groups are formed.
+    pub group: GroupSpec,
+    /// What bounds each plan.
+    pub limits: Limits,
+    /// How to propose.
+    pub drafter: DrafterConfig,
+    /// How long a reader may stall.
+    pub reader_limit: Duration,
+    /// Who is told numbers.
+    pub metrics: Arc<Metrics>,
+}
+
 /// One choice of a request.
 struct Active {
     request: RequestId,
@@ -100,6 +117,7 @@ struct Active {
 struct InFlight {
     step: StepNumber,
     n_missing: usize,
+    n_rows: usize,
     from_rank_0: Option<StepResult>,
     started: Instant,
     _span: Span,
@@ -120,6 +138,7 @@ pub struct Engine {
     in_flight: VecDeque<InFlight>,
     /// How many were logged.
     n_preemptions: u64,
+    metrics: Arc<Metrics>,
     last_epoch: Epoch,
     /// What the bits of the last group depended on beside the model, by rank.
     device_numerics: Option<Vec<u32>>,
@@ -129,24 +148,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// A loop without a group. A reader may stall for `reader_limit`; `events` is the sender of the channel that
-    /// [`Self::run`] reads.
-    pub fn new(
-        spec: GroupSpec,
-        limits: Limits,
-        drafter: DrafterConfig,
-        reader_limit: Duration,
-        events: mpsc::Sender<Event>,
-    ) -> (Self, watch::Receiver<GroupStatus>) {
+    /// A loop without a group. `events` is the sender of the channel that [`Self::run`] reads.
+    pub fn new(parts: Parts, events: mpsc::Sender<Event>) -> (Self, watch::Receiver<GroupStatus>) {
         let (status, watcher) = watch::channel(GroupStatus::Forming(None));
         let engine = Self {
-            spec,
-            scheduler: Scheduler::new(limits),
-            drafter: Drafter::new(drafter),
+            spec: parts.group,
+            scheduler: Scheduler::new(parts.limits),
+            drafter: Drafter::new(parts.drafter),
             choices: HashMap::new(),
             clients: HashMap::new(),
             deadlines: Deadlines::default(),
-            reader_limit,
+            reader_limit: parts.reader_limit,
+            metrics: parts.metrics,
             group: None,
             in_flight: VecDeque::new(),
             n_preemptions: 0,
@@ -166,6 +179,7 @@ impl Engine {
             self.drop_abandoned();
             self.end_expired(Instant::now());
             self.start_steps().await;
+            self.tell_levels();
             match self.next_event(&mut inbox).await {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Rank(event)) => self.rank_event(event),
@@ -237,6 +251,7 @@ impl Engine {
                     weight_bytes: group.ranks.iter().map(|ready| ready.weight_bytes).sum(),
                     saved_bytes: group.ranks.iter().map(|ready| ready.saved_bytes).sum(),
                 });
+                self.metrics.group_formed();
                 self.group = Some(group);
             }
             Err(error) => {
@@ -261,6 +276,7 @@ impl Engine {
 
     fn submit(&mut self, submission: Submission) {
         let Submission { request, outputs, mut client, caller, priority } = submission;
+        self.metrics.accepted(request.prompt.tokens().len());
         let mut first = None;
         for (output, choice) in outputs.into_iter().zip(0..) {
             let sampling = request.sampling.of_choice(choice);
@@ -326,18 +342,11 @@ impl Engine {
         self.in_flight.push_back(InFlight {
             step: plan.step,
             n_missing,
+            n_rows: plan.n_rows(),
             from_rank_0: None,
             started,
             _span: span,
         });
-    }
-
-    fn note_preemptions(&mut self) {
-        let n_preemptions = self.scheduler.counters().n_preemptions;
-        if n_preemptions > self.n_preemptions {
-            tracing::info!(n_preemptions, "a sequence gave up its blocks to an older one");
-            self.n_preemptions = n_preemptions;
-        }
     }
 
     fn note_scheduled(&mut self, plan: &StepPlan, now: Instant) {
@@ -416,6 +425,7 @@ impl Engine {
         let result = done.from_rank_0.ok_or("rank 0 gave no answer")?;
         let (step, elapsed) = (result.step, done.started.elapsed());
         tracing::debug!(step = step.0, elapsed_us = elapsed.as_micros() as u64, "step done");
+        self.metrics.step(done.n_rows, elapsed);
         let applied = self.scheduler.apply(result).map_err(|error| error.to_string())?;
         let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
         self.drafter.step_done(step, &outcomes, applied.commits.len(), elapsed);
@@ -424,6 +434,7 @@ impl Engine {
         }
         let now = Instant::now();
         applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
+        self.tell_totals();
         // So that drafting goes on while the next step is made.
         self.drafter.flush(now);
         Ok(())
@@ -434,11 +445,15 @@ impl Engine {
         let Some(Active { request, choice, output }) = self.choices.get_mut(&commit.sequence) else { return };
         let Some(client) = self.clients.get_mut(request) else { return };
         let request = *request;
+        match output.clock.last_token {
+            None => self.metrics.first_token(now.saturating_duration_since(output.clock.arrived)),
+            Some(last) => self.metrics.next_token(now.saturating_duration_since(last)),
+        }
         let pushed = output.push(&commit.sampled, now);
         match client.push(*choice, Chunk::Delta(pushed.delta)) {
             Flow::Open => {}
             Flow::Stalled => self.await_reader(request),
-            Flow::Gone => return drop(self.remove(request)),
+            Flow::Gone => return self.break_off(request, Broken::Gone),
         }
         if let Some(reason) = pushed.finish {
             self.finish(commit.sequence, &reason, now);

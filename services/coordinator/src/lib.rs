@@ -9,6 +9,7 @@
 //! * [`text`] – chat template and tokenizer, off the async threads
 //! * [`admission`] – a place in the queue, or a refusal at once
 //! * [`engine`] – the one event loop
+//! * [`metrics`], [`http`] – numbers for Prometheus, and the port for them and for health
 //! * [`deadlines`] – pure: which requests nobody wants any more
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
 //! * [`ledger`] – pure: who holds which KV blocks, and which hold a known prefix
@@ -28,7 +29,9 @@ pub mod config;
 pub mod deadlines;
 pub mod drafter;
 pub mod engine;
+pub mod http;
 pub mod ledger;
+pub mod metrics;
 pub mod output;
 pub mod pool;
 pub mod prefix;

@@ -17,6 +17,8 @@ pub struct Clock {
     pub scheduled: Option<Instant>,
     /// Its first token was committed.
     pub first_token: Option<Instant>,
+    /// Its last token so far was committed.
+    pub last_token: Option<Instant>,
 }
 
 /// What became of a choice so far.
@@ -57,7 +59,7 @@ impl Output {
             n_prompt: request.prompt.tokens().len() as u32,
             n_tokens: 0,
             n_cached: None,
-            clock: Clock { arrived, scheduled: None, first_token: None },
+            clock: Clock { arrived, scheduled: None, first_token: None, last_token: None },
         }
     }
 
@@ -78,6 +80,7 @@ impl Output {
     /// Takes a committed token.
     pub fn push(&mut self, sampled: &SampledToken, now: Instant) -> Pushed {
         self.clock.first_token.get_or_insert(now);
+        self.clock.last_token = Some(now);
         self.n_tokens += 1;
         let mut text = String::new();
         let mut finish = if self.end_tokens.contains(&sampled.token) {

@@ -278,6 +278,11 @@ impl Scheduler {
         (self.running.len(), self.waiting.len())
     }
 
+    /// Blocks of the pool; none before there was a group.
+    pub fn n_blocks(&self) -> usize {
+        self.ledger.n_blocks()
+    }
+
     /// Blocks nobody holds, cached ones included.
     pub fn n_free_blocks(&self) -> usize {
         self.ledger.n_free()

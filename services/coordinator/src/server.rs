@@ -2,6 +2,7 @@
 
 use std::{
     future::Future,
+    net::SocketAddr,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
@@ -16,6 +17,7 @@ use paceline_wire::{
 use tokio::{
     net::TcpListener,
     sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
 };
 use tonic::transport::{Server, server::TcpIncoming};
 use tonic_health::server::HealthReporter;
@@ -24,7 +26,9 @@ use crate::{
     Config,
     admission::Admission,
     drafter::{DrafterConfig, link::Target},
-    engine::{Engine, Event, GroupStatus, MAX_EVENTS},
+    engine::{self, Engine, Event, GroupStatus, MAX_EVENTS},
+    http,
+    metrics::Metrics,
     scheduler::Limits,
     service::InferenceService,
     shard_group::GroupSpec,
@@ -73,18 +77,19 @@ async fn serve(
     print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
 
     let (events, inbox) = mpsc::channel(MAX_EVENTS);
-    let (engine, status) = Engine::new(
-        parts.group.clone(),
-        parts.limits,
-        parts.drafter.clone(),
-        config.reader_limit(),
-        events.clone(),
-    );
+    let metrics = Arc::new(Metrics::new().context("metrics")?);
+    let engine = engine::Parts {
+        group: parts.group,
+        limits: parts.limits,
+        drafter: parts.drafter,
+        reader_limit: config.reader_limit(),
+        metrics: metrics.clone(),
+    };
+    let (engine, status) = Engine::new(engine, events.clone());
     let engine = tokio::spawn(engine.run(inbox));
+    let http = Http::start(&config, &metrics, &status).await?;
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    let quantize = config.quantize.map_or("null".into(), |quantization| json_string(quantization.name()));
-    let model = json_string(&parts.served.model);
-    let ready = format!("\"address\":\"{address}\",\"model\":{model},\"quantize\":{quantize}");
+    let ready = ready_fields(&config, address, http.address);
     let pool = Arc::new(OnceLock::new());
     tokio::spawn(announce(status.clone(), health_reporter, print, ready, pool.clone()));
 
@@ -92,18 +97,12 @@ async fn serve(
         served: parts.served,
         model: parts.model,
         text: parts.text,
+        metrics,
         admission: Admission::new(config.budget(), Instant::now()),
         reader_buffer: config.reader_buffer,
         events: events.clone(),
         status,
         pool,
-    };
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .with_service_name("paceline.v1.Inference")
-            .with_service_name("grpc.health.v1.Health")
     };
     // Python's reflection client and older tools speak v1alpha only.
     let old_reflection = reflection().build_v1alpha().context("reflection descriptors")?;
@@ -129,7 +128,56 @@ async fn serve(
         () = async { let _ = stop.await; tokio::time::sleep(DRAIN).await } => Ok(()),
     };
     engine.abort();
+    http.stop();
     served
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name("paceline.v1.Inference")
+        .with_service_name("grpc.health.v1.Health")
+}
+
+/// What the event says that is not known of the group.
+fn ready_fields(config: &Config, address: SocketAddr, http: Option<SocketAddr>) -> String {
+    let or_null = |text: Option<String>| text.map_or("null".into(), |text| json_string(&text));
+    let quantize = or_null(config.quantize.map(|quantization| quantization.name().to_owned()));
+    let (http, model) = (or_null(http.map(|http| http.to_string())), json_string(&config.model_name()));
+    format!("\"address\":\"{address}\",\"http\":{http},\"model\":{model},\"quantize\":{quantize}")
+}
+
+/// The HTTP port, if there is one.
+struct Http {
+    address: Option<SocketAddr>,
+    server: Option<JoinHandle<()>>,
+}
+
+impl Http {
+    async fn start(
+        config: &Config,
+        metrics: &Arc<Metrics>,
+        status: &watch::Receiver<GroupStatus>,
+    ) -> anyhow::Result<Self> {
+        let Some(listen) = config.http_listen else { return Ok(Self { address: None, server: None }) };
+        let listener = TcpListener::bind(listen)
+            .await
+            .with_context(|| format!("cannot listen on {listen} for HTTP: is another process there?"))?;
+        let address = listener.local_addr()?;
+        tracing::info!(%address, "metrics and health by HTTP");
+        let serving = http::serve(listener, metrics.clone(), status.clone());
+        let server = tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::error!(%error, "the HTTP port is closed");
+            }
+        });
+        Ok(Self { address: Some(address), server: Some(server) })
+    }
+
+    fn stop(self) {
+        self.server.iter().for_each(JoinHandle::abort);
+    }
 }
 
 /// What follows from the flags and the model file.

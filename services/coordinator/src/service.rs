@@ -27,6 +27,7 @@ use crate::{
     caller::Caller,
     client::Client,
     engine::{Event, GroupStatus, Submission},
+    metrics::Metrics,
     output::Output,
     reader::Reader,
     text::{PromptError, TextModel},
@@ -44,6 +45,8 @@ pub struct InferenceService {
     pub model: Model,
     /// Tokenizer and template.
     pub text: TextModel,
+    /// Who is told of refusals.
+    pub metrics: Arc<Metrics>,
     /// The token budget.
     pub admission: Arc<Admission>,
     /// Chunks that may wait for a client to read them.
@@ -155,9 +158,12 @@ impl Inference for InferenceService {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let (span, arrived) = (self.span(&request), Instant::now());
-        let caller = Caller::of(request.metadata(), arrived)?;
-        let submit = self.submit(request.into_inner(), caller, arrived);
-        submit.instrument(span).await.map(Response::new)
+        let submit = async {
+            let caller = Caller::of(request.metadata(), arrived)?;
+            self.submit(request.into_inner(), caller, arrived).await
+        };
+        let accepted = submit.instrument(span).await.map(Response::new);
+        accepted.inspect_err(|refusal| self.metrics.rejected(refusal.code()))
     }
 
     async fn tokenize(

@@ -70,6 +70,7 @@ pub struct Cluster {
     /// Advice only: its end is not the cluster's.
     draft: Option<ServiceProcess>,
     address: String,
+    http: Option<String>,
 }
 
 impl Cluster {
@@ -89,19 +90,24 @@ impl Cluster {
             None => None,
         };
         let mut coordinator = start_coordinator(spec, &shard_addresses, draft_address)?;
-        let address = {
+        let (address, http) = {
             let ready = ready(&mut coordinator, spec.threads.len(), progress);
             tokio::select! {
-                address = ready => address?,
+                addresses = ready => addresses?,
                 ended = any_ended(shards.iter_mut()) => return Err(ended.into()),
             }
         };
-        Ok(Self { shards, shard_addresses, coordinator, draft, address })
+        Ok(Self { shards, shard_addresses, coordinator, draft, address, http })
     }
 
     /// Where clients reach the coordinator, as a URL.
     pub fn address(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The coordinator's HTTP port, as `host:port`, where it has one.
+    pub fn http(&self) -> Option<&str> {
+        self.http.as_deref()
     }
 
     /// Where the coordinator reaches the shards, as URLs in rank order.
@@ -198,7 +204,7 @@ async fn ready(
     coordinator: &mut ServiceProcess,
     n_ranks: usize,
     progress: &Progress,
-) -> anyhow::Result<String> {
+) -> anyhow::Result<(String, Option<String>)> {
     let mut bars: BTreeMap<u32, Bar> = BTreeMap::new();
     loop {
         match coordinator.next_event().await? {
@@ -209,12 +215,12 @@ async fn ready(
                 let label = || format!("loading rank {rank} of {n_ranks}");
                 bars.entry(rank).or_insert_with(|| progress.bytes(&label(), total_bytes)).set(done_bytes);
             }
-            Event::Ready { address, quantize, weight_bytes, saved_bytes, .. } => {
+            Event::Ready { address, http, quantize, weight_bytes, saved_bytes, .. } => {
                 bars.values().for_each(Bar::finish);
                 if let Some(quantization) = quantize {
                     progress.line(&quantized(&quantization, weight_bytes, saved_bytes));
                 }
-                return Ok(address);
+                return Ok((address, http));
             }
         }
     }

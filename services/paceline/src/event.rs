@@ -29,6 +29,9 @@ pub enum Event {
     Ready {
         /// `host:port` of the coordinator.
         address: String,
+        /// `host:port` of its HTTP port, where it has one.
+        #[serde(default)]
+        http: Option<String>,
         /// Name the model is served under.
         model: String,
         /// Ranks of the group.
@@ -63,11 +66,12 @@ mod tests {
         let loading = Event::from_line(r#"{"event":"loading","rank":1,"done_bytes":1,"total_bytes":2}"#);
         assert_eq!(loading, Some(Event::Loading { rank: 1, done_bytes: 1, total_bytes: 2 }));
         let ready = Event::from_line(
-            r#"{"event":"ready","address":"a:1","model":"m","quantize":"q8_0","ranks":2,"weight_bytes":7,"saved_bytes":5}"#,
+            r#"{"event":"ready","address":"a:1","http":"a:2","model":"m","quantize":"q8_0","ranks":2,"weight_bytes":7,"saved_bytes":5}"#,
         );
-        let (address, model) = ("a:1".into(), "m".into());
+        let (address, http, model) = ("a:1".into(), Some("a:2".into()), "m".into());
         let quantize = Some("q8_0".into());
-        let expected = Event::Ready { address, model, ranks: 2, quantize, weight_bytes: 7, saved_bytes: 5 };
+        let expected =
+            Event::Ready { address, http, model, ranks: 2, quantize, weight_bytes: 7, saved_bytes: 5 };
         assert_eq!(ready, Some(expected));
         let forming = Event::from_line(r#"{"event":"forming","problem":"no memory"}"#);
         assert_eq!(forming, Some(Event::Forming { problem: "no memory".into() }));

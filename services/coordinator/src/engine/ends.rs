@@ -9,6 +9,7 @@ use tonic::Status;
 use super::{Active, Engine, Event};
 use crate::{
     client::Client,
+    metrics::Broken,
     output::proposal_counts,
     reader::{Flow, Progress},
 };
@@ -18,6 +19,7 @@ impl Engine {
     pub(super) fn finish(&mut self, id: SequenceId, reason: &FinishReason, now: Instant) {
         let proposals = self.drafter.finish(id).map(proposal_counts).unwrap_or_default();
         let Some(Active { request, choice, mut output }) = self.remove_choice(id) else { return };
+        self.tell_finished(reason, &output, now);
         let Some(client) = self.clients.get_mut(&request) else { return };
         let finished = Chunk::Finished(output.finished(reason, proposals, now));
         let usage = output.usage();
@@ -31,6 +33,13 @@ impl Engine {
         client.span().record("gen_ai.usage.output_tokens", client.n_completion() as i64);
         if let Some(client) = self.remove(request) {
             client.end(choice, finished, self.reader_limit);
+        }
+    }
+
+    /// Nobody hears of a request any more.
+    pub(super) fn break_off(&mut self, request: RequestId, why: Broken) {
+        if let Some(client) = self.remove(request) {
+            self.metrics.broken(why, client.open().len());
         }
     }
 
@@ -55,7 +64,7 @@ impl Engine {
         let gone = self.clients.iter().filter(|(_, client)| client.is_gone());
         for request in gone.map(|(request, _)| *request).collect::<Vec<_>>() {
             tracing::debug!(%request, "client gone");
-            self.remove(request);
+            self.break_off(request, Broken::Gone);
         }
     }
 
@@ -74,6 +83,7 @@ impl Engine {
             let message =
                 format!("the client's deadline passed; {n_tokens} tokens were generated until then");
             if let Some(client) = self.remove(request) {
+                self.metrics.broken(Broken::Late, client.open().len());
                 client.fail(Status::deadline_exceeded(message), self.reader_limit);
             }
         }
@@ -105,10 +115,11 @@ impl Engine {
             (Progress::Stuck, Flow::Stalled) => {
                 tracing::info!(%request, "a client that reads nothing is given up");
                 if let Some(client) = self.remove(request) {
+                    self.metrics.broken(Broken::Stuck, client.open().len());
                     client.give_up(self.reader_limit);
                 }
             }
-            (_, Flow::Gone) => drop(self.remove(request)),
+            (_, Flow::Gone) => self.break_off(request, Broken::Gone),
         }
     }
 }

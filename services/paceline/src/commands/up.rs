@@ -27,6 +27,9 @@ pub struct UpArgs {
     /// Where the coordinator listens for clients
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     listen: String,
+    /// Where the coordinator serves metrics and health by HTTP [default: nowhere]
+    #[arg(long, value_name = "HOST:PORT")]
+    http_listen: Option<String>,
 }
 
 /// Runs the command; a signal to stop is its normal end.
@@ -39,6 +42,9 @@ pub async fn up(args: &UpArgs, places: &ModelPlaces) -> anyhow::Result<()> {
     let mut spec = embedded_spec(&args.cluster, model, &args.listen)?;
     spec.draft = args.cluster.draft_spec(places, &progress, &mut interrupts).await?;
     spec.log = Log::Forward;
+    if let Some(listen) = &args.http_listen {
+        spec.coordinator_args.extend(["--http-listen".into(), listen.into()]);
+    }
     let mut cluster = start(&spec, &progress, &mut interrupts).await?;
     write_stdout(&addresses(&cluster))?;
     progress.line("ready; Ctrl-C stops it");
@@ -95,5 +101,6 @@ pub async fn start(
 fn addresses(cluster: &Cluster) -> String {
     let shards = cluster.shard_addresses().iter().enumerate();
     let shards = shards.map(|(rank, address)| format!("shard {rank} {address}\n"));
-    [format!("coordinator {}\n", cluster.address())].into_iter().chain(shards).collect()
+    let http = cluster.http().map(|http| format!("metrics http://{http}/metrics\n"));
+    [format!("coordinator {}\n", cluster.address())].into_iter().chain(shards).chain(http).collect()
 }

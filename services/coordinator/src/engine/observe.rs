@@ -1,0 +1,50 @@
+//! What the loop tells of its work: metrics, and log lines about preemption. It changes nothing.
+
+use std::time::Instant;
+
+use paceline_domain::FinishReason;
+
+use super::Engine;
+use crate::{
+    metrics::{Levels, Totals},
+    output::{Clock, Output},
+};
+
+impl Engine {
+    /// After each turn of the loop.
+    pub(super) fn tell_levels(&self) {
+        let (n_running, n_waiting) = self.scheduler.n_sequences();
+        let (n_blocks, n_free_blocks) = (self.scheduler.n_blocks(), self.scheduler.n_free_blocks());
+        let n_used_blocks = n_blocks - n_free_blocks;
+        self.metrics.levels(&Levels { n_waiting, n_running, n_used_blocks, n_free_blocks });
+    }
+
+    /// After each step.
+    pub(super) fn tell_totals(&self) {
+        let counters = self.scheduler.counters();
+        self.metrics.totals(&Totals {
+            n_opened_tokens: counters.n_opened_tokens,
+            n_cached_tokens: counters.n_cached_tokens,
+            n_preemptions: counters.n_preemptions,
+            proposals: self.drafter.stats().sources,
+        });
+    }
+
+    /// A choice has ended.
+    pub(super) fn tell_finished(&self, reason: &FinishReason, output: &Output, now: Instant) {
+        let Clock { arrived, first_token, last_token, .. } = output.clock;
+        let n_later = output.usage().n_completion.saturating_sub(1);
+        let generating =
+            first_token.zip(last_token).map(|(first, last)| last.saturating_duration_since(first));
+        let per_token = generating.filter(|_| n_later > 0).map(|generating| generating / n_later);
+        self.metrics.finished(reason, now.saturating_duration_since(arrived), per_token);
+    }
+
+    pub(super) fn note_preemptions(&mut self) {
+        let n_preemptions = self.scheduler.counters().n_preemptions;
+        if n_preemptions > self.n_preemptions {
+            tracing::info!(n_preemptions, "a sequence gave up its blocks to an older one");
+            self.n_preemptions = n_preemptions;
+        }
+    }
+}
