@@ -18,9 +18,9 @@ use paceline_model::{
     backend::{Half, Pass},
     logits::LogitRows,
 };
-use paceline_sampling::{TokenHistory, forbid, sample_row};
+use paceline_sampling::{TokenHistory, allow_only, forbid, sample_row};
 
-use crate::random::scramble;
+use crate::{constrained::matcher, random::scramble};
 
 /// Layers of the double: what an entry of the second one holds depends on all entries of the first one before it.
 const N_LAYERS: usize = 2;
@@ -151,12 +151,15 @@ pub struct Request<'a> {
     pub min_tokens: usize,
     /// Most tokens.
     pub max_tokens: usize,
+    /// What its text must match.
+    pub regex: Option<&'a str>,
 }
 
 /// The tokens of a request that runs alone, by the definition of the double: no blocks, no batches, no services.
 /// `n_usable` is the vocabulary's size.
 pub fn tokens_alone(n_usable: usize, request: &Request<'_>) -> Vec<TokenId> {
-    let Request { prompt, sampling, end_tokens, min_tokens, max_tokens } = *request;
+    let Request { prompt, sampling, end_tokens, min_tokens, max_tokens, regex } = *request;
+    let mut matcher = regex.map(matcher);
     let mut chain = Chain::default();
     let mut history = TokenHistory::new(prompt.len());
     history.extend(prompt);
@@ -168,8 +171,14 @@ pub fn tokens_alone(n_usable: usize, request: &Request<'_>) -> Vec<TokenId> {
         if tokens.len() < min_tokens {
             forbid(end_tokens, 0, &mut row);
         }
+        if let Some(matcher) = &mut matcher {
+            allow_only(&matcher.masks(&[]).expect("something is allowed")[0], 0, &mut row);
+        }
         let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;
         tokens.push(token);
+        if let Some(matcher) = &mut matcher {
+            matcher.commit(token).expect("an allowed token");
+        }
         if end_tokens.contains(&token) {
             break;
         }

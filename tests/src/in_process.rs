@@ -196,7 +196,8 @@ async fn asked(mut stopped: watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
-fn model_file() -> anyhow::Result<Vec<u8>> {
+/// The model: its tokenizer and shape count, its weights are never looked at.
+pub(crate) fn model_file() -> anyhow::Result<Vec<u8>> {
     let config = ModelConfig { n_vocab: N_VOCAB, context_length: CONTEXT, ..tiny_config() };
     Ok(Synthetic { config, seed: 1, weight_type: uniform(WeightType::F32) }.to_gguf()?)
 }

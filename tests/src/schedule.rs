@@ -6,13 +6,14 @@ use std::fmt;
 use futures_util::future::join_all;
 use paceline_domain::{SamplingParams, TokenId, group::BLOCK_POSITIONS};
 use paceline_wire::inference::{
-    GenerateRequest, SamplingOptions, StopOptions, TokenIds, generate_request::Input,
-    generate_response::Event, inference_client::InferenceClient,
+    GenerateRequest, ResponseFormat, SamplingOptions, SpeculationMode, SpeculationOptions, StopOptions,
+    TokenIds, generate_request::Input, generate_response::Event, inference_client::InferenceClient,
+    response_format::Format,
 };
 use tokio::sync::watch;
 use tonic::{Status, transport::Channel};
 
-use crate::{hash_model::Request, random::Random};
+use crate::{constrained::REGEXES, hash_model::Request, random::Random};
 
 /// Lengths of shared prefixes: at the borders of blocks.
 const SHARED: [usize; 9] = [
@@ -61,6 +62,10 @@ pub struct Job {
     pub cancelled_after: Option<usize>,
     /// Fewest tokens to generate: until then nothing ends it but its going away.
     pub min_tokens: usize,
+    /// What its text must match; then it ends with the text.
+    pub regex: Option<&'static str>,
+    /// Who may propose.
+    pub speculation: SpeculationMode,
     /// Completions.
     pub n_choices: u32,
     /// The tokens each of its choices has when it runs alone.
@@ -74,6 +79,8 @@ pub struct Received {
     pub tokens: Vec<Vec<TokenId>>,
     /// Choices that came to their end.
     pub n_finished: u32,
+    /// Proposed tokens that were accepted; known at its end.
+    pub n_accepted: u64,
     /// Tokens of its prompt that were found in the prefix cache; known at its end.
     pub n_cached: u32,
 }
@@ -110,6 +117,7 @@ impl fmt::Display for Mismatch {
                 }
             }
         }
+        write!(formatter, "; {:?}, {:?}", sent.regex, sent.speculation)?;
         write!(formatter, "; {:?}, cancelled after {:?}", sent.sampling, sent.cancelled_after)
     }
 }
@@ -160,14 +168,19 @@ impl<'a> Schedules<'a> {
         let most = (room - prompt.len()).min(self.shape.max_output);
         let max_tokens = random.within(1..most + 1);
         let cancelled_after = random.happens(0.2).then(|| random.within(0..max_tokens + 1));
+        let regex = random.happens(0.2).then(|| *random.pick(&REGEXES));
+        let ends = random.happens(0.5) || regex.is_some();
+        let holds_back = random.happens(0.3) && regex.is_none();
         Job {
             prompt,
             sampling: sampling(random),
             max_tokens,
-            end_tokens: if random.happens(0.5) { vec![self.shape.end_token] } else { Vec::new() },
+            end_tokens: if ends { vec![self.shape.end_token] } else { Vec::new() },
+            regex,
+            speculation: *random.pick(&[SpeculationMode::Off, SpeculationMode::Auto, SpeculationMode::Ngram]),
             after: if random.happens(0.4) { 0 } else { random.within(0..12) },
             cancelled_after,
-            min_tokens: if random.happens(0.3) { random.within(0..max_tokens + 1) } else { 0 },
+            min_tokens: if holds_back { random.within(0..max_tokens + 1) } else { 0 },
             n_choices: if random.happens(0.25) { random.within(2..5) as u32 } else { 1 },
             alone: Vec::new(),
         }
@@ -215,8 +228,9 @@ impl Job {
 
     /// As the double's definition wants it, of one choice.
     pub fn alone_request(&self) -> Request<'_> {
-        let Self { prompt, sampling, end_tokens, min_tokens, max_tokens, .. } = self;
-        Request { prompt, sampling, end_tokens, min_tokens: *min_tokens, max_tokens: *max_tokens }
+        let Self { prompt, sampling, end_tokens, min_tokens, max_tokens, regex, .. } = self;
+        let (min_tokens, max_tokens) = (*min_tokens, *max_tokens);
+        Request { prompt, sampling, end_tokens, min_tokens, max_tokens, regex: *regex }
     }
 
     /// As it is sent.
@@ -224,6 +238,10 @@ impl Job {
         let sampling = &self.sampling;
         GenerateRequest {
             n: Some(self.n_choices),
+            response_format: self
+                .regex
+                .map(|regex| ResponseFormat { format: Some(Format::Regex(regex.into())) }),
+            speculation: Some(SpeculationOptions { mode: Some(self.speculation.into()), max_tokens: None }),
             input: Some(Input::TokenIds(TokenIds { ids: self.prompt.iter().map(|token| token.0).collect() })),
             sampling: Some(SamplingOptions {
                 temperature: Some(sampling.temperature),
@@ -237,7 +255,7 @@ impl Job {
             stop: Some(StopOptions {
                 max_tokens: Some(self.max_tokens as u32),
                 token_ids: self.end_tokens.iter().map(|token| token.0).collect(),
-                ignore_eos: Some(true),
+                ignore_eos: Some(self.regex.is_none()),
                 min_tokens: Some(self.min_tokens as u32),
                 ..StopOptions::default()
             }),
@@ -259,7 +277,8 @@ impl Job {
         progress: &watch::Sender<usize>,
     ) -> Result<Received, Status> {
         let tokens = vec![Vec::new(); self.n_choices as usize];
-        let (mut received, mut n_tokens) = (Received { tokens, n_finished: 0, n_cached: 0 }, 0);
+        let (mut received, mut n_tokens) =
+            (Received { tokens, n_finished: 0, n_accepted: 0, n_cached: 0 }, 0);
         let enough = |n_tokens: usize| self.cancelled_after.is_some_and(|most| n_tokens >= most);
         let mut stream = client.generate(self.request()).await?.into_inner();
         while !enough(n_tokens) {
@@ -273,6 +292,8 @@ impl Job {
                 }
                 Some(Event::Finished(finished)) => {
                     received.n_finished += 1;
+                    received.n_accepted +=
+                        finished.proposals.iter().map(|counts| counts.accepted_tokens).sum::<u64>();
                     received.n_cached += finished.usage.map_or(0, |usage| usage.cached_tokens);
                 }
                 _ => {}

@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use futures_util::future::join_all;
 use paceline::answer::connect;
 use paceline_domain::{SamplingParams, TokenId};
-use paceline_wire::inference::{generate_response::Event, inference_client::InferenceClient};
+use paceline_wire::inference::{
+    SpeculationMode, generate_response::Event, inference_client::InferenceClient,
+};
 use tonic::{Status, transport::Channel};
 
 use crate::{hash_model::tokens_alone, in_process::N_VOCAB, random::Random, schedule::Job};
@@ -144,6 +146,8 @@ fn short_job(random: &mut Random, cancelled: f64) -> Job {
         after: 0,
         cancelled_after,
         min_tokens: 0,
+        regex: None,
+        speculation: SpeculationMode::Auto,
         n_choices: 1,
         alone: Vec::new(),
     };

@@ -7,8 +7,8 @@ use paceline_tests::{
     client::{from_tokens, generate, greedy},
 };
 use paceline_wire::inference::{
-    Chat, ChatMessage, DetokenizeRequest, GenerateRequest, SamplingOptions, StopOptions, TokenizeRequest,
-    generate_request::Input,
+    Chat, ChatMessage, DetokenizeRequest, GenerateRequest, ResponseFormat, SamplingOptions, StopOptions,
+    TokenizeRequest, generate_request::Input, response_format::Format,
 };
 use prost::bytes::{Buf as _, BufMut as _};
 use tonic::{
@@ -28,8 +28,12 @@ fn stop(of: &mut GenerateRequest) -> &mut StopOptions {
     of.stop.as_mut().expect("has stop rules")
 }
 
+fn schema(text: &str) -> Option<ResponseFormat> {
+    Some(ResponseFormat { format: Some(Format::JsonSchema(text.into())) })
+}
+
 /// What is wrong, the code it must get, and a part of the message that tells the user.
-const BAD: [(Change, Code, &str); 23] = [
+const BAD: [(Change, Code, &str); 25] = [
     (|r| r.model = Some("gpt-5".into()), Code::NotFound, "test-model"),
     (
         |r| options(r).temperature = Some(-1.0),
@@ -45,6 +49,19 @@ const BAD: [(Change, Code, &str); 23] = [
     (|r| options(r).logprobs = Some(21), Code::InvalidArgument, "at most 20"),
     (|r| options(r).logit_bias.extend([(60_000, 1.0)]), Code::InvalidArgument, "token 60000"),
     (|r| stop(r).min_tokens = Some(9999), Code::InvalidArgument, "must not be above max_tokens"),
+    (
+        |r| {
+            stop(r).ignore_eos = None;
+            r.response_format = schema("{\"type\": \"thing\"}");
+        },
+        Code::InvalidArgument,
+        "JSON schema cannot be used",
+    ),
+    (
+        |r| r.response_format = schema("{}"),
+        Code::InvalidArgument,
+        "not together with min_tokens or ignore_eos",
+    ),
     (|r| r.n = Some(0), Code::InvalidArgument, "n is 0; it must be from 1 to 16"),
     (|r| options(r).logit_bias.extend([(6, 101.0)]), Code::InvalidArgument, "from -100 to 100"),
     (|r| r.input = None, Code::InvalidArgument, "`prompt`"),

@@ -112,6 +112,7 @@ impl Differences {
 async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     let mut differences = Differences::default();
     let (mut n_whole, mut n_cancelled, mut n_cached, mut n_copied) = (0, 0, 0, 0);
+    let (mut n_constrained, mut n_accepted) = (0, 0);
     for cluster_seed in 0..N_CLUSTERS {
         let limits = Limits::random(cluster_seed);
         let device = HashModel::new();
@@ -124,6 +125,11 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
             (n_whole, n_cancelled) = (n_whole + schedule.jobs.len() - n, n_cancelled + n);
             let received = limits.run(&schedule, &client).await;
             n_cached += received.iter().flatten().map(|received| u64::from(received.n_cached)).sum::<u64>();
+            let constrained = schedule.jobs.iter().zip(&received).filter(|(job, _)| job.regex.is_some());
+            for received in constrained.filter_map(|(_, received)| received.as_ref().ok()) {
+                n_constrained += received.n_finished;
+                n_accepted += received.n_accepted;
+            }
             differences.add(&limits, &schedule.mismatches(received));
         }
         n_copied += device.n_copied();
@@ -133,6 +139,11 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     differences.assert_none();
     println!(
         "{n_whole} requests to their end, {n_cancelled} cancelled, {n_cached} prompt tokens cached, {n_copied} blocks copied"
+    );
+    println!("{n_constrained} constrained choices to their end, {n_accepted} of their tokens were proposed");
+    assert!(
+        n_constrained > 1_000 && n_accepted > 100,
+        "{n_constrained} and {n_accepted} are too few to say so"
     );
     assert!(n_copied > 1_000, "{n_copied} blocks copied are too few to say so");
     assert!(n_whole > 10_000 && n_cancelled > 2_000, "{n_whole} and {n_cancelled} are too few to say so");

@@ -9,6 +9,7 @@ use paceline_tests::{
     schedule::{Job, Schedule},
     soak::{Soak, resident_bytes},
 };
+use paceline_wire::inference::SpeculationMode;
 use paceline_wire::inference::inference_client::InferenceClient;
 use tonic::{Code, transport::Channel};
 
@@ -32,6 +33,8 @@ fn whole_pool() -> Schedule {
         after: 0,
         cancelled_after: None,
         min_tokens: 0,
+        regex: None,
+        speculation: SpeculationMode::Auto,
         n_choices: 1,
         alone: Vec::new(),
     };

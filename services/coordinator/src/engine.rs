@@ -11,15 +11,17 @@ use std::{
 };
 
 use paceline_domain::{Epoch, GenerateRequest, RequestId, SequenceId, StepNumber, StepPlan, StepResult};
+use paceline_grammar::{GrammarError, Matcher};
 use paceline_speculation::StepLoad;
 use paceline_telemetry::context;
 use paceline_wire::inference::generate_response::Event as Chunk;
 use tokio::sync::{mpsc, watch};
-use tracing::{Span, info_span};
+use tracing::Span;
 
 use crate::{
     caller::Caller,
     client::Client,
+    constraint::{Constraint, send_masks},
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, sequence},
     metrics::{Broken, Metrics},
@@ -45,6 +47,8 @@ pub enum Event {
     Formed(Result<ShardGroup, FormError>),
     /// A reader that had stalled read something, or nothing for too long.
     Reader(RequestId, Progress),
+    /// The grammar of a sequence cannot go on.
+    Stuck(SequenceId, GrammarError),
     /// A deadline passed.
     Due,
     /// End all requests and the loop.
@@ -57,6 +61,8 @@ pub struct Submission {
     pub request: GenerateRequest,
     /// The output side of each of its choices.
     pub outputs: Vec<Output>,
+    /// The beginning of their grammar, if they have one.
+    pub matcher: Option<Matcher>,
     /// Where chunks go; the first was sent.
     pub client: Client,
     /// Whose it is, and until when it is wanted.
@@ -111,6 +117,7 @@ struct Active {
     request: RequestId,
     choice: u32,
     output: Output,
+    constraint: Option<Constraint>,
 }
 
 /// A step whose ranks have not all answered.
@@ -185,6 +192,7 @@ impl Engine {
                 Some(Event::Rank(event)) => self.rank_event(event),
                 Some(Event::Formed(outcome)) => self.formed(outcome),
                 Some(Event::Reader(request, progress)) => self.reader_event(request, progress),
+                Some(Event::Stuck(id, error)) => self.grammar_stuck(id, &error),
                 Some(Event::Due) => {}
                 Some(Event::Stop) | None => break,
             }
@@ -275,7 +283,7 @@ impl Engine {
     }
 
     fn submit(&mut self, submission: Submission) {
-        let Submission { request, outputs, mut client, caller, priority } = submission;
+        let Submission { request, outputs, matcher, mut client, caller, priority } = submission;
         self.metrics.accepted(request.prompt.tokens().len());
         let mut first = None;
         for (output, choice) in outputs.into_iter().zip(0..) {
@@ -285,6 +293,7 @@ impl Engine {
                 max_tokens: request.stop.max_tokens,
                 sampling: sampling.clone(),
                 held_back: output.held_back(),
+                is_constrained: matcher.is_some(),
                 tenant: caller.tenant.clone(),
                 priority,
                 sibling: first,
@@ -298,7 +307,8 @@ impl Engine {
             });
             first.get_or_insert(id);
             client.opens(id);
-            self.choices.insert(id, Active { request: request.id, choice, output });
+            let constraint = matcher.as_ref().map(|matcher| Constraint::new(matcher.fork()));
+            self.choices.insert(id, Active { request: request.id, choice, output, constraint });
         }
         if let Some(deadline) = caller.deadline {
             self.deadlines.set(request.id, deadline);
@@ -318,8 +328,8 @@ impl Engine {
 
     /// Asks for what may follow the sequences whose next step is due.
     async fn propose(&mut self) {
-        for id in self.choices.keys() {
-            let needs_each = self.drafter.needs_each_token(*id);
+        for (id, choice) in &self.choices {
+            let needs_each = self.drafter.needs_each_token(*id) || choice.constraint.is_some();
             self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
         }
         let open: Vec<_> = self.scheduler.open_to_proposals().collect();
@@ -336,6 +346,10 @@ impl Engine {
         let Some(group) = &self.group else { return };
         let span = self.step_span(plan);
         group.send(plan, context::to_headers(&span));
+        let constrained =
+            self.choices.iter_mut().filter_map(|(id, choice)| Some((id, choice.constraint.as_mut()?)));
+        let jobs = constrained.filter_map(|(id, constraint)| constraint.job(*id, plan)).collect();
+        send_masks(jobs, plan, group.outboxes(), &self.events);
         let (n_missing, started) = (group.n_ranks(), Instant::now());
         self.note_scheduled(plan, started);
         self.note_preemptions();
@@ -360,29 +374,6 @@ impl Engine {
                 choice.output.note_cached(open.cached_tokens.len() as u32);
             }
         }
-    }
-
-    /// The step's span: child of its first request's, linked to the others'. Numbers are signed because OTLP has no
-    /// unsigned ones.
-    fn step_span(&self, plan: &StepPlan) -> Span {
-        let mut requests: Vec<RequestId> = Vec::with_capacity(plan.chunks.len());
-        for choice in plan.chunks.iter().filter_map(|chunk| self.choices.get(&chunk.sequence)) {
-            if !requests.contains(&choice.request) {
-                requests.push(choice.request);
-            }
-        }
-        let mut clients = requests.iter().filter_map(|request| self.clients.get(request));
-        let Some(first) = clients.next() else { return Span::none() };
-        let span = info_span!(
-            parent: first.span(),
-            "step",
-            epoch = plan.epoch.0 as i64,
-            step = plan.step.0 as i64,
-            n_rows = plan.n_rows() as i64,
-            n_sequences = plan.chunks.len() as i64,
-        );
-        clients.for_each(|client| context::link(&span, client.span()));
-        span
     }
 
     fn rank_event(&mut self, event: RankEvent) {
@@ -442,7 +433,11 @@ impl Engine {
 
     /// Tokens of a step that follow the end of their request find no request any more.
     fn commit(&mut self, commit: Commit, now: Instant) {
-        let Some(Active { request, choice, output }) = self.choices.get_mut(&commit.sequence) else { return };
+        let Some(active) = self.choices.get_mut(&commit.sequence) else { return };
+        let Active { request, choice, output, constraint } = active;
+        if let Some(constraint) = constraint {
+            constraint.commit(commit.sampled.token);
+        }
         let Some(client) = self.clients.get_mut(request) else { return };
         let request = *request;
         match output.clock.last_token {

@@ -8,6 +8,7 @@
 //! * [`validate`] – protobuf to domain; every limit is checked here, once
 //! * [`text`] – chat template and tokenizer, off the async threads
 //! * [`admission`] – a place in the queue, or a refusal at once
+//! * [`constraint`] – grammars: compiled off the async threads, run off the loop
 //! * [`engine`] – the one event loop
 //! * [`metrics`], [`http`] – numbers for Prometheus, and the port for them and for health
 //! * [`deadlines`] – pure: which requests nobody wants any more
@@ -26,6 +27,7 @@ pub mod admission;
 pub mod caller;
 pub mod client;
 pub mod config;
+pub mod constraint;
 pub mod deadlines;
 pub mod drafter;
 pub mod engine;

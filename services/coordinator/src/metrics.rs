@@ -35,6 +35,8 @@ pub enum Broken {
     Late,
     /// Its client read nothing for too long.
     Stuck,
+    /// Its grammar allowed nothing more, or too much work.
+    Grammar,
 }
 
 impl Broken {
@@ -43,6 +45,7 @@ impl Broken {
             Self::Gone => "client_gone",
             Self::Late => "deadline",
             Self::Stuck => "reader_stuck",
+            Self::Grammar => "grammar",
         }
     }
 }

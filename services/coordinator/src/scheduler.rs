@@ -80,6 +80,8 @@ pub struct NewSequence {
     pub sampling: SamplingParams,
     /// What cannot be chosen yet.
     pub held_back: Option<HeldBack>,
+    /// Its tokens must be known before the next step, which waits for masks.
+    pub is_constrained: bool,
     /// Whose it is; prefixes are shared inside a tenant only.
     pub tenant: String,
     /// Its class.

@@ -25,6 +25,7 @@ use tonic_health::server::HealthReporter;
 use crate::{
     Config,
     admission::Admission,
+    constraint::Grammars,
     drafter::{DrafterConfig, link::Target},
     engine::{self, Engine, Event, GroupStatus, MAX_EVENTS},
     http,
@@ -78,6 +79,7 @@ async fn serve(
 
     let (events, inbox) = mpsc::channel(MAX_EVENTS);
     let metrics = Arc::new(Metrics::new().context("metrics")?);
+    let n_vocab = parts.served.n_vocab;
     let engine = engine::Parts {
         group: parts.group,
         limits: parts.limits,
@@ -96,6 +98,7 @@ async fn serve(
     let service = InferenceService {
         served: parts.served,
         model: parts.model,
+        grammars: Grammars::new(parts.text.tokenizer().clone(), n_vocab),
         text: parts.text,
         metrics,
         admission: Admission::new(config.budget(), Instant::now()),

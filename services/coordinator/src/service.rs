@@ -6,7 +6,8 @@ use std::{
     time::Instant,
 };
 
-use paceline_domain::RequestId;
+use paceline_domain::{ErrorKind, Grammar, RequestId};
+use paceline_grammar::Matcher;
 use paceline_telemetry::context;
 use paceline_text::{ControlText, SpecialTokens};
 use paceline_wire::{
@@ -26,6 +27,7 @@ use crate::{
     admission::Admission,
     caller::Caller,
     client::Client,
+    constraint::Grammars,
     engine::{Event, GroupStatus, Submission},
     metrics::Metrics,
     output::Output,
@@ -47,6 +49,8 @@ pub struct InferenceService {
     pub text: TextModel,
     /// Who is told of refusals.
     pub metrics: Arc<Metrics>,
+    /// What grammars become.
+    pub grammars: Grammars,
     /// The token budget.
     pub admission: Arc<Admission>,
     /// Chunks that may wait for a client to read them.
@@ -89,6 +93,15 @@ impl InferenceService {
         span
     }
 
+    async fn matcher(&self, grammar: Option<Grammar>) -> Result<Option<Matcher>, Status> {
+        let Some(grammar) = grammar else { return Ok(None) };
+        let compiled = self.grammars.compile(grammar).instrument(info_span!("compile_grammar")).await;
+        compiled.map(Some).map_err(|error| match error.kind() {
+            ErrorKind::Invalid => bad_request(&[("response_format".into(), error.to_string())]),
+            kind => status(kind, error.to_string()),
+        })
+    }
+
     fn started(&self, request: &paceline_domain::GenerateRequest) -> Started {
         let seed_of = |choice| request.sampling.of_choice(choice).seed;
         Started {
@@ -117,8 +130,10 @@ impl InferenceService {
             stop: request.stop,
             speculation: request.speculation,
             n: request.n,
+            response_format: request.response_format,
         };
-        let options = validate::options(&self.served, given, seed)?;
+        let mut options = validate::options(&self.served, given, seed)?;
+        let matcher = self.matcher(options.grammar.take()).await?;
         let tokens = match validate::source(&self.served, request.input)? {
             Source::Tokens(tokens) => tokens,
             Source::Text(input) => {
@@ -140,7 +155,7 @@ impl InferenceService {
         client.push(0, Chunk::Started(self.started(&request)));
         let output = |_| Output::new(&request, self.text.tokenizer(), arrived);
         let outputs = (0..request.n_choices).map(output).collect();
-        let submission = Box::new(Submission { request, outputs, client, caller, priority });
+        let submission = Box::new(Submission { request, outputs, matcher, client, caller, priority });
         self.events
             .send(Event::Submit(submission))
             .await

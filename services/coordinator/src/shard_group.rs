@@ -24,8 +24,8 @@ use crate::pool::{self, PoolWish};
 
 /// How long a shard may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Plans that may wait in a stream; no more than two steps are in flight.
-const OUTBOX: usize = 8;
+/// Plans and masks that may wait in a stream; no more than two steps are in flight.
+const OUTBOX: usize = 32;
 
 /// How to form a group.
 #[derive(Clone, Debug)]
@@ -160,6 +160,11 @@ impl ShardGroup {
     /// Whether every rank's device copies KV blocks.
     pub fn copies_blocks(&self) -> bool {
         self.ranks.iter().all(|ready| ready.copies_blocks)
+    }
+
+    /// The way to each rank.
+    pub fn outboxes(&self) -> &[mpsc::Sender<CoordinatorMessage>] {
+        &self.outboxes
     }
 
     /// Sends a plan to every rank. A rank that cannot take it is reported by its reader.

@@ -1,7 +1,8 @@
 //! Protobuf to domain. Every limit on a request is checked here, once, and every violation is reported.
 
 use paceline_domain::{
-    GenerateRequest, Prompt, RequestId, SamplingParams, Speculation, SpeculationOptions, StopRules, TokenId,
+    GenerateRequest, Grammar, Prompt, RequestId, SamplingParams, Speculation, SpeculationOptions, StopRules,
+    TokenId,
     request::{MAX_CHOICES, MAX_PROPOSAL, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
 };
 use paceline_text::{ChatMessage, SpecialTokens};
@@ -128,6 +129,8 @@ pub struct GivenOptions {
     pub speculation: Option<proto::SpeculationOptions>,
     /// Completions.
     pub n: Option<u32>,
+    /// What the text must be.
+    pub response_format: Option<proto::ResponseFormat>,
 }
 
 /// Options within their limits.
@@ -141,6 +144,8 @@ pub struct Options {
     pub speculation: SpeculationOptions,
     /// Completions.
     pub n_choices: u32,
+    /// What the text must be.
+    pub grammar: Option<Grammar>,
 }
 
 /// Everything but the prompt, checked before the work of tokenizing is done.
@@ -155,13 +160,34 @@ pub fn options(served: &Served, given: GivenOptions, drawn_seed: u64) -> Result<
         .collect();
     violations.extend(stop_problems(served, &stop).into_iter().map(|problem| ("stop".to_owned(), problem)));
     let speculation = speculation.map_err(|problem| violations.push(("speculation".into(), problem)));
+    let grammar = given.response_format.map(grammar).transpose().unwrap_or_else(|problem| {
+        violations.push(("response_format".into(), problem));
+        None
+    });
+    if grammar.is_some() && (stop.min_tokens.unwrap_or(0) > 0 || stop.ignore_eos == Some(true)) {
+        let problem = "it ends with the text: not together with min_tokens or ignore_eos";
+        violations.push(("response_format".into(), problem.into()));
+    }
     let n_choices = given.n.unwrap_or(1);
     if !(1..=MAX_CHOICES).contains(&n_choices) {
         violations.push(("n".into(), format!("n is {n_choices}; it must be from 1 to {MAX_CHOICES}")));
     }
     match speculation {
-        Ok(speculation) if violations.is_empty() => Ok(Options { sampling, stop, speculation, n_choices }),
+        Ok(speculation) if violations.is_empty() => {
+            Ok(Options { sampling, stop, speculation, n_choices, grammar })
+        }
         _ => Err(bad_request(&violations)),
+    }
+}
+
+fn grammar(format: proto::ResponseFormat) -> Result<Grammar, String> {
+    use proto::response_format::Format;
+    match format.format {
+        Some(Format::JsonObject(_)) => Ok(Grammar::JsonObject),
+        Some(Format::JsonSchema(schema)) => Ok(Grammar::JsonSchema(schema)),
+        Some(Format::Regex(regex)) => Ok(Grammar::Regex(regex)),
+        Some(Format::Lark(grammar)) => Ok(Grammar::Lark(grammar)),
+        None => Err("it has no format; set json_object, json_schema, regex or lark".into()),
     }
 }
 
@@ -236,7 +262,7 @@ pub fn request(
     n_kv_blocks: u32,
     id: RequestId,
     tokens: Vec<TokenId>,
-    Options { sampling, stop, speculation, n_choices }: Options,
+    Options { sampling, stop, speculation, n_choices, .. }: Options,
 ) -> Result<GenerateRequest, Status> {
     let n_prompt = tokens.len();
     let prompt = Prompt::new(tokens).ok_or_else(|| violation("input", "the prompt has no tokens"))?;
@@ -307,6 +333,7 @@ mod tests {
             stop: Some(stop),
             speculation: Some(speculation),
             n: Some(17),
+            response_format: Some(proto::ResponseFormat::default()),
         };
         let status = options(&served(), given, 1).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
@@ -318,6 +345,7 @@ mod tests {
             "stop token 10",
             "33",
             "n is 17",
+            "it has no format",
             "min_tokens is 1",
         ] {
             assert!(status.message().contains(part), "{part} in {}", status.message());

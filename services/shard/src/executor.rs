@@ -11,7 +11,9 @@ use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{
     AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
 };
-use paceline_domain::{ErrorKind, KvType, Quantization, StepNumber, StepPlan, StepResult, StepTimings};
+use paceline_domain::{
+    ErrorKind, KvType, Quantization, StepMasks, StepNumber, StepPlan, StepResult, StepTimings,
+};
 use paceline_model::link::{Group, Route};
 use paceline_model::{
     Batch, Capacity, Decoder, Device, DeviceRoom, LoadProgress, LoadSpec, ModelConfig, ModelError, SplitPlan,
@@ -23,6 +25,7 @@ use tracing::{Span, field, info_span};
 
 use crate::{
     ahead::LastSamples,
+    masks::MaskInbox,
     sampler::Sampler,
     sequences::{PlanError, Sequences},
 };
@@ -127,23 +130,31 @@ impl ExecutorError {
     }
 }
 
+/// What comes from the coordinator.
+pub struct Feed {
+    /// Plans, in order.
+    pub plans: mpsc::Receiver<TracedPlan>,
+    /// What constrained rows of them may choose.
+    pub masks: mpsc::Receiver<StepMasks>,
+}
+
 /// What goes back to the coordinator.
 pub type Outbox = Sender<Result<proto::ShardMessage, Status>>;
 
-/// Starts the thread. It ends when `plans` is closed, after the first failure, or when the abort flag is set.
+/// Starts the thread. It ends when the feed is closed, after the first failure, or when the abort flag is set.
 ///
 /// # Errors
 /// When the system gives no thread.
 pub fn start(
     machine: Machine,
     place: Place,
-    plans: mpsc::Receiver<TracedPlan>,
+    feed: Feed,
     outbox: Outbox,
 ) -> std::io::Result<thread::JoinHandle<()>> {
     let rank = place.form.rank;
     thread::Builder::new().name(format!("executor-{rank}")).spawn(move || {
         let abort = place.abort.clone();
-        if let Err(error) = serve(machine, place, &plans, &outbox) {
+        if let Err(error) = serve(machine, place, feed, &outbox) {
             // Peers that wait for this rank find out by themselves; the coordinator is told why.
             if abort.is_set() {
                 tracing::debug!(rank, %error, "executor left its group");
@@ -155,15 +166,11 @@ pub fn start(
     })
 }
 
-fn serve(
-    machine: Machine,
-    place: Place,
-    plans: &mpsc::Receiver<TracedPlan>,
-    outbox: &Outbox,
-) -> Result<(), ExecutorError> {
+fn serve(machine: Machine, place: Place, feed: Feed, outbox: &Outbox) -> Result<(), ExecutorError> {
+    let masks = MaskInbox::new(feed.masks, Duration::from_millis(place.form.collective_deadline_ms));
     let mut executor = Executor::form(machine, place, outbox)?;
-    while let Ok(traced) = plans.recv() {
-        let result = executor.step(traced)?;
+    while let Ok(traced) = feed.plans.recv() {
+        let result = executor.step(traced, &masks)?;
         let message = proto::shard_message::Message::Result((&result).into());
         if outbox.blocking_send(Ok(proto::ShardMessage { message: Some(message) })).is_err() {
             break;
@@ -244,7 +251,7 @@ impl Executor {
         })
     }
 
-    fn step(&mut self, mut traced: TracedPlan) -> Result<StepResult, ExecutorError> {
+    fn step(&mut self, mut traced: TracedPlan, masks: &MaskInbox) -> Result<StepResult, ExecutorError> {
         let plan = &traced.plan;
         if plan.epoch.0 != self.epoch || plan.step.0 != self.last_step.0 + 1 {
             return Err(ExecutorError::Order(format!(
@@ -261,7 +268,7 @@ impl Executor {
         for copy in plan.opens.iter().filter_map(|open| open.copied) {
             self.decoder.copy_block(copy.from, copy.to)?;
         }
-        let samples = self.forward_and_sample(plan)?;
+        let samples = self.forward_and_sample(plan, masks)?;
         self.last_samples.replace(plan, &samples);
         self.last_step = plan.step;
         let stats = self.collective.take_stats();
@@ -295,6 +302,7 @@ impl Executor {
     fn forward_and_sample(
         &mut self,
         plan: &StepPlan,
+        masks: &MaskInbox,
     ) -> Result<Vec<paceline_domain::SequenceSamples>, ExecutorError> {
         if plan.chunks.is_empty() {
             return Ok(Vec::new());
@@ -310,6 +318,7 @@ impl Executor {
             output_rows: &rows.output_rows,
         };
         let mut logits = self.decoder.forward(&batch, self.collective.as_mut())?;
+        masks.collect(plan, &mut self.sequences)?;
         Ok(self.sampler.sample(plan, &mut self.sequences, &mut logits, self.collective.as_mut())?)
     }
 }

@@ -8,12 +8,14 @@
 //! * [`executor`] – the thread that owns model, KV memory and collective
 //! * [`ahead`] – tokens that plans leave open, because the step before samples them
 //! * [`sequences`] – what a shard knows of each sequence
+//! * [`masks`] – what constrained rows may choose, waited for
 //! * [`sampler`] – from logits of all ranks to tokens on rank 0
 #![forbid(unsafe_code)]
 
 pub mod ahead;
 pub mod config;
 pub mod executor;
+pub mod masks;
 pub mod sampler;
 pub mod sequences;
 pub mod server;

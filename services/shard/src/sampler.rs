@@ -7,12 +7,16 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use paceline_collectives::Collective;
-use paceline_domain::{HeldBack, SampledToken, SamplingParams, SequenceChunk, SequenceSamples, StepPlan};
+use paceline_domain::{
+    HeldBack, SampledToken, SamplingParams, SequenceChunk, SequenceSamples, StepPlan, TokenMask,
+};
 use paceline_model::{
     Logits, ModelError,
     logits::{Choice, Columns},
 };
-use paceline_sampling::{Candidate, forbid, local_best, merge, needs_full_row, sample_row, verify};
+use paceline_sampling::{
+    Candidate, allow_only, forbid, local_best, merge, needs_full_row, sample_row, verify,
+};
 
 use crate::sequences::{Sequence, Sequences};
 
@@ -88,7 +92,7 @@ impl Sampler {
             let is_whole = travels_whole(sampling, n_ranks);
             for i in 0..chunk.n_sampled as usize {
                 let position = position(chunk, i);
-                let restriction = Restriction::of(sequence, position);
+                let restriction = Restriction::of(sequence, position, i);
                 if is_whole || !restriction.is_nothing() {
                     self.row.clear();
                     self.row.extend_from_slice(&logits.row(row)?[..columns.n_usable]);
@@ -188,21 +192,28 @@ impl Sampler {
 /// What a row must not choose.
 struct Restriction<'a> {
     held_back: Option<&'a HeldBack>,
+    mask: Option<&'a TokenMask>,
 }
 
 impl<'a> Restriction<'a> {
-    /// Of the token at a position.
-    fn of(sequence: &'a Sequence, position: u32) -> Self {
-        Self { held_back: sequence.held_back.as_ref().filter(|held| position < held.until) }
+    /// Of the token at a position, that the i-th sampled row of its chunk chooses.
+    fn of(sequence: &'a Sequence, position: u32, i: usize) -> Self {
+        Self {
+            held_back: sequence.held_back.as_ref().filter(|held| position < held.until),
+            mask: sequence.masks.get(i).filter(|mask| !mask.is_open()),
+        }
     }
 
     fn is_nothing(&self) -> bool {
-        self.held_back.is_none()
+        self.held_back.is_none() && self.mask.is_none()
     }
 
     fn apply(&self, columns: Columns, logits: &mut [f32]) {
         if let Some(held) = self.held_back {
             forbid(&held.tokens, columns.first_token.0, logits);
+        }
+        if let Some(mask) = self.mask {
+            allow_only(mask, columns.first_token.0, logits);
         }
     }
 }
@@ -272,6 +283,7 @@ mod tests {
             cached_blocks: Vec::new(),
             copied: None,
             held_back: None,
+            is_constrained: false,
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -317,6 +329,7 @@ mod tests {
             cached_blocks: Vec::new(),
             copied: None,
             held_back: None,
+            is_constrained: false,
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -356,7 +369,7 @@ mod tests {
     /// Rows 1 .. of a verification of three proposals, chosen by this many ranks.
     fn verified(
         sampling: &SamplingParams,
-        held_back: Option<HeldBack>,
+        (held_back, masks): (Option<HeldBack>, Option<Vec<TokenMask>>),
         logits: &[Vec<f32>],
         n_ranks: usize,
     ) -> Vec<SampledToken> {
@@ -369,12 +382,14 @@ mod tests {
             cached_blocks: Vec::new(),
             copied: None,
             held_back,
+            is_constrained: masks.is_some(),
         };
         let plan =
             StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens: vec![open], chunks };
         let mut sequences = Sequences::new(8);
         sequences.begin(&plan).expect("a plan");
         sequences.get_mut(SequenceId(1)).history.extend(&plan.chunks[0].tokens);
+        sequences.get_mut(SequenceId(1)).masks = masks.unwrap_or_default();
         let mut sampler = Sampler::new(N_VOCAB);
         let mut part = |rank: usize| {
             let vocab = N_VOCAB * rank / n_ranks..N_VOCAB * (rank + 1) / n_ranks;
@@ -402,6 +417,8 @@ mod tests {
             let noise = |row: usize| paceline_sampling::noise::gumbel_group(trial, row as u32, 0);
             let logits: Vec<Vec<f32>> = (0..4).map(|row| noise(row)[..N_VOCAB].to_vec()).collect();
             let held_back = (trial % 2 == 0).then(|| HeldBack { until: 4, tokens: tokens(&[2, 7]) });
+            let mask = |row: u32| TokenMask::of_words(vec![0b0110_0110 ^ (1 << ((trial as u32 + row) % 8))]);
+            let masks = (trial % 3 == 0).then(|| (0..4).map(mask).collect::<Vec<_>>());
             for sampling in &kinds {
                 let ids = tokens(&[1, 5, 5, 6, 5]);
                 let mut history = TokenHistory::new(2);
@@ -418,6 +435,9 @@ mod tests {
                         if let Some(held) = held_back.as_ref().filter(|held| position < held.until) {
                             forbid(&held.tokens, 0, &mut logits);
                         }
+                        if let Some(masks) = &masks {
+                            allow_only(&masks[row], 0, &mut logits);
+                        }
                         sample_row(sampling, history, position, &mut logits)
                     };
                     let mut all = TokenHistory::new(2);
@@ -431,7 +451,7 @@ mod tests {
                 n_accepted += expected.len() - 1;
                 for n_ranks in [1, 2, 3] {
                     assert_eq!(
-                        verified(sampling, held_back.clone(), &logits, n_ranks),
+                        verified(sampling, (held_back.clone(), masks.clone()), &logits, n_ranks),
                         expected,
                         "{n_ranks} ranks {sampling:?}"
                     );

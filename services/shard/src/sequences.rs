@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use paceline_domain::{
-    BlockId, HeldBack, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepPlan,
+    BlockId, HeldBack, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepPlan, TokenMask,
     group::BLOCK_POSITIONS,
 };
 use paceline_sampling::TokenHistory;
@@ -26,6 +26,10 @@ pub struct Sequence {
     pub sampling: SamplingParams,
     /// What cannot be chosen yet.
     pub held_back: Option<HeldBack>,
+    /// Whether its sampled rows wait for masks.
+    pub is_constrained: bool,
+    /// Those of the chunk at hand, one for each sampled row, once they are there.
+    pub masks: Vec<TokenMask>,
     /// Tokens in the KV memory and in the current chunk.
     pub history: TokenHistory,
     /// Where their keys and values are.
@@ -108,7 +112,9 @@ impl Sequences {
         let (sampling, held_back) = (open.sampling.clone(), open.held_back.clone());
         let mut blocks = open.cached_blocks.clone();
         blocks.extend(open.copied.map(|copy| copy.to));
-        self.by_id.insert(open.sequence, Sequence { sampling, held_back, history, blocks });
+        let is_constrained = open.is_constrained;
+        let sequence = Sequence { sampling, held_back, is_constrained, masks: Vec::new(), history, blocks };
+        self.by_id.insert(open.sequence, sequence);
         Ok(())
     }
 
@@ -129,6 +135,7 @@ impl Sequences {
         if end > n_slots {
             return Err(fail(format!("reaches {end} tokens in blocks for {n_slots}")));
         }
+        sequence.masks.clear();
         sequence.history.truncate(start);
         sequence.blocks.truncate(n_kept);
         sequence.blocks.extend_from_slice(&chunk.new_blocks);
@@ -169,6 +176,7 @@ mod tests {
             cached_blocks: Vec::new(),
             copied: None,
             held_back: None,
+            is_constrained: false,
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use futures_util::{Stream, StreamExt as _};
 use paceline_collectives::{AbortFlag, BindSpec, Endpoint};
-use paceline_domain::{ErrorKind, Quantization, StepPlan, group::PROTOCOL_VERSION};
+use paceline_domain::{ErrorKind, Quantization, StepMasks, StepPlan, group::PROTOCOL_VERSION};
 use paceline_model::DeviceRoom;
 use paceline_wire::{
     shard::{
@@ -22,6 +22,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::executor::{self, MAX_PLANS_AHEAD, Machine, Outbox, Place, TracedPlan};
+
+/// Masks that may wait for the executor: some parts for each plan.
+const MAX_MASKS_AHEAD: usize = 64;
 
 /// Serves one session at a time.
 pub struct ShardService {
@@ -195,12 +198,14 @@ impl Session {
         };
         check_form(&form, self.epoch)?;
         let (plans, plan_queue) = mpsc::sync_channel(MAX_PLANS_AHEAD);
+        let (masks, mask_queue) = mpsc::sync_channel(MAX_MASKS_AHEAD);
+        let feed = executor::Feed { plans: plan_queue, masks: mask_queue };
         let place = Place { form, endpoint, abort: self.abort.clone() };
-        let executor = executor::start(self.machine.clone(), place, plan_queue, self.outbox.clone())
-            .map_err(|error| {
+        let executor =
+            executor::start(self.machine.clone(), place, feed, self.outbox.clone()).map_err(|error| {
                 status(ErrorKind::Unavailable, format!("no thread for the executor: {error}"))
             })?;
-        let fed = self.feed(&mut inbox, plans).await;
+        let fed = feed_executor(&mut inbox, &Queues { plans, masks }).await;
         self.abort.abort();
         // Joining may take one forward pass: not on a thread of the runtime.
         match tokio::task::spawn_blocking(move || executor.join()).await {
@@ -231,27 +236,44 @@ impl Session {
         }
         Ok(welcome)
     }
+}
 
-    async fn feed(&self, inbox: &mut Inbox, plans: mpsc::SyncSender<TracedPlan>) -> Result<(), Status> {
-        while let Some(message) = inbox.next().await? {
-            let coordinator_message::Message::Plan(mut plan) = message else {
-                return Err(Status::invalid_argument("after Form only plans are sent"));
-            };
-            let trace = (std::mem::take(&mut plan.traceparent), std::mem::take(&mut plan.tracestate));
-            let plan =
-                StepPlan::try_from(plan).map_err(|error| Status::invalid_argument(error.to_string()))?;
-            match plans.try_send(TracedPlan { plan, trace }) {
-                Ok(()) => {}
-                Err(mpsc::TrySendError::Full(_)) => {
-                    return Err(Status::resource_exhausted(format!(
-                        "more than {MAX_PLANS_AHEAD} plans ahead"
-                    )));
-                }
-                // The executor has said why it ended.
-                Err(mpsc::TrySendError::Disconnected(_)) => return Ok(()),
+/// The way to the executor.
+struct Queues {
+    plans: mpsc::SyncSender<TracedPlan>,
+    masks: mpsc::SyncSender<StepMasks>,
+}
+
+/// Until the session is over, or the executor; that has said why.
+async fn feed_executor(inbox: &mut Inbox, queues: &Queues) -> Result<(), Status> {
+    while let Some(message) = inbox.next().await? {
+        let goes_on = match message {
+            coordinator_message::Message::Plan(mut plan) => {
+                let trace = (std::mem::take(&mut plan.traceparent), std::mem::take(&mut plan.tracestate));
+                let plan =
+                    StepPlan::try_from(plan).map_err(|error| Status::invalid_argument(error.to_string()))?;
+                hand_over(&queues.plans, TracedPlan { plan, trace }, MAX_PLANS_AHEAD)?
             }
+            coordinator_message::Message::Masks(masks) => {
+                hand_over(&queues.masks, masks.into(), MAX_MASKS_AHEAD)?
+            }
+            _ => return Err(Status::invalid_argument("after Form only plans and masks are sent")),
+        };
+        if !goes_on {
+            break;
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Whether the executor is still there.
+fn hand_over<T>(queue: &mpsc::SyncSender<T>, message: T, most: usize) -> Result<bool, Status> {
+    match queue.try_send(message) {
+        Ok(()) => Ok(true),
+        Err(mpsc::TrySendError::Full(_)) => {
+            Err(Status::resource_exhausted(format!("more than {most} plans or masks ahead")))
+        }
+        Err(mpsc::TrySendError::Disconnected(_)) => Ok(false),
     }
 }
 

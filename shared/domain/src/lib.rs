@@ -17,6 +17,7 @@ pub mod draft;
 pub mod error;
 pub mod group;
 pub mod ids;
+pub mod mask;
 pub mod quantization;
 pub mod reduce_tree;
 pub mod request;
@@ -28,12 +29,15 @@ pub use draft::{DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, D
 pub use error::ErrorKind;
 pub use group::{Digest, Fingerprint, KvType};
 pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};
+pub use mask::TokenMask;
 pub use quantization::Quantization;
 pub use reduce_tree::ReduceTree;
-pub use request::{FinishReason, GenerateRequest, Prompt, Speculation, SpeculationOptions, StopRules, Usage};
+pub use request::{
+    FinishReason, GenerateRequest, Grammar, Prompt, Speculation, SpeculationOptions, StopRules, Usage,
+};
 pub use sampling::{SampledToken, SamplingParams, TokenLogprob};
 pub use step::{
-    BlockCopy, HeldBack, SequenceChunk, SequenceOpen, SequenceSamples, StepPlan, StepResult, StepTimings,
-    UNKNOWN_TOKEN,
+    BlockCopy, HeldBack, SequenceChunk, SequenceMasks, SequenceOpen, SequenceSamples, StepMasks, StepPlan,
+    StepResult, StepTimings, UNKNOWN_TOKEN,
 };
 pub use weight_type::WeightType;

@@ -74,6 +74,19 @@ impl Default for SpeculationOptions {
     }
 }
 
+/// What the generated text must be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Grammar {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that this schema allows.
+    JsonSchema(String),
+    /// Text that this regular expression matches as a whole.
+    Regex(String),
+    /// Text of this grammar in Lark's notation.
+    Lark(String),
+}
+
 /// A request whose every limit was checked.
 #[derive(Clone, PartialEq, Debug)]
 pub struct GenerateRequest {

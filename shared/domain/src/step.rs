@@ -1,7 +1,7 @@
 //! One step of a group: the plan every rank executes alike, and what rank 0 reports. Plain decode, verification
 //! of proposals and prefill chunks are the same thing here: tokens from a start position, some rows sampled.
 
-use crate::{BlockId, Epoch, SampledToken, SamplingParams, SequenceId, StepNumber, TokenId};
+use crate::{BlockId, Epoch, SampledToken, SamplingParams, SequenceId, StepNumber, TokenId, TokenMask};
 
 /// Tells the ranks of a sequence they will see chunks of.
 #[derive(Clone, PartialEq, Debug)]
@@ -20,6 +20,8 @@ pub struct SequenceOpen {
     pub copied: Option<BlockCopy>,
     /// What cannot be chosen yet.
     pub held_back: Option<HeldBack>,
+    /// Each of its sampled rows waits for what it may choose: [`StepMasks`] follow the plan.
+    pub is_constrained: bool,
 }
 
 /// Tokens that cannot be chosen for the first positions of a sequence.
@@ -84,6 +86,26 @@ impl StepPlan {
     pub fn n_rows(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.tokens.len()).sum()
     }
+}
+
+/// What rows of constrained sequences may choose. They follow the plan of their step, in any number of parts.
+#[derive(Clone, PartialEq, Debug)]
+pub struct StepMasks {
+    /// Life of the group.
+    pub epoch: Epoch,
+    /// The step.
+    pub step: StepNumber,
+    /// One entry for each sequence of this part.
+    pub sequences: Vec<SequenceMasks>,
+}
+
+/// What the sampled rows of one sequence may choose.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SequenceMasks {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// One for each sampled row of its chunk, in order.
+    pub rows: Vec<TokenMask>,
 }
 
 /// What rank 0 sampled for one chunk: its `n_sampled` tokens in position order. Tokens after the first that

@@ -33,7 +33,7 @@ pub mod verify;
 pub use adjust::has_penalty;
 pub use filter::{Cut, cut};
 pub use history::{TokenCount, TokenHistory};
-pub use restrict::forbid;
+pub use restrict::{allow_only, forbid};
 pub use sample::{
     Candidate, has_filter, is_plain, local_best, merge, needs_full_row, plain_best, sample_row,
 };

@@ -1,13 +1,25 @@
 //! Tokens that must not be chosen, whatever their logits: those lose all probability, also in what is reported. Penalties
 //! and bias do not bring them back.
 
-use paceline_domain::TokenId;
+use paceline_domain::{TokenId, TokenMask};
 
 /// Takes these tokens out of a slice of a row; `logits[i]` is token `vocab_start + i`.
 pub fn forbid(tokens: &[TokenId], vocab_start: u32, logits: &mut [f32]) {
     for token in tokens {
         let logit = token.0.checked_sub(vocab_start).and_then(|i| logits.get_mut(i as usize));
         if let Some(logit) = logit {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+}
+
+/// Takes all tokens but those of the mask out of a slice of a row; `logits[i]` is token `vocab_start + i`.
+pub fn allow_only(mask: &TokenMask, vocab_start: u32, logits: &mut [f32]) {
+    if mask.is_open() {
+        return;
+    }
+    for (token, logit) in (vocab_start..).zip(logits) {
+        if !mask.allows(TokenId(token)) {
             *logit = f32::NEG_INFINITY;
         }
     }
@@ -33,6 +45,19 @@ mod tests {
             forbid(&tokens, start as u32, &mut slice);
             assert_eq!(slice, whole[start..end]);
         }
+    }
+
+    #[test]
+    fn only_what_a_mask_allows_is_left_of_a_slice() {
+        let mask = TokenMask::of_words(vec![0b1010_0110]);
+        let mut slice = [1.0; 6];
+        allow_only(&mask, 2, &mut slice);
+        assert_eq!(slice.map(f32::is_finite), [true, false, false, true, false, true]);
+        let mut beyond = [1.0; 2];
+        allow_only(&mask, 31, &mut beyond);
+        assert_eq!(beyond.map(f32::is_finite), [false; 2]);
+        allow_only(&TokenMask::default(), 0, &mut slice[..1]);
+        assert_eq!(slice[0], 1.0);
     }
 
     #[test]

@@ -4,11 +4,13 @@
 //! # Layout
 //! * [`inference`], [`shard`], [`draft`] – generated from `proto/`
 //! * [`step`] – step plans and results
+//! * [`masks`] – what constrained rows may choose
 //! * [`draft_frames`] – frames between coordinator and draft service
 //! * [`status`] – errors to gRPC status with details
 #![forbid(unsafe_code)]
 
 pub mod draft_frames;
+pub mod masks;
 pub mod status;
 pub mod step;
 

@@ -74,6 +74,7 @@ impl From<&SequenceOpen> for shard::SequenceOpen {
                 .held_back
                 .as_ref()
                 .map(|held| shard::HeldBack { until: held.until, tokens: tokens(&held.tokens) }),
+            is_constrained: open.is_constrained,
         }
     }
 }
@@ -95,6 +96,7 @@ impl TryFrom<shard::SequenceOpen> for SequenceOpen {
             held_back: open
                 .held_back
                 .map(|held| HeldBack { until: held.until, tokens: token_ids(held.tokens) }),
+            is_constrained: open.is_constrained,
         })
     }
 }
@@ -272,6 +274,7 @@ mod tests {
                 cached_blocks: vec![BlockId(5)],
                 copied: Some(BlockCopy { from: BlockId(3), to: BlockId(9) }),
                 held_back: Some(HeldBack { until: 20, tokens: vec![TokenId(2)] }),
+                is_constrained: true,
             }],
             chunks: vec![SequenceChunk {
                 sequence: SequenceId(2),

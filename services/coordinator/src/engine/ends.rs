@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use paceline_domain::{FinishReason, RequestId, SequenceId};
-use paceline_wire::inference::generate_response::Event as Chunk;
+use paceline_grammar::GrammarError;
+use paceline_wire::{inference::generate_response::Event as Chunk, status::status};
 use tonic::Status;
 
 use super::{Active, Engine, Event};
@@ -18,7 +19,7 @@ impl Engine {
     /// A choice has all it wanted; with the last one its request is done.
     pub(super) fn finish(&mut self, id: SequenceId, reason: &FinishReason, now: Instant) {
         let proposals = self.drafter.finish(id).map(proposal_counts).unwrap_or_default();
-        let Some(Active { request, choice, mut output }) = self.remove_choice(id) else { return };
+        let Some(Active { request, choice, mut output, .. }) = self.remove_choice(id) else { return };
         self.tell_finished(reason, &output, now);
         let Some(client) = self.clients.get_mut(&request) else { return };
         let finished = Chunk::Finished(output.finished(reason, proposals, now));
@@ -86,6 +87,15 @@ impl Engine {
                 self.metrics.broken(Broken::Late, client.open().len());
                 client.fail(Status::deadline_exceeded(message), self.reader_limit);
             }
+        }
+    }
+
+    /// Ends a request whose grammar allows nothing more, or too much work.
+    pub(super) fn grammar_stuck(&mut self, id: SequenceId, error: &GrammarError) {
+        let Some(request) = self.choices.get(&id).map(|choice| choice.request) else { return };
+        if let Some(client) = self.remove(request) {
+            self.metrics.broken(Broken::Grammar, client.open().len());
+            client.fail(status(error.kind(), error.to_string()), self.reader_limit);
         }
     }
 

@@ -1,8 +1,10 @@
-//! What the loop tells of its work: metrics, and log lines about preemption. It changes nothing.
+//! What the loop tells of its work: metrics, spans of steps, log lines about preemption. It changes nothing.
 
 use std::time::Instant;
 
-use paceline_domain::FinishReason;
+use paceline_domain::{FinishReason, RequestId, StepPlan};
+use paceline_telemetry::context;
+use tracing::{Span, info_span};
 
 use super::Engine;
 use crate::{
@@ -38,6 +40,29 @@ impl Engine {
             first_token.zip(last_token).map(|(first, last)| last.saturating_duration_since(first));
         let per_token = generating.filter(|_| n_later > 0).map(|generating| generating / n_later);
         self.metrics.finished(reason, now.saturating_duration_since(arrived), per_token);
+    }
+
+    /// The step's span: child of its first request's, linked to the others'. Numbers are signed because OTLP has no
+    /// unsigned ones.
+    pub(super) fn step_span(&self, plan: &StepPlan) -> Span {
+        let mut requests: Vec<RequestId> = Vec::with_capacity(plan.chunks.len());
+        for choice in plan.chunks.iter().filter_map(|chunk| self.choices.get(&chunk.sequence)) {
+            if !requests.contains(&choice.request) {
+                requests.push(choice.request);
+            }
+        }
+        let mut clients = requests.iter().filter_map(|request| self.clients.get(request));
+        let Some(first) = clients.next() else { return Span::none() };
+        let span = info_span!(
+            parent: first.span(),
+            "step",
+            epoch = plan.epoch.0 as i64,
+            step = plan.step.0 as i64,
+            n_rows = plan.n_rows() as i64,
+            n_sequences = plan.chunks.len() as i64,
+        );
+        clients.for_each(|client| context::link(&span, client.span()));
+        span
     }
 
     pub(super) fn note_preemptions(&mut self) {

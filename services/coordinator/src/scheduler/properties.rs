@@ -162,6 +162,7 @@ impl World {
                     priority,
                     sibling: None,
                     held_back: None,
+                    is_constrained: false,
                 };
                 let sibling = self.submit(new.clone());
                 for i in 1..n_siblings + 1 {

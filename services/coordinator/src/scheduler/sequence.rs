@@ -19,6 +19,7 @@ pub(super) struct Sequence {
     pub(super) n_limit: usize,
     pub(super) sampling: SamplingParams,
     held_back: Option<HeldBack>,
+    is_constrained: bool,
     pub(super) pace: Pace,
     /// Whose it is.
     pub(super) tenant: Arc<str>,
@@ -74,6 +75,7 @@ impl Sequence {
             tokens: new.prompt,
             sampling: new.sampling,
             held_back: new.held_back,
+            is_constrained: new.is_constrained,
             pace: Pace::default(),
             tenant: new.tenant.into(),
             family: new.sibling.unwrap_or(id),
@@ -203,6 +205,7 @@ impl Sequence {
             cached_blocks: self.blocks[..self.n_cached_blocks].to_vec(),
             copied,
             held_back: self.held_back.clone(),
+            is_constrained: self.is_constrained,
         }
     }
 

@@ -40,6 +40,7 @@ fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
         priority: Priority::Normal,
         sibling: None,
         held_back: None,
+        is_constrained: false,
     }
 }
 
