@@ -12,6 +12,7 @@ use tonic::transport::Uri;
 
 use crate::{
     admission::Budget,
+    drafter::Placement,
     pool::{MAX_BLOCKS, PoolBounds, PoolWish},
     scheduler::ItlBound,
 };
@@ -87,8 +88,11 @@ pub struct Config {
     #[arg(long, env = "PACELINE_DRAFT_AHEAD", default_value_t = 12)]
     pub draft_ahead: u32,
     /// Milliseconds a step may wait for the draft service when that seems worth it; 0 never waits
-    #[arg(long, env = "PACELINE_DRAFT_WAIT_MS", default_value_t = 50)]
+    #[arg(long, env = "PACELINE_DRAFT_WAIT_MS", default_value_t = 400)]
     pub draft_wait_ms: u32,
+    /// Where the draft service computes
+    #[arg(long, env = "PACELINE_DRAFT_PLACEMENT", value_enum, default_value_t = Placement::Apart)]
+    pub draft_placement: Placement,
     /// Milliseconds one collective may wait before the group counts as broken
     #[arg(long, env = "PACELINE_COLLECTIVE_DEADLINE_MS", default_value_t = 10_000)]
     pub collective_deadline_ms: u64,

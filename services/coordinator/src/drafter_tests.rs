@@ -33,8 +33,9 @@ use tonic::{
     Request, Response, Status, Streaming,
     transport::{Server, Uri, server::TcpIncoming},
 };
+use tracing::Span;
 
-use super::*;
+use super::{link::Target, *};
 
 const N_VOCAB: u32 = 257;
 const ID: SequenceId = SequenceId(1);
@@ -111,12 +112,14 @@ async fn real_service(tokenizer: Digest) -> Uri {
 
 fn drafter(service: Option<Uri>) -> Drafter {
     let max_wait = Duration::from_secs(5);
-    Drafter::new(DrafterConfig { service, target: target(), max_ahead: 8, max_wait })
+    let placement = Placement::Apart;
+    Drafter::new(DrafterConfig { service, target: target(), max_ahead: 8, max_wait, placement })
 }
 
 /// A group with one sequence: what a step does is looked up.
 struct Group {
     drafter: Drafter,
+    times: StepTimes,
     truth: Vec<TokenId>,
     n_done: usize,
     step: u64,
@@ -139,15 +142,23 @@ impl Group {
             max_tokens: truth.len(),
             options: SpeculationOptions { mode, max_tokens: 4 },
         });
-        Self { drafter, truth, n_done: 0, step: 0, patience: Duration::from_secs(60) }
+        Self {
+            drafter,
+            times: StepTimes::default(),
+            truth,
+            n_done: 0,
+            step: 0,
+            patience: Duration::from_secs(60),
+        }
     }
 
     /// One step: proposals, verification, commit. How many proposals were accepted, of how many.
     async fn step(&mut self) -> (usize, usize) {
         let open = [(ID, self.truth.len() - self.n_done - 1)];
-        self.drafter.collect(&open, Instant::now()).await;
+        self.drafter.prepare(&self.times, Instant::now());
+        self.drafter.collect(&open, &self.times, Span::none).await;
         let load = StepLoad { n_rows: 1, n_tokens: 1, n_spare_rows: 16 };
-        let proposed = self.drafter.propose(&open, load);
+        let proposed = self.drafter.propose(&open, load, &self.times);
         let proposed = proposed.first().map_or(&[][..], |(_, tokens)| tokens.as_slice());
         let expected = &self.truth[self.n_done..];
         let n_accepted = proposed.iter().zip(expected).take_while(|(one, other)| one == other).count();
@@ -170,12 +181,15 @@ impl Group {
             chunks: vec![chunk],
         };
         self.drafter.planned(&plan);
+        let drafting = self.drafter.drafting();
         self.drafter.flush(Instant::now());
         let outcome = Outcome { sequence: ID, n_proposed, n_accepted };
         let outcomes = if n_proposed > 0 { vec![outcome] } else { Vec::new() };
         // A row more costs a twentieth: what is measured is made up, so that nothing depends on this machine.
         let elapsed = Duration::from_millis(100 + 5 * n_proposed as u64);
-        self.drafter.step_done(plan.step, &outcomes, n_tokens, elapsed);
+        self.times.observe(Load::of(&plan), elapsed.as_secs_f64() * 1e3, drafting);
+        let end = StepEnd { n_tokens, elapsed, compute: elapsed, ran_ahead: false };
+        self.drafter.step_done(plan.step, &outcomes, &end, &self.times);
         self.drafter.committed(ID, &expected[..n_tokens]);
         self.n_done += n_tokens;
         // The model's own pass would take its time, too.
@@ -352,6 +366,18 @@ async fn a_service_that_says_nothing_or_dies_costs_nothing_and_is_left_out() {
         assert_eq!(group.n_done, 398);
     }
     let (mut group, _) = run_with(Double::Silent, Speculation::Draft).await;
+    group.drafter.finish(ID);
+    let truth = (0..400).map(TokenId).collect();
+    let sampling = SamplingParams::greedy();
+    let mut group = Group::new(group.drafter, &prompt(), &sampling, truth, Speculation::Draft);
+    group.patience = Duration::ZERO;
+    while group.drafter.draft_model().is_none() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        group.drafter.flush(Instant::now());
+    }
+    for _ in 0..20 {
+        group.step().await;
+    }
     group.drafter.flush(Instant::now() + Duration::from_secs(3_600));
     assert!(group.drafter.stats().n_breaker_opened >= 1, "silence is noticed");
 }

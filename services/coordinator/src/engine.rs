@@ -23,7 +23,7 @@ use crate::{
     client::Client,
     constraint::{Constraint, send_masks},
     deadlines::Deadlines,
-    drafter::{Drafter, DrafterConfig, Outcome, sequence},
+    drafter::{Drafter, DrafterConfig, Outcome, StepEnd, sequence},
     metrics::{Broken, Metrics},
     output::Output,
     pool::PoolWish,
@@ -143,6 +143,8 @@ pub struct Engine {
     group: Option<ShardGroup>,
     /// Oldest first.
     in_flight: VecDeque<InFlight>,
+    /// When the last step ended, until there is nothing more to do at once: what follows it waits from then on.
+    last_done: Option<Instant>,
     /// How many were logged.
     n_preemptions: u64,
     metrics: Arc<Metrics>,
@@ -169,6 +171,7 @@ impl Engine {
             metrics: parts.metrics,
             group: None,
             in_flight: VecDeque::new(),
+            last_done: None,
             n_preemptions: 0,
             last_epoch: first_epoch(),
             device_numerics: None,
@@ -320,24 +323,30 @@ impl Engine {
     async fn start_steps(&mut self) {
         while self.group.is_some() {
             self.propose().await;
-            let Some(plan) = self.scheduler.plan() else { return };
+            self.scheduler.set_drafting(self.drafter.drafting());
+            let Some(plan) = self.scheduler.plan() else { break };
             self.drafter.planned(&plan);
             self.send(&plan);
+        }
+        if self.in_flight.is_empty() {
+            self.last_done = None;
         }
     }
 
     /// Asks for what may follow the sequences whose next step is due.
     async fn propose(&mut self) {
+        self.drafter.prepare(self.scheduler.step_times(), Instant::now());
         for (id, choice) in &self.choices {
             let needs_each = self.drafter.needs_each_token(*id) || choice.constraint.is_some();
             self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
         }
         let open: Vec<_> = self.scheduler.open_to_proposals().collect();
-        self.drafter.collect(&open, Instant::now()).await;
+        let (choices, clients, times) = (&self.choices, &self.clients, self.scheduler.step_times());
+        self.drafter.collect(&open, times, || observe::draft_span(choices, clients, &open)).await;
         let n = open.len();
         let n_spare_rows = (self.spec.max_sampled_rows as usize).saturating_sub(self.choices.len());
         let load = StepLoad { n_rows: n.max(1), n_tokens: n, n_spare_rows };
-        for (id, tokens) in self.drafter.propose(&open, load) {
+        for (id, tokens) in self.drafter.propose(&open, load, times) {
             self.scheduler.propose(id, tokens);
         }
     }
@@ -414,16 +423,20 @@ impl Engine {
 
     fn step_done(&mut self, done: InFlight) -> Result<(), String> {
         let result = done.from_rank_0.ok_or("rank 0 gave no answer")?;
-        let (step, elapsed) = (result.step, done.started.elapsed());
+        let (step, now) = (result.step, Instant::now());
+        let ran_ahead = self.last_done.is_some_and(|last| done.started < last);
+        let elapsed = now.saturating_duration_since(self.last_done.unwrap_or(done.started));
+        let compute = Duration::from_micros(result.timings.total_us);
+        self.last_done = Some(now);
         tracing::debug!(step = step.0, elapsed_us = elapsed.as_micros() as u64, "step done");
         self.metrics.step(done.n_rows, elapsed);
         let applied = self.scheduler.apply(result).map_err(|error| error.to_string())?;
         let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
-        self.drafter.step_done(step, &outcomes, applied.commits.len(), elapsed);
+        let end = StepEnd { n_tokens: applied.commits.len(), elapsed, compute, ran_ahead };
+        self.drafter.step_done(step, &outcomes, &end, self.scheduler.step_times());
         for commit in &applied.commits {
             self.drafter.committed(commit.sequence, &[commit.sampled.token]);
         }
-        let now = Instant::now();
         applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
         self.tell_totals();
         // So that drafting goes on while the next step is made.

@@ -10,7 +10,6 @@
 //! * `blocks` – more blocks as sequences grow; who gives up its own
 //! * [`plan`] – a step
 //! * [`budget`] – how many rows of prompts a step takes, and whose
-//! * [`step_time`] – how long steps take
 //! * [`apply`] – what a result changes
 
 mod admit;
@@ -20,7 +19,6 @@ pub mod budget;
 mod family;
 pub mod plan;
 mod sequence;
-pub mod step_time;
 mod waiting;
 
 use std::{
@@ -31,6 +29,7 @@ use std::{
 use paceline_domain::{
     Digest, Epoch, HeldBack, SamplingParams, SequenceId, StepNumber, TokenId, group::BLOCK_POSITIONS,
 };
+use paceline_speculation::{Drafting, StepTimes};
 
 use crate::{ledger::BlockLedger, prefix::PrefixKey};
 
@@ -40,7 +39,6 @@ pub use waiting::Priority;
 
 use plan::InFlight;
 use sequence::Sequence;
-use step_time::StepTimes;
 use waiting::Waiting;
 
 /// Steps that may be without an answer.
@@ -123,6 +121,8 @@ pub struct Scheduler {
     limits: Limits,
     ledger: BlockLedger,
     times: StepTimes,
+    /// Whether the draft service is at work during the next step.
+    drafting: Drafting,
     epoch: Epoch,
     next_step: StepNumber,
     next_sequence: u64,
@@ -151,6 +151,7 @@ impl Scheduler {
             limits,
             ledger: BlockLedger::new(0),
             times: StepTimes::default(),
+            drafting: Drafting::Quiet,
             epoch: Epoch(0),
             next_step: StepNumber(1),
             next_sequence: 1,
@@ -293,6 +294,11 @@ impl Scheduler {
     /// How long steps take, as far as they were measured.
     pub fn step_times(&self) -> &StepTimes {
         &self.times
+    }
+
+    /// Tells whether the draft service is at work during the next steps: they may take longer then.
+    pub fn set_drafting(&mut self, drafting: Drafting) {
+        self.drafting = drafting;
     }
 
     /// What happened so far.

@@ -230,6 +230,7 @@ impl Parts {
                 target: Target { model: config.model_name(), tokenizer: text.tokenizer().digest(), n_vocab },
                 max_ahead: config.draft_ahead,
                 max_wait: Duration::from_millis(config.draft_wait_ms.into()),
+                placement: config.draft_placement,
             },
             text,
             group: GroupSpec {

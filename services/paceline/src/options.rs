@@ -97,9 +97,9 @@ pub struct ClusterOptions {
     /// Draft model, as catalogue name or path: proposes tokens that the model verifies, which never changes the text
     #[arg(long, value_name = "NAME|PATH")]
     pub draft: Option<String>,
-    /// Compute threads of the draft model
-    #[arg(long, value_name = "N", default_value = "1", requires = "draft")]
-    pub draft_threads: NonZeroUsize,
+    /// Compute threads of the draft model, which computes while the model waits [default: as many as --threads]
+    #[arg(long, value_name = "N", requires = "draft")]
+    pub draft_threads: Option<NonZeroUsize>,
     /// Shards to split the model over [default: 2, or 1 on a single core]
     #[arg(long, value_name = "N")]
     pub ranks: Option<NonZeroUsize>,
@@ -169,8 +169,9 @@ impl ClusterOptions {
     ) -> anyhow::Result<Option<DraftSpec>> {
         let Some(draft) = self.draft.as_deref() else { return Ok(None) };
         let (model, _) = places.obtain(Some(draft), progress, interrupts).await?;
-        let mut args =
-            flags(&[("--threads", Some(self.draft_threads.to_string())), ("--isa", self.isa.clone())]);
+        let n_threads =
+            self.draft_threads.map_or_else(|| self.threads_per_rank().iter().sum(), NonZeroUsize::get);
+        let mut args = flags(&[("--threads", Some(n_threads.to_string())), ("--isa", self.isa.clone())]);
         if let Some(device) = self.device.first() {
             args.extend(["--device".into(), device.to_string().into()]);
         }

@@ -9,7 +9,7 @@ const N_BUCKETS: usize = EDGES.len() + 1;
 /// Weight of what is expected before anything was seen, in observations.
 const PRIOR_WEIGHT: f64 = 8.0;
 /// The same for one sequence beside all others.
-const SEQUENCE_PRIOR_WEIGHT: f64 = 12.0;
+const SEQUENCE_PRIOR_WEIGHT: f64 = 6.0;
 /// What is left of old observations after a new one: a memory of about 200.
 const DECAY: f64 = 0.995;
 /// The same for one sequence, a memory of about 30.

@@ -2,27 +2,35 @@
 //! none when that is best. It proposes nothing and measures nothing.
 //!
 //! Two things keep wrong expectations cheap. Speculation must promise some gain before it is chosen ([`Margins`]).
-//! And it has an account, in milliseconds of plain decoding: it earns what it saves, loses what it wastes, gets a small
-//! allowance with every step, and may only risk what it has. So whatever is accepted or rejected, a busy period takes at
-//! most `start` and `allowance` longer than plain decoding would, as far as step times are predicted right.
+//! And it has accounts: one for rows, one for what a draft model costs beside them. So whatever is accepted or rejected,
+//! steps take at most what these hold at first and their allowances longer than plain decoding would, as far as step times
+//! are predicted right.
 
-use crate::step_times::StepCost;
+use crate::account::{Account, AccountConfig};
+
+/// Predicts the time of a step.
+pub trait StepCost {
+    /// Milliseconds of a step with this many rows.
+    fn step_ms(&self, n_rows: usize) -> f64;
+}
+
+impl<F: Fn(usize) -> f64> StepCost for F {
+    fn step_ms(&self, n_rows: usize) -> f64 {
+        self(n_rows)
+    }
+}
 
 /// Limits of what speculation may cost.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct ControllerConfig {
-    /// What the account has at the start of a busy period, in plain steps; also the most that allowances add up to.
-    pub start: f64,
-    /// What a step adds to it, in plain steps.
-    pub allowance: f64,
-    /// The most it can hold, in plain steps.
-    pub most: f64,
+    /// For rows that are verified.
+    pub rows: AccountConfig,
+    /// For what drafting costs beside them: waits, and steps that it slows down.
+    pub drafting: AccountConfig,
     /// Gain that speculation must promise.
     pub margins: Margins,
-    /// Steps without a proposal after which one is tried although it seems not worth it; doubled when the trial fails.
-    pub first_probe: u64,
-    /// The most steps between trials.
-    pub longest_probe: u64,
+    /// When something is tried although it seems not worth it.
+    pub probes: ProbeConfig,
 }
 
 /// Promised gains, as a share of the plain rate.
@@ -34,16 +42,66 @@ pub struct Margins {
     pub stay: f64,
 }
 
+/// How often something is tried although it seems not worth it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ProbeConfig {
+    /// Steps without it before the first trial; doubled with each that does not change the mind.
+    pub first: u64,
+    /// The most steps between trials.
+    pub longest: u64,
+}
+
 impl Default for ControllerConfig {
     fn default() -> Self {
         Self {
-            start: 0.5,
-            allowance: 0.01,
-            most: 4.0,
+            rows: AccountConfig { start: 0.5, allowance: 0.01, most: 4.0, carried: (0.5, 1.0) },
+            // A draft must read a prompt before it can show what it is good for; who has, gives others credit.
+            drafting: AccountConfig { start: 5.0, allowance: 0.01, most: 48.0, carried: (f64::MIN, 16.0) },
             margins: Margins { enter: 0.03, stay: 0.01 },
-            first_probe: 16,
-            longest_probe: 512,
+            probes: ProbeConfig { first: 16, longest: 512 },
         }
+    }
+}
+
+/// Trials of what seems not worth it, ever more seldom.
+#[derive(Clone, Debug)]
+pub struct Probes {
+    config: ProbeConfig,
+    n_without: u64,
+    interval: u64,
+}
+
+impl Probes {
+    /// The first comes after `config.first` steps.
+    pub fn new(config: ProbeConfig) -> Self {
+        Self { config, n_without: 0, interval: config.first }
+    }
+
+    /// A step goes without; whether it is time to try.
+    pub fn went_without(&mut self) -> bool {
+        self.n_without += 1;
+        self.is_due()
+    }
+
+    /// Whether it is time to try.
+    pub fn is_due(&self) -> bool {
+        self.n_without >= self.interval
+    }
+
+    /// It is tried.
+    pub fn try_it(&mut self) {
+        self.n_without = 0;
+        self.interval = (self.interval * 2).min(self.config.longest);
+    }
+
+    /// It was used.
+    pub fn used(&mut self) {
+        self.n_without = 0;
+    }
+
+    /// It was worth it: if it stops being so, it is tried again soon.
+    pub fn was_worth_it(&mut self) {
+        (self.n_without, self.interval) = (0, self.config.first);
     }
 }
 
@@ -78,6 +136,43 @@ impl Choice {
     }
 }
 
+/// The most promising number of rows, and what it promises.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Promise {
+    /// Proposed rows.
+    pub n_rows: usize,
+    /// Tokens expected, the plain ones included.
+    pub tokens: f64,
+    /// Predicted time, what was waited or prepared included.
+    pub ms: f64,
+}
+
+impl Promise {
+    /// Tokens a millisecond.
+    pub fn rate(&self) -> f64 {
+        self.tokens / self.ms
+    }
+}
+
+/// What became of a step.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Settlement {
+    /// Tokens it would have given without proposals.
+    pub n_plain_tokens: usize,
+    /// Tokens it gave.
+    pub n_tokens: usize,
+    /// Milliseconds that a step without proposals takes to give its tokens.
+    pub plain_ms: f64,
+    /// Milliseconds that its proposals have added to it.
+    pub rows_ms: f64,
+    /// Milliseconds that drafting has added to it: waits, and slower steps.
+    pub drafting_ms: f64,
+    /// Whether some of its proposals were drafted.
+    pub has_drafted: bool,
+    /// Milliseconds it took, waits included.
+    pub ms: f64,
+}
+
 /// Sums over all steps: what was predicted and what came.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Forecast {
@@ -100,16 +195,13 @@ pub struct Forecast {
 /// Decides for one group.
 #[derive(Clone, Debug)]
 pub struct Controller {
-    config: ControllerConfig,
-    /// In milliseconds; `None` before the first step of a busy period.
-    balance_ms: Option<f64>,
+    margins: Margins,
+    rows: Account,
+    drafting: Account,
     is_speculating: bool,
-    n_steps_without: u64,
-    probe_interval: u64,
+    probes: Probes,
     /// Which sequence is tried next.
     probe_turn: usize,
-    /// Drafting has used up the account: it waits until there is something again.
-    is_drafting_paused: bool,
     forecast: Forecast,
 }
 
@@ -117,13 +209,12 @@ impl Controller {
     /// Knows nothing yet.
     pub fn new(config: ControllerConfig) -> Self {
         Self {
-            config,
-            balance_ms: None,
+            margins: config.margins,
+            rows: Account::new(config.rows),
+            drafting: Account::new(config.drafting),
             is_speculating: true,
-            n_steps_without: 0,
-            probe_interval: config.first_probe,
+            probes: Probes::new(config.probes),
             probe_turn: 0,
-            is_drafting_paused: false,
             forecast: Forecast::default(),
         }
     }
@@ -133,48 +224,50 @@ impl Controller {
         self.forecast
     }
 
-    /// Nothing is left to do: what was earned is not for later requests to lose.
+    /// Nothing is left to do.
     pub fn idle(&mut self) {
-        self.balance_ms = None;
+        self.rows.idle();
+        self.drafting.idle();
     }
 
-    /// Whether drafting, which may slow the target's machine, can be paid for.
-    pub fn allows_drafting(&self) -> bool {
-        !self.is_drafting_paused
+    /// What drafting may cost.
+    pub fn drafting(&self) -> &Account {
+        &self.drafting
+    }
+
+    /// Opens the accounts, when it is known what a plain step takes.
+    pub fn open(&mut self, plain_ms: f64) {
+        self.rows.open(plain_ms);
+        self.drafting.open(plain_ms);
+    }
+
+    /// Whether a promise exceeds another one by the margin.
+    pub fn is_worth_it(&self, promise: &Promise, plain: &Promise) -> bool {
+        let margins = self.margins;
+        let margin = if self.is_speculating { margins.stay } else { margins.enter };
+        promise.n_rows > 0 && promise.rate() > plain.rate() * (1.0 + margin)
+    }
+
+    /// A step goes without proposals that there would be; whether it is time to try one all the same. The next choice does.
+    pub fn went_without(&mut self) -> bool {
+        self.probes.went_without()
     }
 
     /// Chooses. `acceptance` has for each sequence with proposals the probability of each, given that all before it are
-    /// accepted; `wait_ms` has been waited for them.
-    pub fn choose(
-        &mut self,
-        acceptance: &[Vec<f64>],
-        load: StepLoad,
-        wait_ms: f64,
-        cost: &dyn StepCost,
-    ) -> Choice {
+    /// accepted. What was done to have them is done: only the rows are asked about.
+    pub fn choose(&mut self, acceptance: &[Vec<f64>], load: StepLoad, cost: &dyn StepCost) -> Choice {
         let plain_ms = cost.step_ms(load.n_rows);
-        let balance_ms = *self.balance_ms.get_or_insert(self.config.start * plain_ms);
-        let ranked = ranked(acceptance, load.n_spare_rows);
-        let margins = self.config.margins;
-        let margin = if self.is_speculating { margins.stay } else { margins.enter };
-        let plain_rate = load.n_tokens as f64 / plain_ms;
-        let mut best = (0, load.n_tokens as f64, plain_ms, plain_rate * (1.0 + margin));
-        let mut tokens = load.n_tokens as f64;
-        // Step times have cliffs, so all counts are looked at, not only those up to the first that is worse.
-        for (i, (probability, _)) in ranked.iter().enumerate() {
-            tokens += probability;
-            let step_ms = cost.step_ms(load.n_rows + i + 1);
-            let is_affordable = step_ms + wait_ms - plain_ms <= balance_ms;
-            let rate = tokens / (step_ms + wait_ms);
-            if is_affordable && rate > best.3 {
-                best = (i + 1, tokens, step_ms, rate);
-            }
-        }
-        self.is_speculating = best.0 > 0;
+        self.open(plain_ms);
+        let plain = Promise { n_rows: 0, tokens: load.n_tokens as f64, ms: plain_ms };
+        let found = promise(acceptance, load, (0.0, self.rows.balance_ms()), cost);
+        let best = found.filter(|found| self.is_worth_it(found, &plain)).unwrap_or(plain);
+        self.is_speculating = best.n_rows > 0;
         let mut n_proposed = vec![0; acceptance.len()];
-        ranked[..best.0].iter().for_each(|(_, sequence)| n_proposed[*sequence] += 1);
-        let mut choice = Choice { n_proposed, expected_tokens: best.1, predicted_ms: best.2, plain_ms };
-        if best.0 == 0 && !ranked.is_empty() {
+        let ranked = ranked(acceptance, best.n_rows);
+        ranked.iter().for_each(|(_, sequence)| n_proposed[*sequence] += 1);
+        let mut choice = Choice { n_proposed, expected_tokens: best.tokens, predicted_ms: best.ms, plain_ms };
+        let has_offers = load.n_spare_rows > 0 && acceptance.iter().any(|offer| !offer.is_empty());
+        if best.n_rows == 0 && has_offers {
             self.maybe_probe(&mut choice, acceptance, load, cost);
         }
         choice
@@ -188,14 +281,11 @@ impl Controller {
         load: StepLoad,
         cost: &dyn StepCost,
     ) {
-        self.n_steps_without += 1;
         let step_ms = cost.step_ms(load.n_rows + 1);
-        let is_affordable = step_ms - choice.plain_ms <= self.balance_ms.unwrap_or(0.0);
-        if self.n_steps_without < self.probe_interval || !is_affordable {
+        if !self.probes.is_due() || step_ms - choice.plain_ms > self.rows.balance_ms() {
             return;
         }
-        self.n_steps_without = 0;
-        self.probe_interval = (self.probe_interval * 2).min(self.config.longest_probe);
+        self.probes.try_it();
         let n = acceptance.len();
         let turns = (0..n).map(|i| (self.probe_turn + i) % n);
         let Some(sequence) = turns.into_iter().find(|sequence| !acceptance[*sequence].is_empty()) else {
@@ -207,11 +297,12 @@ impl Controller {
         choice.predicted_ms = step_ms;
     }
 
-    /// Takes in what became of a choice: the tokens of the step, and how long it took, waiting for proposals included.
-    /// `n_plain_tokens` are those it would have given without proposals.
-    pub fn settle(&mut self, choice: &Choice, n_plain_tokens: usize, n_tokens: usize, step_ms: f64) {
-        let n_steps = if n_plain_tokens == 0 { 1.0 } else { n_tokens as f64 / n_plain_tokens as f64 };
-        let plain_ms = choice.plain_ms * n_steps;
+    /// Takes in what became of a choice.
+    pub fn settle(&mut self, choice: &Choice, settlement: &Settlement) {
+        let Settlement { n_plain_tokens, n_tokens, plain_ms, rows_ms, drafting_ms, has_drafted, ms } =
+            *settlement;
+        let n_won = n_tokens.saturating_sub(n_plain_tokens) as f64;
+        let saved_ms = plain_ms * n_won / n_plain_tokens.max(1) as f64;
         let is_speculative = choice.n_rows() > 0;
         let forecast = &mut self.forecast;
         forecast.n_steps += 1;
@@ -219,25 +310,40 @@ impl Controller {
         forecast.expected_tokens += choice.expected_tokens;
         forecast.tokens += n_tokens as f64;
         forecast.predicted_ms += choice.predicted_ms;
-        forecast.ms += step_ms;
-        forecast.plain_ms += plain_ms;
-        if is_speculative {
-            self.n_steps_without = 0;
-            if n_tokens > n_plain_tokens {
-                self.probe_interval = self.config.first_probe;
-            }
+        forecast.ms += ms;
+        forecast.plain_ms += choice.plain_ms + saved_ms;
+        match is_speculative {
+            true if n_won > 0.0 => self.probes.was_worth_it(),
+            true => self.probes.used(),
+            false => {}
         }
-        let Some(balance_ms) = self.balance_ms.as_mut() else { return };
-        // Allowances add up to a little only; what was saved may add up to more.
-        let unearned = self.config.start * choice.plain_ms;
-        let allowance = (unearned - *balance_ms).clamp(0.0, self.config.allowance * choice.plain_ms);
-        // A step that was held up for a reason of its own must not end speculation for long.
-        let gained = (plain_ms - step_ms).max(-choice.plain_ms);
-        let most = self.config.most * choice.plain_ms;
-        *balance_ms = (*balance_ms + allowance + gained).min(most);
-        let resume_at = 0.5 * unearned;
-        self.is_drafting_paused = *balance_ms <= 0.0 || (self.is_drafting_paused && *balance_ms < resume_at);
+        let gained_ms = saved_ms - rows_ms;
+        self.rows.settle(plain_ms, gained_ms);
+        self.drafting.settle(plain_ms, if has_drafted { gained_ms } else { 0.0 } - drafting_ms);
     }
+}
+
+/// The number of rows that promises the highest rate, when `before_ms` is spent before the step and it may take at most
+/// `most_ms` longer than without rows; none when nothing is offered or affordable.
+pub fn promise(
+    acceptance: &[Vec<f64>],
+    load: StepLoad,
+    (before_ms, most_ms): (f64, f64),
+    cost: &dyn StepCost,
+) -> Option<Promise> {
+    let plain_ms = cost.step_ms(load.n_rows);
+    let mut tokens = load.n_tokens as f64;
+    let mut best: Option<Promise> = None;
+    // Step times have cliffs, so all counts are looked at, not only those up to the first that is worse.
+    for (i, (probability, _)) in ranked(acceptance, load.n_spare_rows).iter().enumerate() {
+        tokens += probability;
+        let step_ms = cost.step_ms(load.n_rows + i + 1);
+        let found = Promise { n_rows: i + 1, tokens, ms: step_ms + before_ms };
+        if step_ms - plain_ms <= most_ms && best.is_none_or(|best| found.rate() > best.rate()) {
+            best = Some(found);
+        }
+    }
+    best
 }
 
 /// Proposals by falling probability that they and all before them are accepted, with their sequences; as probabilities

@@ -9,24 +9,30 @@
 //! * [`suffix_automaton`] – all substrings of a growing text, and where they were last
 //! * [`ngram`] – proposes what followed the longest suffix that occurred before
 //! * [`acceptance`] – how often proposals are accepted, by source, position and confidence
-//! * [`step_times`] – how long a step takes by its number of rows
+//! * [`step_times`] – how long a step takes, learnt from the steps that were measured
+//! * [`account`] – what speculation may lose
 //! * [`controller`] – how many proposals of which sequences enter the next step
+//! * [`turns`] – how many tokens a draft on the target's machine drafts before a step
 //! * [`breaker`] – leaves out a source that is late, dead or talks nonsense, until it is well again
 
 #![forbid(unsafe_code)]
 
 pub mod acceptance;
+pub mod account;
 pub mod breaker;
 pub mod controller;
 pub mod ngram;
 pub mod proposal;
 pub mod step_times;
 pub mod suffix_automaton;
+pub mod turns;
 
 pub use acceptance::{AcceptanceTable, SequenceAcceptance};
+pub use account::{Account, AccountConfig};
 pub use breaker::{Breaker, BreakerConfig, Fault};
-pub use controller::{Choice, Controller, ControllerConfig, StepLoad};
+pub use controller::{Choice, Controller, ControllerConfig, Promise, StepCost, StepLoad};
 pub use ngram::{NgramConfig, NgramProposer};
 pub use proposal::{ProposedToken, Source, SourceCounters};
-pub use step_times::{StepCost, StepTimes};
+pub use step_times::{Drafting, Load, StepTimes};
 pub use suffix_automaton::SuffixAutomaton;
+pub use turns::Turn;

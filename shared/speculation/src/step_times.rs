@@ -1,203 +1,322 @@
-//! How long a step takes by its number of rows: a shape, and medians of recent steps beside it. It reads no clock.
+//! How long a step takes, learnt from the steps that were measured. Pure: numbers in, a number out.
+//!
+//! The time of a pass is nearly flat in the number of rows while weights are read from memory and grows in proportion
+//! once the multiply units are busy; where it bends depends on model and machine. So time is kept for classes of row
+//! counts, without a formula; what lies between is interpolated. Attention adds a time for each key that a row looks at,
+//! one number for all classes. A draft service at work on the same machine makes all steps slower by one factor.
 
-use std::collections::VecDeque;
+use paceline_domain::StepPlan;
 
-/// Row counts that are told apart beyond the first 32; steps dispatch differently at some counts, so times need not rise
-/// evenly.
-const LARGE_KNOTS: [usize; 10] = [40, 48, 64, 96, 128, 192, 256, 512, 1_024, 4_096];
-const N_SMALL_KNOTS: usize = 32;
-const N_KNOTS: usize = N_SMALL_KNOTS + LARGE_KNOTS.len();
-/// What an unseen step takes: 1 + this for each further row.
+/// Row counts that are classes of their own: a few rows more may be nearly free, or meet a cliff.
+const N_SINGLE: usize = 16;
+/// Those, then two to an octave, up to 65,535 rows.
+const N_CLASSES: usize = N_SINGLE + 24;
+/// A class remembers about this many steps.
+const MEMORY: f64 = 16.0;
+/// A measurement counts as at most this many times the mean, and at least its inverse: something else used the machine.
+const MOST_DEVIATION: f64 = 2.0;
+/// From so many measurements on a deviation can be told.
+const N_SETTLED: f64 = 4.0;
+/// What rows take of a step at least, however many keys they look at; a wrong cost of keys does no more harm than that.
+const LEAST_SHARE_OF_ROWS: f64 = 0.25;
+/// What an older step still weighs for the cost of attention.
+const FORGETTING: f64 = 0.99;
+/// What a further row is thought to cost of a step before so many rows were measured: little, so that it is tried.
 const ASSUMED_SLOPE: f64 = 0.1;
-/// Recent steps whose median moves the common level, and how fast.
-const N_DRIFTS: usize = 5;
-const LEVEL_RATE: f64 = 0.2;
-/// Steps that a knot's ratio remembers.
-const RATIO_MEMORY: f64 = 16.0;
+/// How fast the slowness beside a draft service is learnt, and its bounds.
+const SLOWNESS_RATE: f64 = 0.1;
+const SLOWNESS: (f64, f64) = (1.0, 4.0);
 
-/// Predicts the time of a step.
-pub trait StepCost {
-    /// Milliseconds of a step with this many rows.
-    fn step_ms(&self, n_rows: usize) -> f64;
+/// Whether the draft service is at work during a step, perhaps on the same machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Drafting {
+    /// It is.
+    Busy,
+    /// Nobody drafts.
+    #[default]
+    Quiet,
 }
 
-impl<F: Fn(usize) -> f64> StepCost for F {
-    fn step_ms(&self, n_rows: usize) -> f64 {
-        self(n_rows)
+/// What a step has to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Load {
+    /// Token rows.
+    pub n_rows: usize,
+    /// Keys that all rows look at together.
+    pub n_keys: usize,
+}
+
+impl Load {
+    /// Rows of one sequence from a position on.
+    pub fn rows(start_pos: usize, n_rows: usize) -> Self {
+        Self { n_rows, n_keys: n_rows * start_pos + n_rows * (n_rows + 1) / 2 }
+    }
+
+    /// What a plan has to do.
+    pub fn of(plan: &StepPlan) -> Self {
+        let chunks = plan.chunks.iter();
+        let loads = chunks.map(|chunk| Self::rows(chunk.start_pos as usize, chunk.tokens.len()));
+        loads.fold(Self::default(), Self::and)
+    }
+
+    /// With so many rows more that look at as many keys as the others.
+    pub fn and_rows(self, n_more: usize) -> Self {
+        let n_keys = self.n_keys + self.n_keys * n_more / self.n_rows.max(1);
+        Self { n_rows: self.n_rows + n_more, n_keys }
+    }
+
+    /// Both together.
+    pub fn and(self, other: Self) -> Self {
+        Self { n_rows: self.n_rows + other.n_rows, n_keys: self.n_keys + other.n_keys }
     }
 }
 
-/// Measured times. Steps get slower as contexts grow: a common level follows that quickly, and how each row count stands
-/// to it is learned slowly, so that row counts which are seldom seen are not thought faster than they have become.
-#[derive(Clone, Debug)]
-pub struct StepTimes {
-    /// Milliseconds of one row, about; 0 before the first step.
-    level_ms: f64,
-    /// Observed over predicted time of recent steps.
-    drifts: VecDeque<f64>,
-    knots: [Knot; N_KNOTS],
+/// Means of one class.
+#[derive(Clone, Copy, Debug, Default)]
+struct Class {
+    n_seen: f64,
+    n_rows: f64,
+    n_keys: f64,
+    ms: f64,
 }
 
-/// How a row count stands to level and shape.
-#[derive(Clone, Copy, Debug, Default)]
-struct Knot {
-    n_seen: f64,
-    ratio: f64,
+/// The model of one group's steps.
+#[derive(Clone, Debug)]
+pub struct StepTimes {
+    classes: [Class; N_CLASSES],
+    /// Sums over deviations from the means of a class: keys times milliseconds, and keys squared.
+    keys_ms: f64,
+    keys_keys: f64,
+    /// What steps take while somebody drafts, beside what they take else.
+    slowness: f64,
 }
 
 impl Default for StepTimes {
     fn default() -> Self {
-        Self { level_ms: 0.0, drifts: VecDeque::new(), knots: [Knot::default(); N_KNOTS] }
+        Self { classes: [Class::default(); N_CLASSES], keys_ms: 0.0, keys_keys: 0.0, slowness: 1.0 }
     }
+}
+
+fn class_of(n_rows: usize) -> usize {
+    let n_rows = n_rows.clamp(1, 65_535);
+    if n_rows <= N_SINGLE {
+        return n_rows - 1;
+    }
+    let octave = n_rows.ilog2() as usize;
+    let is_upper_half = (n_rows >> (octave - 1)) & 1 == 1;
+    N_SINGLE + 2 * (octave - N_SINGLE.ilog2() as usize) + usize::from(is_upper_half)
 }
 
 impl StepTimes {
-    /// Nothing measured: predictions are of a made-up unit and right in proportion only.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Whether anything was measured.
-    pub fn is_measured(&self) -> bool {
-        self.level_ms > 0.0
-    }
-
-    /// Takes in a step.
-    pub fn observe(&mut self, n_rows: usize, step_ms: f64) {
-        if n_rows == 0 || !step_ms.is_finite() || step_ms <= 0.0 {
+    /// Takes a measurement. While somebody drafts it tells how much slower that makes steps, where their times are known.
+    pub fn observe(&mut self, load: Load, ms: f64, drafting: Drafting) {
+        if load.n_rows == 0 || !ms.is_finite() || ms <= 0.0 {
             return;
         }
-        if !self.is_measured() {
-            self.level_ms = step_ms / shape(n_rows);
-        }
-        // A row count that was never seen says nothing of the level.
-        if self.knots[knot(n_rows)].n_seen > 0.0 {
-            self.drifts.truncate(N_DRIFTS - 1);
-            self.drifts.push_front(step_ms / self.step_ms(n_rows));
-            self.level_ms *= 1.0 + LEVEL_RATE * (median(&self.drifts).clamp(0.5, 2.0) - 1.0);
-        }
-        self.knots[knot(n_rows)].observe(step_ms / (self.level_ms * shape(n_rows)));
-    }
-
-    /// Milliseconds at a knot that was seen.
-    fn knot_ms(&self, knot: usize) -> f64 {
-        self.level_ms * shape(rows_of(knot)) * self.knots[knot].ratio
-    }
-}
-
-impl Knot {
-    fn observe(&mut self, ratio: f64) {
-        self.n_seen = (self.n_seen + 1.0).min(RATIO_MEMORY);
-        // One step that was held up is not to be believed, once there are others.
-        let believed =
-            if self.n_seen > 2.0 { ratio.clamp(0.5 * self.ratio, 2.0 * self.ratio) } else { ratio };
-        self.ratio += (believed - self.ratio) / self.n_seen;
-    }
-}
-
-impl StepCost for StepTimes {
-    /// On the line between the nearest row counts that were seen, or along the shape from the only one.
-    fn step_ms(&self, n_rows: usize) -> f64 {
-        let at = knot(n_rows);
-        let is_seen = |knot: &usize| self.knots[*knot].n_seen > 0.0;
-        let below = (0..=at).rev().find(is_seen);
-        let above = (at + usize::from(rows_of(at) < n_rows)..N_KNOTS).find(is_seen);
-        match (below, above) {
-            (Some(below), Some(above)) if below < above => {
-                let (first, last) = (rows_of(below) as f64, rows_of(above) as f64);
-                let share = (n_rows as f64 - first) / (last - first);
-                self.knot_ms(below) * (1.0 - share) + self.knot_ms(above) * share
+        match self.predict(load).filter(|_| self.knows(load.n_rows)) {
+            Some(quiet_ms) if drafting == Drafting::Busy => {
+                let seen = (ms / quiet_ms).clamp(1.0 / SLOWNESS.1, SLOWNESS.1);
+                let slowness = self.slowness + SLOWNESS_RATE * (seen - self.slowness);
+                self.slowness = slowness.clamp(SLOWNESS.0, SLOWNESS.1);
             }
-            (Some(one), _) | (None, Some(one)) => self.level_ms * shape(n_rows) * self.knots[one].ratio,
-            (None, None) => shape(n_rows),
+            None if drafting == Drafting::Busy => self.observe_quiet(load, ms / self.slowness),
+            _ => self.observe_quiet(load, ms),
         }
     }
-}
 
-fn shape(n_rows: usize) -> f64 {
-    1.0 + ASSUMED_SLOPE * n_rows.saturating_sub(1) as f64
-}
-
-/// The largest knot that is not above.
-fn knot(n_rows: usize) -> usize {
-    if n_rows <= N_SMALL_KNOTS {
-        return n_rows.saturating_sub(1);
+    fn observe_quiet(&mut self, load: Load, ms: f64) {
+        let class = &mut self.classes[class_of(load.n_rows)];
+        let ms = if class.n_seen >= N_SETTLED {
+            ms.clamp(class.ms / MOST_DEVIATION, class.ms * MOST_DEVIATION)
+        } else {
+            ms
+        };
+        let (more_keys, more_ms) = (load.n_keys as f64 - class.n_keys, ms - class.ms);
+        if class.n_seen > 0.0 {
+            self.keys_ms = self.keys_ms * FORGETTING + more_keys * more_ms;
+            self.keys_keys = self.keys_keys * FORGETTING + more_keys * more_keys;
+        }
+        class.n_seen = (class.n_seen + 1.0).min(MEMORY);
+        class.n_rows += (load.n_rows as f64 - class.n_rows) / class.n_seen;
+        class.n_keys += more_keys / class.n_seen;
+        class.ms += more_ms / class.n_seen;
     }
-    N_SMALL_KNOTS - 1 + LARGE_KNOTS.iter().filter(|knot| **knot <= n_rows).count()
+
+    /// Whether a step of about so many rows was measured.
+    pub fn knows(&self, n_rows: usize) -> bool {
+        self.classes[class_of(n_rows)].n_seen > 0.0
+    }
+
+    /// What steps take while somebody drafts, beside what they take else; at least 1.
+    pub fn slowness(&self, drafting: Drafting) -> f64 {
+        if drafting == Drafting::Busy { self.slowness } else { 1.0 }
+    }
+
+    /// Milliseconds of a step with `n_more` rows beside those of `load`. Where as many rows were never measured they are
+    /// thought to cost little.
+    pub fn with_rows(&self, load: Load, n_more: usize) -> Option<f64> {
+        let ms = self.predict(load.and_rows(n_more))?;
+        let class = class_of(load.n_rows + n_more);
+        if n_more == 0 || self.classes[class..].iter().any(|class| class.n_seen > 0.0) {
+            return Some(ms);
+        }
+        Some(ms.min(self.predict(load)? * (1.0 + ASSUMED_SLOPE * n_more as f64)))
+    }
+
+    /// Milliseconds a step will take while nobody drafts; `None` before the first measurement. Never less for more rows or
+    /// keys.
+    pub fn predict(&self, load: Load) -> Option<f64> {
+        let ms_per_key = self.ms_per_key();
+        let n_rows = load.n_rows as f64;
+        let (mut below, mut rows_ms) = (None, None);
+        for (class, ms) in
+            self.classes.iter().zip(self.without_keys(ms_per_key)).filter(|(class, _)| class.n_seen > 0.0)
+        {
+            let here = (class.n_rows, ms);
+            if class.n_rows >= n_rows {
+                rows_ms = Some(below.map_or(ms, |below| between(below, here, n_rows)));
+                break;
+            }
+            below = Some(here);
+        }
+        // Beyond what was measured every row costs as much as the mean of those that were.
+        let rows_ms = rows_ms.or_else(|| below.map(|(rows, ms)| ms * n_rows / rows))?;
+        Some(rows_ms + ms_per_key * load.n_keys as f64)
+    }
+
+    /// Milliseconds of each class without attention. A disturbance only ever makes a step slower, so no class takes
+    /// longer than one of more rows.
+    fn without_keys(&self, ms_per_key: f64) -> [f64; N_CLASSES] {
+        let mut least = f64::INFINITY;
+        let mut all = [f64::INFINITY; N_CLASSES];
+        for (class, ms) in self.classes.iter().zip(&mut all).rev().filter(|(class, _)| class.n_seen > 0.0) {
+            let without_keys = (class.ms - ms_per_key * class.n_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
+            least = least.min(without_keys);
+            *ms = least;
+        }
+        all
+    }
+
+    fn ms_per_key(&self) -> f64 {
+        if self.keys_keys > 0.0 { (self.keys_ms / self.keys_keys).max(0.0) } else { 0.0 }
+    }
 }
 
-fn rows_of(knot: usize) -> usize {
-    if knot < N_SMALL_KNOTS { knot + 1 } else { LARGE_KNOTS[knot - N_SMALL_KNOTS] }
-}
-
-fn median(values: &VecDeque<f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.iter().copied().collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+fn between((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
+    y0 + (y1 - y0) * ((x - x0) / (x1 - x0).max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    /// Predicted over true time, after these steps.
-    fn off_by(times: &StepTimes, n_rows: usize, truth: impl Fn(usize) -> f64) -> f64 {
-        times.step_ms(n_rows) / truth(n_rows)
+    fn load(n_rows: usize, n_keys: usize) -> Load {
+        Load { n_rows, n_keys }
+    }
+
+    /// A machine: flat up to 8 rows, then half a millisecond a row; a microsecond for 10 keys.
+    fn true_ms(load: Load) -> f64 {
+        (load.n_rows as f64 * 0.5).max(4.0) + load.n_keys as f64 * 1e-4
     }
 
     #[test]
-    fn predictions_come_to_what_is_measured_even_with_a_cliff() {
-        let truth = |n_rows: usize| if n_rows <= 8 { 68.0 } else { 106.0 };
-        let mut times = StepTimes::new();
-        (0..300).for_each(|i| times.observe(1 + i % 24, truth(1 + i % 24)));
-        for n_rows in [1, 4, 8, 10, 16, 23] {
-            let off = off_by(&times, n_rows, truth);
-            assert!((0.93..1.07).contains(&off), "{n_rows} rows: {off}");
+    fn few_rows_are_told_apart_and_many_by_half_octaves() {
+        let classes: Vec<usize> = [1, 2, 15, 16, 17, 23, 24, 31, 32, 47, 48, 100_000].map(class_of).into();
+        assert_eq!(classes, [0, 1, 14, 15, 16, 16, 17, 17, 18, 18, 19, N_CLASSES - 1]);
+    }
+
+    #[test]
+    fn rows_of_a_chunk_look_at_all_keys_up_to_their_own() {
+        assert_eq!(Load::rows(0, 3), load(3, 6));
+        assert_eq!(Load::rows(10, 2).and(Load::rows(4, 1)), load(3, 28));
+    }
+
+    #[test]
+    fn it_learns_the_bend_and_the_cost_of_keys() {
+        let mut times = StepTimes::default();
+        assert_eq!(times.predict(load(1, 1)), None);
+        for i in 0..400 {
+            let n_rows = [1, 2, 4, 8, 16, 64, 256][i % 7];
+            let seen = load(n_rows, n_rows * (i * 37 % 900));
+            times.observe(seen, true_ms(seen), Drafting::Quiet);
+        }
+        for asked in
+            [load(1, 50), load(3, 900), load(6, 5_000), load(12, 4_000), load(40, 9_000), load(200, 90_000)]
+        {
+            let (found, expected) = (times.predict(asked).unwrap(), true_ms(asked));
+            assert!((found / expected - 1.0).abs() < 0.15, "{asked:?}: {found} ms instead of {expected}");
         }
     }
 
     #[test]
-    fn few_steps_give_the_level_of_all() {
-        let mut times = StepTimes::new();
-        assert!(!times.is_measured());
-        (0..3).for_each(|_| times.observe(1, 40.0));
-        assert!(times.is_measured());
-        assert!((39.0..41.0).contains(&times.step_ms(1)));
-        assert!((50.0..60.0).contains(&times.step_ms(5)), "{}", times.step_ms(5));
+    fn one_disturbed_step_hardly_counts_and_a_lasting_change_does() {
+        let mut times = StepTimes::default();
+        (0..50).for_each(|_| times.observe(load(1, 10), 4.0, Drafting::Quiet));
+        times.observe(load(1, 10), 400.0, Drafting::Quiet);
+        assert!(times.predict(load(1, 10)).unwrap() < 4.5);
+        (0..200).for_each(|_| times.observe(load(1, 10), 40.0, Drafting::Quiet));
+        assert!(times.predict(load(1, 10)).unwrap() > 39.0);
     }
 
     #[test]
-    fn a_step_that_was_held_up_is_ignored_and_a_slower_world_is_not() {
-        let mut times = StepTimes::new();
-        (0..50).for_each(|_| times.observe(2, 20.0));
-        (0..50).for_each(|_| times.observe(4, 24.0));
-        times.observe(2, 9_000.0);
-        assert!((18.0..23.0).contains(&times.step_ms(2)), "{}", times.step_ms(2));
-        // Contexts grow; only steps of 2 rows are seen.
-        (0..400).for_each(|_| times.observe(2, 40.0));
-        assert!((38.0..42.0).contains(&times.step_ms(2)));
-        assert!(times.step_ms(4) > 40.0, "{}", times.step_ms(4));
+    fn beyond_what_was_measured_every_row_counts_in_full() {
+        let mut times = StepTimes::default();
+        times.observe(load(10, 0), 5.0, Drafting::Quiet);
+        assert_eq!(times.predict(load(5, 0)), Some(5.0));
+        assert_eq!(times.predict(load(40, 0)), Some(20.0));
     }
 
     #[test]
-    fn nonsense_is_not_taken_in() {
-        let mut times = StepTimes::new();
-        for ms in [f64::NAN, f64::INFINITY, -1.0, 0.0] {
-            times.observe(1, ms);
+    fn a_cliff_between_few_rows_is_seen() {
+        let truth = |n_rows: usize| if n_rows <= 4 { 30.0 } else { 48.0 };
+        let mut times = StepTimes::default();
+        (0..90).for_each(|i| times.observe(load(1 + i % 9, 0), truth(1 + i % 9), Drafting::Quiet));
+        for n_rows in [1, 4, 5, 9] {
+            let found = times.predict(load(n_rows, 0)).unwrap();
+            assert!((found - truth(n_rows)).abs() < 0.5, "{n_rows} rows: {found} ms");
         }
-        times.observe(0, 5.0);
-        assert!(!times.is_measured());
-        assert_eq!((|n_rows: usize| n_rows as f64 * 2.0).step_ms(3), 6.0);
     }
 
     #[test]
-    fn every_row_count_has_a_knot() {
-        for n_rows in 1..10_000 {
-            let knot = knot(n_rows);
-            assert!(
-                rows_of(knot) <= n_rows && (knot + 1 == N_KNOTS || rows_of(knot + 1) > n_rows),
-                "{n_rows}"
-            );
+    fn rows_that_were_never_tried_are_thought_cheap_until_they_are() {
+        let mut times = StepTimes::default();
+        assert_eq!(times.with_rows(load(1, 0), 1), None);
+        times.observe(load(1, 0), 10.0, Drafting::Quiet);
+        assert_eq!(times.with_rows(load(1, 0), 0), Some(10.0));
+        assert_eq!(times.with_rows(load(1, 0), 3), Some(13.0));
+        times.observe(load(4, 0), 40.0, Drafting::Quiet);
+        assert_eq!(times.with_rows(load(1, 0), 3), Some(40.0));
+        assert_eq!(load(2, 30).and_rows(1), load(3, 45));
+    }
+
+    #[test]
+    fn steps_beside_a_draft_tell_how_much_slower_they_are_and_nothing_else() {
+        let mut times = StepTimes::default();
+        (0..9).for_each(|_| times.observe(load(1, 0), 10.0, Drafting::Quiet));
+        (0..60).for_each(|_| times.observe(load(1, 0), 15.0, Drafting::Busy));
+        assert_eq!(times.predict(load(1, 0)), Some(10.0));
+        assert!(
+            (times.slowness(Drafting::Busy) - 1.5).abs() < 0.01 && times.slowness(Drafting::Quiet) == 1.0
+        );
+        times.observe(load(8, 0), 30.0, Drafting::Busy);
+        let eight = times.predict(load(8, 0)).unwrap();
+        assert!((eight - 20.0).abs() < 0.2, "{eight}");
+    }
+
+    proptest! {
+        #[test]
+        fn more_work_never_takes_less_time(
+            seen in prop::collection::vec((1usize..600, 0usize..100_000, 0.0f64..500.0), 1..60),
+            (n_rows, n_keys, more) in (1usize..700, 0usize..100_000, 0usize..100),
+        ) {
+            let mut times = StepTimes::default();
+            seen.into_iter().for_each(|(n_rows, n_keys, ms)| times.observe(load(n_rows, n_keys), ms, Drafting::Quiet));
+            let base = times.predict(load(n_rows, n_keys)).unwrap();
+            prop_assert!(base.is_finite());
+            prop_assert!(times.predict(load(n_rows + more, n_keys)).unwrap() >= base - 1e-9 * base.abs());
+            prop_assert!(times.predict(load(n_rows, n_keys + more)).unwrap() >= base);
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use paceline_domain::TokenId;
 use paceline_speculation::{
-    AcceptanceTable, Controller, ControllerConfig, ProposedToken, SequenceAcceptance, Source, StepCost as _,
-    StepLoad, StepTimes,
+    AcceptanceTable, Controller, ControllerConfig, Drafting, Load, ProposedToken, SequenceAcceptance, Source,
+    StepLoad, StepTimes, controller::Settlement,
 };
 
 /// Proposals there are of each sequence in each step.
@@ -43,9 +43,13 @@ fn run(
     let (mut table, mut controller) = (AcceptanceTable::new(), Controller::new(ControllerConfig::default()));
     let mut sequences = vec![SequenceAcceptance::default(); n_sequences];
     // Before anything is decoded a prompt was read.
-    let mut times = StepTimes::new();
-    times.observe(64, true_ms(64, share));
-    times.observe(n_sequences, true_ms(n_sequences, share));
+    let mut times = StepTimes::default();
+    let observe = |times: &mut StepTimes, n_rows| {
+        times.observe(Load { n_rows, n_keys: 0 }, true_ms(n_rows, share), Drafting::Quiet);
+    };
+    observe(&mut times, 64);
+    observe(&mut times, n_sequences);
+    let plain = Load { n_rows: n_sequences, n_keys: 0 };
     let load = StepLoad { n_rows: n_sequences, n_tokens: n_sequences, n_spare_rows: 256 };
     let mut total = Run { ms: 0.0, plain_ms: 0.0 };
     for step in 0..n_steps {
@@ -53,7 +57,9 @@ fn run(
         let proposal = [token; N_OFFERED];
         let estimates: Vec<_> =
             sequences.iter().map(|sequence| sequence.estimates(&table, &proposal)).collect();
-        let choice = controller.choose(&estimates, load, 0.0, &times);
+        let cost = |n_rows: usize| times.with_rows(plain, n_rows - n_sequences).expect("it was measured");
+        controller.went_without();
+        let choice = controller.choose(&estimates, load, &cost);
         let mut n_tokens = 0;
         for (i, n) in choice.n_proposed.iter().enumerate() {
             let n_accepted = accepted(step, i, *n).min(*n);
@@ -63,10 +69,22 @@ fn run(
         }
         let n_rows = n_sequences + choice.n_rows();
         let ms = true_ms(n_rows, share);
-        times.observe(n_rows, ms);
-        controller.settle(&choice, n_sequences, n_tokens, ms);
+        observe(&mut times, n_rows);
+        let plain_ms = true_ms(n_sequences, share);
+        controller.settle(
+            &choice,
+            &Settlement {
+                n_plain_tokens: n_sequences,
+                n_tokens,
+                plain_ms,
+                rows_ms: ms - plain_ms,
+                drafting_ms: 0.0,
+                has_drafted: false,
+                ms,
+            },
+        );
         total.ms += ms;
-        total.plain_ms += true_ms(n_sequences, share) * n_tokens as f64 / n_sequences as f64;
+        total.plain_ms += plain_ms * n_tokens as f64 / n_sequences as f64;
     }
     total
 }
@@ -146,13 +164,4 @@ fn confidence_tells_when_to_propose() {
     };
     let best = (0..=N_OFFERED).map(one).fold(0.0, f64::max);
     assert!(speedup > 1.1 * best, "{speedup:.3} of {best:.3}");
-}
-
-#[test]
-fn times_that_were_never_seen_are_learned_by_using_them() {
-    let mut times = StepTimes::new();
-    (0..50).for_each(|_| times.observe(4, true_ms(4, 0.3)));
-    let before = times.step_ms(12);
-    (0..9).for_each(|_| times.observe(12, true_ms(12, 0.3)));
-    assert!((times.step_ms(12) - true_ms(12, 0.3)).abs() < 0.1 * before, "{} ms", times.step_ms(12));
 }

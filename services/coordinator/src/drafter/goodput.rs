@@ -1,59 +1,108 @@
-//! What steps take and what speculation may cost: the controller, fed with measured times. Drafting may slow the target's
-//! own machine, so steps while nobody drafts and steps while somebody does are measured apart; now and then drafting rests
-//! for a few steps, so that the former stay known. Pure.
+//! What speculation costs and brings, in milliseconds: the controller, fed with step times and with what is around steps.
+//! Pure.
 
-use paceline_speculation::{Choice, Controller, ControllerConfig, StepCost as _, StepLoad, StepTimes};
+use paceline_speculation::{
+    Choice, Controller, ControllerConfig, Drafting, Load, Promise, StepCost, StepLoad, StepTimes,
+    controller::{Settlement, promise},
+};
 
 /// Steps without drafting that show what plain steps take, and steps with it after which they are looked at again.
 const CALIBRATION: (u32, u32) = (4, 256);
-
-/// Whether the draft service is at work during a step, perhaps on the target's machine.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Drafting {
-    /// It is.
-    Busy,
-    /// Nobody drafts.
-    Quiet,
-}
+/// How fast the time around steps is learnt.
+const GAP_RATE: f64 = 0.05;
+/// A gap counts as at most this part of a step: what is longer has another cause.
+const LONGEST_GAP: f64 = 0.5;
+/// Tokens that a request is thought to generate before any ended, and how fast that is corrected.
+const LENGTH: (f64, f64) = (128.0, 0.1);
 
 /// A step that was done.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Done {
-    /// Its rows.
-    pub n_rows: usize,
-    /// Proposals among them.
+    /// What it had to do.
+    pub load: Load,
+    /// Proposals among its rows.
     pub n_verified: usize,
     /// Tokens it would have given without proposals.
     pub n_plain_tokens: usize,
     /// Tokens it gave.
     pub n_tokens: usize,
-    /// How long it took.
-    pub ms: f64,
+    /// How long it took since the one before, without waiting for proposals.
+    pub elapsed_ms: f64,
+    /// How long the group computed.
+    pub compute_ms: f64,
     /// How long proposals were waited for before.
     pub waited_ms: f64,
+    /// Whether it was sent before the step before was done.
+    pub ran_ahead: bool,
     /// What the draft service did meanwhile.
     pub drafting: Drafting,
+    /// Whether some of its proposals were drafted.
+    pub has_drafted: bool,
 }
 
-/// The controller and its measurements.
+/// A step that may be planned: what it takes with some rows more.
+#[derive(Clone, Copy, Debug)]
+pub struct Costs<'a> {
+    times: &'a StepTimes,
+    load: Load,
+    factor: f64,
+}
+
+impl<'a> Costs<'a> {
+    /// Of one row for each of these sequences, given with their lengths; `None` before a step of so many was measured.
+    pub fn of(
+        times: &'a StepTimes,
+        lengths: impl Iterator<Item = usize>,
+        drafting: Drafting,
+    ) -> Option<Self> {
+        let rows = lengths.map(|n_tokens| Load::rows(n_tokens.saturating_sub(1), 1));
+        let load = rows.fold(Load::default(), Load::and);
+        let factor = times.slowness(drafting);
+        (load.n_rows > 0 && times.knows(load.n_rows)).then_some(Self { times, load, factor })
+    }
+
+    /// Milliseconds without further rows.
+    pub fn plain_ms(&self) -> f64 {
+        self.step_ms(self.load.n_rows)
+    }
+
+    /// Rows without further ones.
+    pub fn n_rows(&self) -> usize {
+        self.load.n_rows
+    }
+}
+
+impl StepCost for Costs<'_> {
+    fn step_ms(&self, n_rows: usize) -> f64 {
+        let n_more = n_rows.saturating_sub(self.load.n_rows);
+        let ms = self.times.with_rows(self.load, n_more).expect("invariant: of() found that it is measured");
+        self.factor * ms
+    }
+}
+
+/// The controller and what it needs to know beside step times.
 #[derive(Debug)]
 pub struct Goodput {
     controller: Controller,
-    quiet: StepTimes,
-    busy: StepTimes,
+    /// Milliseconds around a step: when it was sent before the one before was done, and when not.
+    gap_ahead_ms: Option<f64>,
+    gap_ms: Option<f64>,
     /// Quiet steps still to be seen, and busy ones since.
     n_to_calibrate: u32,
     n_busy: u32,
+    /// Tokens that requests generate.
+    length: f64,
 }
 
 impl Default for Goodput {
     fn default() -> Self {
         Self {
             controller: Controller::new(ControllerConfig::default()),
-            quiet: StepTimes::new(),
-            busy: StepTimes::new(),
+            gap_ahead_ms: None,
+            gap_ms: None,
             n_to_calibrate: CALIBRATION.0,
             n_busy: 0,
+            length: LENGTH.0,
         }
     }
 }
@@ -69,57 +118,98 @@ impl Goodput {
         self.controller.idle();
     }
 
-    /// Whether the draft service may be at work.
-    pub fn may_draft(&self) -> bool {
-        self.controller.allows_drafting() && self.n_to_calibrate == 0
+    /// A request ended after so many tokens.
+    pub fn ended(&mut self, n_generated: usize) {
+        self.length += LENGTH.1 * (n_generated as f64 - self.length);
     }
 
-    /// What steps take.
-    pub fn times(&self, drafting: Drafting) -> &StepTimes {
-        if drafting == Drafting::Busy && self.busy.is_measured() { &self.busy } else { &self.quiet }
+    /// Tokens that a request will still generate, as far as can be told.
+    pub fn expected_left(&self, n_generated: usize, n_limit: usize) -> f64 {
+        let left = (self.length - n_generated as f64).max(self.length / 4.0);
+        left.min(n_limit as f64)
+    }
+
+    /// Whether what drafting costs can be paid for.
+    pub fn can_pay(&self) -> bool {
+        !self.controller.drafting().is_exhausted()
+    }
+
+    /// Whether a draft service on a machine of its own may be at work: if it is not of its own after all, steps without it
+    /// show that.
+    pub fn may_draft_ahead(&self) -> bool {
+        self.can_pay() && self.n_to_calibrate == 0
+    }
+
+    /// Milliseconds that a step takes longer when it cannot be sent before the one before is done.
+    pub fn gap_ms(&self) -> f64 {
+        match (self.gap_ahead_ms, self.gap_ms) {
+            (Some(ahead), Some(gap)) => (gap - ahead).max(0.0),
+            _ => 0.0,
+        }
+    }
+
+    /// What plain decoding gives.
+    pub fn plain(&mut self, costs: &Costs<'_>) -> Promise {
+        self.controller.open(costs.plain_ms());
+        Promise { n_rows: 0, tokens: costs.n_rows() as f64, ms: costs.plain_ms() }
+    }
+
+    /// What these proposals promise, when the step must wait for the one before.
+    pub fn promised(&self, offers: &[Vec<f64>], load: StepLoad, costs: &Costs<'_>) -> Option<Promise> {
+        promise(offers, load, (self.gap_ms(), f64::INFINITY), costs)
+    }
+
+    /// As [`Controller::is_worth_it`].
+    pub fn is_worth_it(&self, found: &Promise, beside: &Promise) -> bool {
+        self.controller.is_worth_it(found, beside)
+    }
+
+    /// As [`Controller::went_without`].
+    pub fn went_without(&mut self) -> bool {
+        self.controller.went_without()
     }
 
     /// As [`Controller::choose`].
-    pub fn choose(
-        &mut self,
-        acceptance: &[Vec<f64>],
-        load: StepLoad,
-        wait_ms: f64,
-        drafting: Drafting,
-    ) -> Choice {
-        let is_busy = drafting == Drafting::Busy && self.busy.is_measured();
-        let times = if is_busy { &self.busy } else { &self.quiet };
-        self.controller.choose(acceptance, load, wait_ms, times)
+    pub fn choose(&mut self, acceptance: &[Vec<f64>], load: StepLoad, costs: &Costs<'_>) -> Choice {
+        self.controller.choose(acceptance, load, costs)
     }
 
-    /// What a step has cost or saved, beside what a plain one takes while nobody drafts.
-    pub fn account(&mut self, choice: &Choice, done: &Done) {
-        let n_plain_rows = done.n_rows - done.n_verified;
-        let times = self.times(done.drafting);
-        let plain_times = if self.quiet.is_measured() { &self.quiet } else { times };
-        let settled = Choice {
-            plain_ms: plain_times.step_ms(n_plain_rows),
-            predicted_ms: times.step_ms(done.n_rows),
-            ..choice.clone()
+    /// Takes in what a step has cost or saved.
+    pub fn step_done(&mut self, choice: Option<&Choice>, done: &Done, times: &StepTimes) {
+        self.measure(done);
+        let Some(all_ms) = times.predict(done.load) else { return };
+        let plain = Choice {
+            n_proposed: Vec::new(),
+            expected_tokens: done.n_plain_tokens as f64,
+            predicted_ms: all_ms,
+            plain_ms: all_ms,
         };
-        // Steps with prompts are predicted less well than speculation changes them, and a plain step that is held up while
-        // nobody drafts is not held up by drafting.
-        let has_prompt = n_plain_rows > done.n_plain_tokens;
-        let is_plain = done.n_verified == 0 && done.drafting == Drafting::Quiet;
-        let ms = if has_prompt || is_plain { settled.predicted_ms } else { done.ms };
-        self.controller.settle(&settled, done.n_plain_tokens, done.n_tokens, ms + done.waited_ms);
+        let n_rows = done.load.n_rows;
+        let part = |n: usize| Load { n_rows: n, n_keys: done.load.n_keys * n / n_rows.max(1) };
+        let predict = |n: usize| times.predict(part(n)).unwrap_or(all_ms);
+        let gap_ms = if done.ran_ahead { 0.0 } else { self.gap_ms() };
+        let slower_ms = (times.slowness(done.drafting) - 1.0) * all_ms;
+        let is_drafting = done.has_drafted || done.waited_ms > 0.0;
+        let settlement = Settlement {
+            n_plain_tokens: done.n_plain_tokens,
+            n_tokens: done.n_tokens,
+            plain_ms: predict(done.n_plain_tokens.max(1)),
+            rows_ms: all_ms - predict(n_rows - done.n_verified) + if is_drafting { 0.0 } else { gap_ms },
+            drafting_ms: done.waited_ms + slower_ms + if is_drafting { gap_ms } else { 0.0 },
+            has_drafted: done.has_drafted,
+            ms: done.elapsed_ms + done.waited_ms,
+        };
+        self.controller.settle(choice.unwrap_or(&plain), &settlement);
     }
 
-    /// Takes in how long a step took.
-    pub fn measure(&mut self, done: &Done) {
-        let is_decode = u32::from(done.n_rows == done.n_plain_tokens + done.n_verified);
+    fn measure(&mut self, done: &Done) {
+        let gap_ms = (done.elapsed_ms - done.compute_ms).clamp(0.0, LONGEST_GAP * done.compute_ms);
+        let gap = if done.ran_ahead { &mut self.gap_ahead_ms } else { &mut self.gap_ms };
+        *gap = Some(gap.map_or(gap_ms, |usual| usual + GAP_RATE * (gap_ms - usual)));
+        let is_decode = u32::from(done.load.n_rows == done.n_plain_tokens + done.n_verified);
         match done.drafting {
-            Drafting::Quiet => {
-                self.quiet.observe(done.n_rows, done.ms);
-                self.n_to_calibrate = self.n_to_calibrate.saturating_sub(is_decode);
-            }
+            Drafting::Quiet => self.n_to_calibrate = self.n_to_calibrate.saturating_sub(is_decode),
             Drafting::Busy => {
-                self.busy.observe(done.n_rows, done.ms);
                 self.n_busy += is_decode;
                 if self.n_busy >= CALIBRATION.1 {
                     (self.n_busy, self.n_to_calibrate) = (0, CALIBRATION.0);
@@ -133,61 +223,100 @@ impl Goodput {
 mod tests {
     use super::*;
 
-    const LOAD: StepLoad = StepLoad { n_rows: 1, n_tokens: 1, n_spare_rows: 8 };
-
-    fn done(n_verified: usize, n_tokens: usize, ms: f64, drafting: Drafting) -> Done {
-        Done { n_rows: 1 + n_verified, n_verified, n_plain_tokens: 1, n_tokens, ms, waited_ms: 0.0, drafting }
-    }
-
-    fn step(goodput: &mut Goodput, done: &Done, acceptance: f64) -> usize {
-        let choice = goodput.choose(&[vec![acceptance; 4]], LOAD, 0.0, done.drafting);
-        goodput.account(&choice, done);
-        goodput.measure(done);
-        choice.n_rows()
-    }
-
-    fn quiet(goodput: &mut Goodput, n: usize) {
-        for _ in 0..n {
-            step(goodput, &done(0, 1, 10.0, Drafting::Quiet), 0.0);
+    fn times() -> StepTimes {
+        let mut times = StepTimes::default();
+        for n_rows in [1, 2, 4, 8] {
+            let load = Load { n_rows, n_keys: 0 };
+            (0..4).for_each(|_| times.observe(load, 10.0 + 0.1 * n_rows as f64, Drafting::Quiet));
         }
+        times
+    }
+
+    fn done(n_verified: usize, n_tokens: usize) -> Done {
+        Done {
+            load: Load { n_rows: 1 + n_verified, n_keys: 0 },
+            n_verified,
+            n_plain_tokens: 1,
+            n_tokens,
+            elapsed_ms: 11.0,
+            compute_ms: 10.0,
+            waited_ms: 0.0,
+            ran_ahead: false,
+            drafting: Drafting::Quiet,
+            has_drafted: false,
+        }
+    }
+
+    fn step(goodput: &mut Goodput, times: &StepTimes, done: &Done) {
+        let costs = Costs::of(times, [1].into_iter(), done.drafting).expect("measured");
+        let load = StepLoad { n_rows: 1, n_tokens: 1, n_spare_rows: 8 };
+        let choice = goodput.choose(&[vec![0.9; done.n_verified]], load, &costs);
+        goodput.step_done(Some(&choice), done, times);
     }
 
     #[test]
     fn drafting_rests_until_plain_steps_are_known_and_again_later() {
-        let mut goodput = Goodput::default();
+        let (mut goodput, times) = (Goodput::default(), times());
         for _ in 0..4 {
-            assert!(!goodput.may_draft());
-            step(&mut goodput, &done(0, 1, 10.0, Drafting::Quiet), 0.0);
+            assert!(!goodput.may_draft_ahead());
+            step(&mut goodput, &times, &done(0, 1));
         }
         let mut n_busy = 0;
-        while goodput.may_draft() {
-            step(&mut goodput, &done(2, 3, 12.0, Drafting::Busy), 0.9);
+        while goodput.may_draft_ahead() {
+            step(&mut goodput, &times, &Done { drafting: Drafting::Busy, has_drafted: true, ..done(2, 3) });
             n_busy += 1;
         }
         assert_eq!(n_busy, CALIBRATION.1);
-        assert!(goodput.controller().allows_drafting());
+        assert!(goodput.can_pay());
     }
 
     #[test]
     fn drafting_that_slows_the_target_by_more_than_it_gives_is_paused() {
-        let mut goodput = Goodput::default();
-        quiet(&mut goodput, 4);
-        // Three tokens in two plain steps' time, but four steps' worth of it while drafting.
+        let (mut goodput, mut times) = (Goodput::default(), times());
+        (0..4).for_each(|_| step(&mut goodput, &times, &done(0, 1)));
+        // Twice as slow while drafting, and nothing is accepted.
         let mut n_steps = 0;
-        while goodput.may_draft() {
-            step(&mut goodput, &done(2, 3, 40.0, Drafting::Busy), 0.9);
+        while goodput.can_pay() {
+            let busy = Done { drafting: Drafting::Busy, has_drafted: true, elapsed_ms: 20.0, ..done(1, 1) };
+            times.observe(busy.load, 20.4, Drafting::Busy);
+            step(&mut goodput, &times, &busy);
             n_steps += 1;
         }
-        assert!((1..=3).contains(&n_steps), "{n_steps}");
-        assert!(!goodput.controller().allows_drafting());
+        assert!((5..30).contains(&n_steps), "{n_steps}");
     }
 
     #[test]
-    fn a_plain_step_that_is_held_up_and_a_prompt_say_nothing_of_drafting() {
+    fn waits_are_paid_for_and_what_others_do_to_a_step_is_not() {
+        let (mut goodput, times) = (Goodput::default(), times());
+        step(&mut goodput, &times, &Done { elapsed_ms: 900.0, ..done(0, 1) });
+        assert!(goodput.can_pay());
+        step(&mut goodput, &times, &Done { waited_ms: 60.0, ..done(0, 1) });
+        assert!(!goodput.can_pay());
+    }
+
+    #[test]
+    fn what_is_lost_by_not_sending_ahead_is_known_when_both_were_seen() {
+        let (mut goodput, times) = (Goodput::default(), times());
+        step(&mut goodput, &times, &done(0, 1));
+        assert_eq!(goodput.gap_ms(), 0.0);
+        step(&mut goodput, &times, &Done { ran_ahead: true, elapsed_ms: 10.2, ..done(0, 1) });
+        assert!((goodput.gap_ms() - 0.8).abs() < 1e-9, "{}", goodput.gap_ms());
+        let costs = Costs::of(&times, [1].into_iter(), Drafting::Quiet).expect("measured");
+        let (plain, load) = (goodput.plain(&costs), StepLoad { n_rows: 1, n_tokens: 1, n_spare_rows: 8 });
+        let worth = |acceptance: f64| {
+            let found = goodput.promised(&[vec![acceptance]], load, &costs).expect("an offer");
+            goodput.is_worth_it(&found, &plain)
+        };
+        assert!(!worth(0.08) && worth(0.2));
+    }
+
+    #[test]
+    fn requests_are_expected_to_be_as_long_as_others_were() {
         let mut goodput = Goodput::default();
-        quiet(&mut goodput, 8);
-        step(&mut goodput, &done(0, 1, 900.0, Drafting::Quiet), 0.0);
-        step(&mut goodput, &Done { n_rows: 200, ..done(0, 1, 9_000.0, Drafting::Busy) }, 0.0);
-        assert!(goodput.may_draft());
+        assert_eq!(goodput.expected_left(0, 40), 40.0);
+        (0..99).for_each(|_| goodput.ended(20));
+        let left = goodput.expected_left(0, 500);
+        assert!((20.0..21.0).contains(&left), "{left}");
+        assert!((5.0..6.0).contains(&goodput.expected_left(90, 500)), "it may go on");
     }
 }

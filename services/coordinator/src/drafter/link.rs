@@ -81,6 +81,12 @@ impl Link {
         Self { events, task }
     }
 
+    /// Over events that somebody else makes.
+    #[cfg(test)]
+    pub fn of(events: mpsc::Receiver<LinkEvent>) -> Self {
+        Self { events, task: tokio::spawn(std::future::pending()) }
+    }
+
     /// What has happened, without waiting.
     pub fn try_next(&mut self) -> Option<LinkEvent> {
         self.events.try_recv().ok()

@@ -14,6 +14,8 @@ use paceline_speculation::{ProposedToken, Source};
 pub const MAX_BUFFERED: usize = 64;
 /// Pauses before a session is opened again that the service gave up.
 const REOPEN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Who has more tokens to read than this cannot be expected to answer soon.
+pub const MANY_UNREAD: usize = 16;
 
 /// Something that cannot be.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -28,6 +30,8 @@ pub struct Remote {
     is_open: bool,
     /// What the service was told: committed tokens, epoch, budget.
     n_told: usize,
+    /// Committed tokens since then that it has not drafted itself.
+    n_unread: usize,
     told_epoch: u32,
     budget: u32,
     /// Proposed tokens that follow the committed ones.
@@ -57,6 +61,7 @@ impl Remote {
             epoch: 0,
             is_open: false,
             n_told: 0,
+            n_unread: 0,
             told_epoch: 0,
             budget: 0,
             buffer: VecDeque::new(),
@@ -64,6 +69,16 @@ impl Remote {
             pause: REOPEN.0,
             waiting: None,
         }
+    }
+
+    /// Committed tokens that it has to read before it can propose anything.
+    pub fn n_unread(&self, n_committed: usize) -> usize {
+        if self.is_open { self.n_unread } else { n_committed }
+    }
+
+    /// Whether it may be opened now.
+    pub fn may_open(&self, now: Instant) -> bool {
+        self.reopen_at.is_none_or(|at| at <= now)
     }
 
     /// What is proposed to follow the committed tokens.
@@ -111,15 +126,12 @@ impl Remote {
 
     /// These tokens were committed. Those that were proposed otherwise end the epoch.
     pub fn committed(&mut self, tokens: &[TokenId]) {
-        for token in tokens {
-            match self.buffer.pop_front() {
-                Some(proposed) if proposed.token == *token => {}
-                Some(_) => {
-                    self.diverged();
-                    return;
-                }
-                None => {}
-            }
+        let n_drafted =
+            tokens.iter().zip(&self.buffer).take_while(|(token, one)| one.token == **token).count();
+        self.buffer.drain(..n_drafted);
+        self.n_unread += tokens.len() - n_drafted;
+        if n_drafted < tokens.len() && !self.buffer.is_empty() {
+            self.diverged();
         }
     }
 
@@ -145,6 +157,13 @@ impl Remote {
             return Err(Nonsense(format!("{} tokens at once", proposal.tokens.len())));
         }
         let (start, n_committed) = (proposal.start_pos as usize, committed.len());
+        let owed = (self.generation, self.told_epoch, self.n_told + self.budget as usize);
+        if (proposal.generation, proposal.epoch) == (owed.0, owed.1)
+            && start + proposal.tokens.len() >= owed.2
+        {
+            // All that was asked for, even if it comes too late to be used.
+            self.waiting = None;
+        }
         let is_current =
             self.is_open && (proposal.generation, proposal.epoch) == (self.generation, self.epoch);
         if !is_current || start > n_committed + self.buffer.len() {
@@ -171,10 +190,16 @@ impl Remote {
         Ok(())
     }
 
+    /// Whether the service, which is to draft, has something to propose now; `None` while it reads many tokens.
+    pub fn is_available(&self) -> Option<bool> {
+        let is_reading = self.waiting.is_some_and(|waiting| waiting.n_unread > MANY_UNREAD);
+        (self.is_drafting() && !is_reading).then_some(!self.buffer.is_empty())
+    }
+
     /// Adds to a frame what the service must be told: the session, if it may be opened, or what was committed since.
     pub fn tell(&mut self, known: &Known<'_>, budget: u32, now: Instant, frame: &mut DraftControl) {
         if !self.is_open {
-            if budget > 0 && self.reopen_at.is_none_or(|at| at <= now) {
+            if budget > 0 && self.may_open(now) {
                 self.open(known, budget, now, frame);
             }
             return;
@@ -214,6 +239,7 @@ impl Remote {
 
     fn told(&mut self, n_committed: usize, budget: u32, now: Instant) {
         let n_unread = n_committed - self.n_told;
+        self.n_unread = 0;
         (self.n_told, self.told_epoch, self.budget) = (n_committed, self.epoch, budget);
         let waits = budget > 0 && self.buffer.is_empty();
         self.waiting = waits.then(|| self.waiting.unwrap_or(Waiting { since: now, n_unread }));
@@ -293,6 +319,20 @@ mod tests {
             }
             assert_eq!(buffered(&remote), expected, "{proposals:?}");
         }
+    }
+
+    #[test]
+    fn an_answer_that_comes_too_late_is_an_answer() {
+        let mut committed = ids(&[1, 2]);
+        let mut remote = opened(&committed);
+        assert_eq!((remote.n_unread(2), Remote::new(8).n_unread(2)), (0, 2));
+        remote.committed(&ids(&[3, 4, 9]));
+        assert_eq!(remote.n_unread(5), 3);
+        committed.extend(ids(&[3, 4, 9]));
+        remote.proposed(&proposal(0, 2, &[3]), &committed, N_VOCAB).expect("makes sense");
+        assert!(remote.waiting().is_some(), "it was asked for four");
+        remote.proposed(&proposal(0, 3, &[4, 5, 6]), &committed, N_VOCAB).expect("makes sense");
+        assert!(remote.waiting().is_none() && buffered(&remote).is_empty());
     }
 
     #[test]

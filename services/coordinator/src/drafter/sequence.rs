@@ -7,6 +7,7 @@ use paceline_domain::{
 };
 use paceline_speculation::{
     AcceptanceTable, NgramConfig, NgramProposer, ProposedToken, SequenceAcceptance, Source, SourceCounters,
+    turns::MOST_IN_TURN,
 };
 
 use super::remote::{Known, Nonsense, Remote};
@@ -15,6 +16,11 @@ use super::remote::{Known, Nonsense, Remote};
 const INDEXED_A_STEP: usize = 2_048;
 /// Tokens drafted ahead at least, so that good times are noticed.
 const LEAST_AHEAD: f64 = 2.0;
+
+/// How sure of its tokens a draft model is thought to be at first, and how fast that is corrected.
+const CONFIDENCE: (f32, f32) = (0.8, 0.1);
+/// Tokens after which it is asked again whether a draft session is worth its prompt.
+const RECONSIDERED_AFTER: usize = 32;
 
 /// A sequence to propose for.
 #[derive(Clone, Debug)]
@@ -44,6 +50,16 @@ pub struct Sequence {
     acceptance: SequenceAcceptance,
     /// Accepted draft tokens of recent proposals.
     accepted_length: f64,
+    /// How sure the draft was of its recent tokens.
+    confidence: f32,
+    /// Generated tokens from which on it is asked again whether a draft session is worth its prompt.
+    reconsidered_at: usize,
+    /// Milliseconds that drafting for it has cost beyond what it brought.
+    lost_ms: f64,
+    /// Its next step must not be planned before its last token is known.
+    pub needs_each_token: bool,
+    /// The draft service is to draft for it.
+    pub is_drafted_for: bool,
     /// The draft service's side.
     pub remote: Remote,
     counters: [SourceCounters; Source::ALL.len()],
@@ -63,6 +79,11 @@ impl Sequence {
             is_indexed: false,
             acceptance: SequenceAcceptance::default(),
             accepted_length: LEAST_AHEAD,
+            confidence: CONFIDENCE.0,
+            reconsidered_at: 1,
+            lost_ms: 0.0,
+            needs_each_token: false,
+            is_drafted_for: true,
             remote: Remote::new(new.id.0),
             counters: [SourceCounters::default(); Source::ALL.len()],
         }
@@ -85,6 +106,30 @@ impl Sequence {
     /// As [`Remote::proposed`].
     pub fn proposed(&mut self, proposal: &DraftProposal, n_vocab: u32) -> Result<(), Nonsense> {
         self.remote.proposed(proposal, self.ngram.tokens(), n_vocab)
+    }
+
+    /// Tokens it has generated.
+    pub fn n_generated(&self) -> usize {
+        self.tokens().len() - self.n_prompt
+    }
+
+    /// Whether it is time to ask if a draft session is worth its prompt; then it is not for a while.
+    pub fn is_considered(&mut self) -> bool {
+        let is_due = self.n_generated() >= self.reconsidered_at;
+        if is_due {
+            self.reconsidered_at = self.n_generated() + RECONSIDERED_AFTER;
+        }
+        is_due
+    }
+
+    /// Drafting has cost something, or saved it.
+    pub fn drafting_cost(&mut self, ms: f64) {
+        self.lost_ms = (self.lost_ms + ms).max(0.0);
+    }
+
+    /// Milliseconds that drafting for it has cost beyond what it brought.
+    pub fn lost_ms(&self) -> f64 {
+        self.lost_ms
     }
 
     /// Tokens it may still generate.
@@ -123,6 +168,32 @@ impl Sequence {
         if proposal.first().is_some_and(|first| first.source == Source::Draft) {
             self.accepted_length += 0.2 * (n_accepted as f64 - self.accepted_length);
         }
+        for proposed in proposal.iter().take(n_accepted + 1).filter(|one| one.source == Source::Draft) {
+            self.confidence += CONFIDENCE.1 * (proposed.confidence - self.confidence);
+        }
+    }
+
+    /// What can be expected of the tokens that the draft would propose next.
+    pub fn expected_of_draft(&self, table: &AcceptanceTable) -> Vec<f64> {
+        if !self.allows(Source::Draft) {
+            return Vec::new();
+        }
+        let n = MOST_IN_TURN.min(self.options.max_tokens).min(self.n_left().saturating_sub(1));
+        let typical = ProposedToken { token: TokenId(0), source: Source::Draft, confidence: self.confidence };
+        self.acceptance.estimates(table, &vec![typical; n])
+    }
+
+    /// What can be expected of what its own tokens say.
+    pub fn expected_of_own(&mut self, table: &AcceptanceTable) -> Vec<f64> {
+        self.index();
+        let room = self.options.max_tokens.min(self.n_left().saturating_sub(1));
+        self.acceptance.estimates(table, &self.own_tokens_say(&[], room))
+    }
+
+    fn index(&mut self) {
+        if self.allows(Source::Ngram) && !self.is_indexed {
+            self.is_indexed = self.ngram.index(INDEXED_A_STEP);
+        }
     }
 
     /// Tokens worth drafting ahead: what is in the next step, and as much again for the one after it.
@@ -136,9 +207,7 @@ impl Sequence {
     /// are: the draft's, with what the request's own tokens say about its end, or theirs alone.
     pub fn proposal(&mut self, room: usize, table: &AcceptanceTable) -> (Vec<ProposedToken>, Vec<f64>) {
         let room = room.min(self.options.max_tokens);
-        if self.allows(Source::Ngram) && !self.is_indexed {
-            self.is_indexed = self.ngram.index(INDEXED_A_STEP);
-        }
+        self.index();
         let candidates = [self.drafted(room), self.own_tokens_say(&[], room)];
         let rated = candidates.into_iter().map(|candidate| {
             let estimates = self.acceptance.estimates(table, &candidate);

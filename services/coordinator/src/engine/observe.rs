@@ -1,13 +1,15 @@
 //! What the loop tells of its work: metrics, spans of steps, log lines about preemption. It changes nothing.
 
-use std::time::Instant;
+use std::{collections::HashMap, time::Instant};
 
-use paceline_domain::{FinishReason, RequestId, StepPlan};
+use paceline_domain::{FinishReason, RequestId, SequenceId, StepPlan};
 use paceline_telemetry::context;
 use tracing::{Span, info_span};
 
-use super::Engine;
+use super::{Active, Engine};
 use crate::{
+    client::Client,
+    drafter,
     metrics::{Levels, Totals},
     output::{Clock, Output},
 };
@@ -45,13 +47,8 @@ impl Engine {
     /// The step's span: child of its first request's, linked to the others'. Numbers are signed because OTLP has no
     /// unsigned ones.
     pub(super) fn step_span(&self, plan: &StepPlan) -> Span {
-        let mut requests: Vec<RequestId> = Vec::with_capacity(plan.chunks.len());
-        for choice in plan.chunks.iter().filter_map(|chunk| self.choices.get(&chunk.sequence)) {
-            if !requests.contains(&choice.request) {
-                requests.push(choice.request);
-            }
-        }
-        let mut clients = requests.iter().filter_map(|request| self.clients.get(request));
+        let sequences = plan.chunks.iter().map(|chunk| chunk.sequence);
+        let mut clients = clients_of(&self.choices, &self.clients, sequences).into_iter();
         let Some(first) = clients.next() else { return Span::none() };
         let span = info_span!(
             parent: first.span(),
@@ -72,4 +69,32 @@ impl Engine {
             self.n_preemptions = n_preemptions;
         }
     }
+}
+
+/// A wait for proposals: child of its first request's span, linked to the others'.
+pub(super) fn draft_span(
+    choices: &HashMap<SequenceId, Active>,
+    clients: &HashMap<RequestId, Client>,
+    open: &[drafter::Open],
+) -> Span {
+    let mut asking = clients_of(choices, clients, open.iter().map(|(id, _)| *id)).into_iter();
+    let Some(first) = asking.next() else { return Span::none() };
+    let span = info_span!(parent: first.span(), "draft", n_sequences = open.len() as i64);
+    asking.for_each(|client| context::link(&span, client.span()));
+    span
+}
+
+/// The clients of these sequences, each once.
+fn clients_of<'a>(
+    choices: &HashMap<SequenceId, Active>,
+    clients: &'a HashMap<RequestId, Client>,
+    sequences: impl Iterator<Item = SequenceId>,
+) -> Vec<&'a Client> {
+    let mut requests: Vec<RequestId> = Vec::new();
+    for choice in sequences.filter_map(|sequence| choices.get(&sequence)) {
+        if !requests.contains(&choice.request) {
+            requests.push(choice.request);
+        }
+    }
+    requests.iter().filter_map(|request| clients.get(request)).collect()
 }

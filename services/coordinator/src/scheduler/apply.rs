@@ -57,7 +57,7 @@ impl Scheduler {
             return Err(ResultMismatch { wanted: "nothing".into(), found: format!("step {}", result.step) });
         };
         check(&in_flight.plan, &result)?;
-        self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3);
+        self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3, in_flight.drafting);
         let mut samples = result.samples.into_iter();
         let mut applied = Applied::default();
         for chunk in &in_flight.plan.chunks {

@@ -3,7 +3,7 @@
 //! Nobody decodes: as many as a step holds. Somebody does: as many as keep the step below the bound on the time
 //! between tokens, by the times that were measured.
 
-use super::step_time::{Load, StepTimes};
+use paceline_speculation::{Load, StepTimes};
 
 /// Rows that proposals leave to prompts.
 pub const ROWS_FOR_PROMPTS: usize = 16;
@@ -72,6 +72,7 @@ pub fn share(n_rows: usize, wanted: &[usize]) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use paceline_speculation::Drafting;
     use proptest::prelude::*;
 
     use super::*;
@@ -80,7 +81,7 @@ mod tests {
     fn times() -> StepTimes {
         let mut times = StepTimes::default();
         for n_rows in [2, 16, 66, 258] {
-            times.observe(Load { n_rows, n_keys: 0 }, 8.9 + 0.5 * n_rows as f64);
+            times.observe(Load { n_rows, n_keys: 0 }, 8.9 + 0.5 * n_rows as f64, Drafting::Quiet);
         }
         times
     }

@@ -1,12 +1,12 @@
 //! One step: decode rows first, then proposals to verify, then prompts, within one budget of rows.
 
 use paceline_domain::{SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepPlan};
+use paceline_speculation::{Drafting, Load};
 
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
     budget::{ROWS_FOR_PROMPTS, prefill_rows, share},
     sequence::Next,
-    step_time::Load,
 };
 
 /// A plan that was not answered yet.
@@ -14,6 +14,7 @@ use super::{
 pub(super) struct InFlight {
     pub(super) plan: StepPlan,
     pub(super) load: Load,
+    pub(super) drafting: Drafting,
     predicted_ms: Option<f64>,
 }
 
@@ -49,7 +50,8 @@ impl Scheduler {
         };
         self.next_step = StepNumber(self.next_step.0 + 1);
         let predicted_ms = self.times.predict(draft.load);
-        self.in_flight.push_back(InFlight { plan: plan.clone(), load: draft.load, predicted_ms });
+        let (load, drafting) = (draft.load, self.drafting);
+        self.in_flight.push_back(InFlight { plan: plan.clone(), load, drafting, predicted_ms });
         Some(plan)
     }
 

@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 
 use paceline_domain::{BlockId, StepPlan};
+use paceline_speculation::Load;
 use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 
 use super::*;
-use crate::scheduler::{
-    step_time::Load,
-    toy_group::{N_VOCAB, ToyGroup, next_alone},
-};
+use crate::scheduler::toy_group::{N_VOCAB, ToyGroup, next_alone};
 
 #[derive(Clone, Debug)]
 enum Event {
@@ -125,7 +123,7 @@ impl World {
         let mut scheduler = Scheduler::new(limits);
         scheduler.begin_epoch(Epoch(1), n_blocks);
         for n_rows in 1..=limits.max_rows as usize {
-            scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64);
+            scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64, Drafting::Quiet);
         }
         let mut world = Self {
             limits,

@@ -1,9 +1,10 @@
 //! Tests of the scheduler: plans as data.
 
 use paceline_domain::{SampledToken, SequenceSamples, StepPlan, StepResult, StepTimings};
+use paceline_speculation::Load;
 
 use super::*;
-use crate::scheduler::{step_time::Load, toy_group::ToyGroup};
+use crate::scheduler::toy_group::ToyGroup;
 
 const N_KV_BLOCKS: u32 = 8;
 const LIMITS: Limits = Limits {
@@ -21,7 +22,7 @@ fn scheduler(limits: Limits, n_kv_blocks: u32) -> Scheduler {
     let mut scheduler = Scheduler::new(limits);
     scheduler.begin_epoch(Epoch(1), n_kv_blocks);
     for n_rows in 1..=limits.max_rows as usize {
-        scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64);
+        scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64, Drafting::Quiet);
     }
     scheduler
 }

@@ -37,9 +37,9 @@ pub struct SpeculationArgs {
     /// Draft model, as catalogue name or path
     #[arg(long, value_name = "NAME|PATH", requires = "prompts", help_heading = "Speculation")]
     pub draft: Option<String>,
-    /// Compute threads of the draft model
-    #[arg(long, value_name = "N", default_value = "1", requires = "draft", help_heading = "Speculation")]
-    pub draft_threads: NonZeroUsize,
+    /// Compute threads of the draft model, which computes while the model waits [default: as many as --threads]
+    #[arg(long, value_name = "N", requires = "draft", help_heading = "Speculation")]
+    pub draft_threads: Option<NonZeroUsize>,
     /// Modes to compare; off is measured in any case
     #[arg(
         long,

@@ -1,0 +1,148 @@
+//! Taking turns with a draft service on the target's machine: what a turn takes, who takes part in it, and how long a
+//! step waits for that. Pure.
+
+use std::time::{Duration, Instant};
+
+use paceline_domain::SequenceId;
+use paceline_speculation::{
+    ControllerConfig, Drafting, Load, StepTimes,
+    controller::{ProbeConfig, Probes},
+};
+
+/// What a pass of the draft model takes beside the target's before it was measured.
+const ASSUMED_SHARE: f64 = 0.35;
+/// A step waits for this many times what a turn usually takes, and this long more.
+const PATIENCE: (f64, Duration) = (2.0, Duration::from_millis(20));
+/// Rows of a sequence that a first pass has anyway: a token that was sampled after the drafted ones, and the last of those.
+const FEW_ROWS: usize = 2;
+/// Requests without a draft session before one is tried although it seems not worth its prompt.
+const OPENINGS: ProbeConfig = ProbeConfig { first: 2, longest: 16 };
+
+/// A turn that was asked for.
+#[derive(Clone, Debug)]
+struct Asked {
+    at: Instant,
+    n_passes: usize,
+    n_rows: usize,
+    n_unread: usize,
+}
+
+/// Turns of all sequences of a group.
+#[derive(Debug)]
+pub struct TurnTaking {
+    /// Tokens to draft in the next turn.
+    pub n_tokens: usize,
+    /// When drafting is tried that seems not worth it.
+    pub probes: Probes,
+    /// When a session is opened that seems not worth its prompt.
+    pub openings: Probes,
+    /// Sequences of the present turn, with the tokens that they wait for.
+    pub members: Vec<(SequenceId, usize)>,
+    asked: Option<Asked>,
+    /// What passes of the draft model take, seen from here.
+    passes: StepTimes,
+}
+
+impl Default for TurnTaking {
+    fn default() -> Self {
+        Self {
+            n_tokens: 0,
+            probes: Probes::new(ControllerConfig::default().probes),
+            openings: Probes::new(OPENINGS),
+            members: Vec::new(),
+            asked: None,
+            passes: StepTimes::default(),
+        }
+    }
+}
+
+impl TurnTaking {
+    /// A turn of these members was asked for: so many passes, after `n_unread` of their committed tokens were read.
+    pub fn ask(&mut self, members: Vec<(SequenceId, usize)>, n_passes: usize, n_unread: usize, at: Instant) {
+        self.asked = Some(Asked { at, n_passes, n_rows: members.len(), n_unread });
+        self.members = members;
+    }
+
+    /// Whether a turn that was asked for has not ended.
+    pub fn is_asked(&self) -> bool {
+        self.asked.is_some()
+    }
+
+    /// The turn has ended, perhaps after it was waited for in vain.
+    pub fn answered(&mut self, now: Instant, target: &StepTimes) {
+        let Some(Asked { at, n_passes, n_rows, n_unread }) = self.asked.take() else { return };
+        let ms = now.saturating_duration_since(at).as_secs_f64() * 1e3;
+        let is_reading = n_unread > FEW_ROWS * n_rows;
+        let (n_rows, ms) = match is_reading {
+            true => (n_unread, ms - self.pass_ms(n_rows, target) * n_passes.saturating_sub(1) as f64),
+            false => (n_rows, ms / n_passes.max(1) as f64),
+        };
+        self.passes.observe(Load { n_rows, n_keys: 0 }, ms, Drafting::Quiet);
+    }
+
+    /// It will never be answered.
+    pub fn forget(&mut self) {
+        self.asked = None;
+    }
+
+    /// Milliseconds of a pass with so many rows.
+    pub fn pass_ms(&self, n_rows: usize, target: &StepTimes) -> f64 {
+        let load = Load { n_rows: n_rows.max(1), n_keys: 0 };
+        let assumed = target.predict(load).unwrap_or(0.0) * ASSUMED_SHARE;
+        match self.passes.predict(load) {
+            Some(ms) if self.passes.knows(n_rows) => ms,
+            Some(ms) => ms.min(assumed),
+            None => assumed,
+        }
+    }
+
+    /// Milliseconds until `n_rows` sequences have their first token beyond that of a usual pass.
+    pub fn read_ms(&self, n_unread: usize, n_rows: usize, target: &StepTimes) -> f64 {
+        if n_unread <= FEW_ROWS * n_rows {
+            return 0.0;
+        }
+        (self.pass_ms(n_unread, target) - self.pass_ms(n_rows, target)).max(0.0)
+    }
+
+    /// How long a step waits for the present turn.
+    pub fn patience(&self, target: &StepTimes) -> Duration {
+        let Some(Asked { n_passes, n_rows, n_unread, .. }) = self.asked else { return Duration::ZERO };
+        let passes_ms = self.pass_ms(n_rows, target) * n_passes as f64;
+        patience(passes_ms + self.read_ms(n_unread, n_rows, target))
+    }
+}
+
+/// How long is waited for what should take so many milliseconds.
+pub fn patience(ms: f64) -> Duration {
+    Duration::from_secs_f64(PATIENCE.0 * ms.max(0.0) / 1e3) + PATIENCE.1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target() -> StepTimes {
+        let mut times = StepTimes::default();
+        for (n_rows, ms) in [(1, 30.0), (40, 300.0)] {
+            times.observe(Load { n_rows, n_keys: 0 }, ms, Drafting::Quiet);
+        }
+        times
+    }
+
+    #[test]
+    fn what_turns_take_is_assumed_then_measured() {
+        let (mut turns, target, start) = (TurnTaking::default(), target(), Instant::now());
+        assert_eq!(turns.pass_ms(1, &target), 10.5);
+        assert_eq!((turns.read_ms(2, 1, &target), turns.read_ms(40, 1, &target)), (0.0, 94.5));
+        turns.ask(vec![(SequenceId(1), 3)], 3, 40, start);
+        assert_eq!(turns.patience(&target), Duration::from_millis(2 * 126 + 20));
+        turns.answered(start + Duration::from_millis(161), &target);
+        assert_eq!(turns.pass_ms(40, &target), 140.0);
+        turns.ask(vec![(SequenceId(1), 3)], 3, 1, start);
+        turns.answered(start + Duration::from_millis(24), &target);
+        assert_eq!((turns.pass_ms(1, &target), turns.read_ms(40, 1, &target)), (8.0, 132.0));
+        assert!(!turns.is_asked());
+        turns.answered(start + Duration::from_secs(9), &target);
+        assert_eq!(turns.pass_ms(1, &target), 8.0, "nothing was asked");
+    }
+}
