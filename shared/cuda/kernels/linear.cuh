@@ -15,7 +15,7 @@
 // Memory that kernels use on their way; each finds it as it must be, and leaves it so.
 struct Workspace {
     uint8_t *sums_of_x;  // of `sum_x`, for matrices with superblocks with minimums and more than few rows
-    float *quarters;     // sums of blocks that several thread blocks work on
+    float *stretches;    // sums of blocks that several thread blocks work on
     uint32_t *arrivals;  // for each of these blocks 0
 };
 

@@ -115,18 +115,18 @@ template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
 
     // The sums of tile `m`, in their order.
     DEVICE void add_up(float (&total)[4], int m) const {
-        const int quarter = quarter_of(n_supers);
-        for (int first = 0; first < n_supers; first += quarter) {
-            float of_quarter[4] = {};
-            const int end = min(first + quarter, n_supers);
+        const int stretch = stretch_of(n_supers);
+        for (int first = 0; first < n_supers; first += stretch) {
+            float of_stretch[4] = {};
+            const int end = min(first + stretch, n_supers);
 #pragma unroll 4
             for (int super = first; super < end; super++) {
                 float4 sum = sums[(super * TILES + m) * n_kept + kept_at];
-                of_quarter[0] = __fadd_rn(of_quarter[0], sum.x), of_quarter[1] = __fadd_rn(of_quarter[1], sum.y);
-                of_quarter[2] = __fadd_rn(of_quarter[2], sum.z), of_quarter[3] = __fadd_rn(of_quarter[3], sum.w);
+                of_stretch[0] = __fadd_rn(of_stretch[0], sum.x), of_stretch[1] = __fadd_rn(of_stretch[1], sum.y);
+                of_stretch[2] = __fadd_rn(of_stretch[2], sum.z), of_stretch[3] = __fadd_rn(of_stretch[3], sum.w);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) total[i] = first == 0 ? of_quarter[i] : __fadd_rn(total[i], of_quarter[i]);
+            for (int i = 0; i < 4; i++) total[i] = first == 0 ? of_stretch[i] : __fadd_rn(total[i], of_stretch[i]);
         }
     }
 
@@ -173,7 +173,7 @@ template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
 // Shapes of the kernels; src/kernels/linear_super.rs computes grids and shared memory from the same numbers. With pairs of tiles a
 // warp shares its sums of x; where tiles are few, more warps are under way without.
 #define FEW_SUPER(name, F)                                      \
-    KERNEL_AHEAD(linear_few_##name, LinearArgs, 128, 4) {       \
+    KERNEL_AHEAD(linear_few_##name, LinearArgs, 128, 3) {       \
         SHARED(uint8_t, shared);                                \
         grid_release();                                         \
         linear::FewSuper<F, 2, 4, 1>(args, shared).run();       \

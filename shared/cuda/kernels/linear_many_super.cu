@@ -142,12 +142,12 @@ template <class F, int MT, int NT, int WARPS_M, int WARPS_N> struct ManySuper {
         }
     }
 
-    DEVICE void end_quarter(float (&grand)[MT][NT][4], float (&total)[MT][NT][4], bool is_first) const {
+    DEVICE void end_stretch(float (&grand)[MT][NT][4], float (&total)[MT][NT][4], bool is_first) const {
 #pragma unroll
         for (int i = 0; i < MT * NT * 4; i++) {
-            float &to = grand[i / (NT * 4)][i / 4 % NT][i % 4], &of_quarter = total[i / (NT * 4)][i / 4 % NT][i % 4];
-            to = is_first ? of_quarter : __fadd_rn(to, of_quarter);
-            of_quarter = 0.0f;
+            float &to = grand[i / (NT * 4)][i / 4 % NT][i % 4], &of_stretch = total[i / (NT * 4)][i / 4 % NT][i % 4];
+            to = is_first ? of_stretch : __fadd_rn(to, of_stretch);
+            of_stretch = 0.0f;
         }
     }
 
@@ -160,7 +160,7 @@ template <class F, int MT, int NT, int WARPS_M, int WARPS_N> struct ManySuper {
             copy_x(unit);
             copy_commit();
         }
-        const int quarter = quarter_of(n_supers);
+        const int stretch = stretch_of(n_supers);
         float grand[MT][NT][4] = {}, total[MT][NT][4] = {}, part[MT][NT][4] = {};
         for (int super = 0; super < n_supers; super++) {
             typename F::Scales scales[MT];
@@ -180,7 +180,7 @@ template <class F, int MT, int NT, int WARPS_M, int WARPS_N> struct ManySuper {
                 multiply_unit(part, scales, super, unit);
             }
             end_super(total, part, scales, super);
-            if ((super + 1) % quarter == 0 || super + 1 == n_supers) end_quarter(grand, total, super < quarter);
+            if ((super + 1) % stretch == 0 || super + 1 == n_supers) end_stretch(grand, total, super < stretch);
         }
 #pragma unroll
         for (int m = 0; m < MT; m++) {

@@ -3,9 +3,9 @@
 //   P = mma over a superblock's columns of bfloat16(code * small scale) and x
 //   Q = mma of the superblock's small minimums and sums of x over the groups, as bfloat16 numbers and what these leave over
 //   sum = fma(-m, Q, d * P)
-//   total = ((a + b) + c) + d, each the total = total + sum over a quarter of the superblocks, in order
+//   total = total + stretch over up to eight stretches, each of which is stretch = stretch + sum over superblocks in order
 //
-// Sums of superblocks let warps of a block share a row, quarters let blocks share one.
+// Sums of superblocks let warps of a block share a row, stretches let blocks share one.
 #pragma once
 #include "linear.cuh"
 #include "superblock.cuh"
@@ -15,8 +15,9 @@ namespace linear {
 // Bytes of 8 rows of activations in a superblock.
 constexpr int SUPER_X_BYTES = SUPER_UNITS * X_BYTES;
 
-// Superblocks of each quarter but the last; there may be fewer than four.
-DEVICE int quarter_of(int n_supers) { return (n_supers + 3) / 4; }
+// Superblocks of each stretch but the last; there may be fewer than eight.
+constexpr int STRETCHES = 8;
+DEVICE int stretch_of(int n_supers) { return (n_supers + STRETCHES - 1) / STRETCHES; }
 
 // Where 32 columns of x are that meet group `group` of superblock `super`. Where the matrix has no columns, scales and minimums
 // are zeros, and any numbers of x will do.

@@ -10,25 +10,30 @@ namespace linear {
 struct WideSuperArgs {
     hopper::TileMap weights, x, sums_of_x;
     LinearArgs linear;
-    int32_t is_split;  // whether a block of outputs may be several thread blocks' work
+    int32_t is_split;  // whether blocks that are left over are several thread blocks' work
     int32_t unused[3];
 };
 
 constexpr int WIDE_SUPER_GROUPS = 2, WIDE_SUPER_THREADS = 128 * (WIDE_SUPER_GROUPS + 1);
 constexpr int WIDE_SUPER_TILES = 4 * WIDE_SUPER_GROUPS, WIDE_SUPER_MULTIPLIERS = 128 * WIDE_SUPER_GROUPS;
 
-// Blocks stay: each takes item after item, quarters of the superblocks of 128 outputs by N rows, and the copies for the next one
-// go on while results are written. A block that has all quarters of its outputs adds them up; else they go to memory, and who
-// brings the last one adds.
-// Shared: sums of quarters where registers are short; stages of units of x; stages of superblocks; barriers.
-template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
+// Blocks stay. Each takes whole blocks of 128 outputs by N rows in turn, of which all have the same number. Of the blocks that
+// are left over the stretches are dealt out: their sums go to memory, and who brings the last of a block adds them up. The copies
+// for the next work go on while results are written.
+// Shared: sums of stretches where registers are short; stages of units of x; stages of superblocks; barriers.
+template <class F, int N, int X_STAGES, int REGISTERS> struct WideSuper {
     static constexpr int N_TILES = N / 8, SUMS = N_TILES * 4;
-    static constexpr bool QUARTERS_IN_REGISTERS = N <= 64;
+    static constexpr bool STRETCHES_IN_REGISTERS = N == 64;
     static constexpr int WEIGHT_BYTES = WIDE_SUPER_TILES * F::RECORD_BYTES, SUMS_OF_X_BYTES = N_TILES * F::SUM_WORDS * CORE_BYTES;
     static constexpr int SUPER_BYTES = WEIGHT_BYTES + SUMS_OF_X_BYTES, UNIT_BYTES = N_TILES * X_BYTES;
-    static constexpr int X_AT = QUARTERS_IN_REGISTERS ? 0 : SUMS * WIDE_SUPER_MULTIPLIERS * 4;
-    static constexpr int SUPERS_AT = X_AT + X_STAGES * UNIT_BYTES, BARRIERS_AT = SUPERS_AT + SUPER_STAGES * SUPER_BYTES;
+    static constexpr int X_AT = STRETCHES_IN_REGISTERS ? 0 : SUMS * WIDE_SUPER_MULTIPLIERS * 4;
+    static constexpr int SUPERS_AT = X_AT + X_STAGES * UNIT_BYTES;
+    // As many as there is room for; with few rows two blocks share a multiprocessor.
+    static constexpr int SUPERS_THAT_FIT = ((N == 32 ? 111 : 225) * 1024 - SUPERS_AT) / SUPER_BYTES;
+    static constexpr int SUPER_STAGES = SUPERS_THAT_FIT < 6 ? SUPERS_THAT_FIT : 6;
+    static constexpr int BARRIERS_AT = SUPERS_AT + SUPER_STAGES * SUPER_BYTES;
     static_assert(SUPER_BYTES % CORE_BYTES == 0, "copies of boxes begin at whole core matrices");
+    static_assert(SUPER_STAGES >= 2, "a superblock begins before the one before it ends");
 
     // A stage in a ring, and the parity of the phase it is in.
     template <int STAGES> struct Place {
@@ -49,20 +54,31 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
     const LinearArgs &args;
     uint8_t *const shared;
     hopper::Barrier *const barriers;
-    const int n_supers, quarter, n_quarters, n_blocks_n;
-    int first_item, end_item;
+    const int n_supers, stretch, n_stretches, n_blocks_n;
+    // Whole blocks for each thread block, and the stretches of the rest: from the first to before the last.
+    int n_whole, first_shared, end_shared;
 
     DEVICE WideSuper(const WideSuperArgs &wide, uint8_t *shared)
         : wide(wide), args(wide.linear), shared(shared), barriers(reinterpret_cast<hopper::Barrier *>(shared + BARRIERS_AT)),
-          n_supers(args.matrix.n_supers), quarter(quarter_of(n_supers)), n_quarters((n_supers + quarter - 1) / quarter),
+          n_supers(args.matrix.n_supers), stretch(stretch_of(n_supers)), n_stretches((n_supers + stretch - 1) / stretch),
           n_blocks_n((args.n_rows + N - 1) / N) {
-        int n_blocks = n_blocks_n * ((args.matrix.n_tiles + WIDE_SUPER_TILES - 1) / WIDE_SUPER_TILES);
-        auto edge = [&](int block) {
-            int64_t n_items = wide.is_split ? (int64_t)n_blocks * n_quarters : n_blocks;
-            return (int)(n_items * block / gridDim.x) * (wide.is_split ? 1 : n_quarters);
-        };
-        first_item = edge(blockIdx.x), end_item = edge(blockIdx.x + 1);
+        const int grid = gridDim.x, mine = blockIdx.x;
+        const int n_blocks = n_blocks_n * ((args.matrix.n_tiles + WIDE_SUPER_TILES - 1) / WIDE_SUPER_TILES);
+        const int n_left = n_blocks % grid;
+        n_whole = n_blocks / grid + (!wide.is_split && mine < n_left);
+        first_shared = wide.is_split ? n_left * n_stretches * mine / grid : 0;
+        end_shared = wide.is_split ? n_left * n_stretches * (mine + 1) / grid : 0;
     }
+
+    // Items: the stretches of whole blocks, then those that are shared.
+    DEVICE int n_items() const { return n_whole * n_stretches + end_shared - first_shared; }
+    DEVICE bool is_whole(int item) const { return item < n_whole * n_stretches; }
+    DEVICE int shared_item(int item) const { return first_shared + item - n_whole * n_stretches; }
+    DEVICE int block_of(int item) const {
+        int round = is_whole(item) ? item / n_stretches : n_whole;
+        return round * (int)gridDim.x + (is_whole(item) ? (int)blockIdx.x : shared_item(item) / n_stretches);
+    }
+    DEVICE int stretch_of_block(int item) const { return (is_whole(item) ? item : shared_item(item)) % n_stretches; }
 
     DEVICE hopper::Barrier *super_full(int stage) const { return barriers + stage; }
     DEVICE hopper::Barrier *super_empty(int stage) const { return barriers + SUPER_STAGES + stage; }
@@ -71,16 +87,16 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
     DEVICE uint8_t *super_at(int stage) const { return shared + SUPERS_AT + stage * SUPER_BYTES; }
     DEVICE uint8_t *unit_at(int stage) const { return shared + X_AT + stage * UNIT_BYTES; }
 
-    DEVICE int first_m(int item) const { return item / n_quarters / n_blocks_n * WIDE_SUPER_TILES; }
-    DEVICE int first_n(int item) const { return item / n_quarters % n_blocks_n * N_TILES; }
-    DEVICE int first_super(int item) const { return item % n_quarters * quarter; }
-    DEVICE int end_super(int item) const { return min(first_super(item) + quarter, n_supers); }
+    DEVICE int first_m(int item) const { return block_of(item) / n_blocks_n * WIDE_SUPER_TILES; }
+    DEVICE int first_n(int item) const { return block_of(item) % n_blocks_n * N_TILES; }
+    DEVICE int first_super(int item) const { return stretch_of_block(item) * stretch; }
+    DEVICE int end_super(int item) const { return min(first_super(item) + stretch, n_supers); }
 
     // One thread copies.
     DEVICE void copy() const {
         // Weights do not depend on the kernels before: they are under way while those end.
         int n_ahead = 0;
-        for (int item = first_item; item < end_item; item++) {
+        for (int item = 0; item < n_items(); item++) {
             for (int super = first_super(item); super < end_super(item) && n_ahead < SUPER_STAGES; super++) {
                 copy_weights(item, super, n_ahead++);
             }
@@ -89,7 +105,7 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
         Place<SUPER_STAGES> place;
         Place<X_STAGES> x_place;
         int n_before = 0;
-        for (int item = first_item; item < end_item; item++) {
+        for (int item = 0; item < n_items(); item++) {
             for (int super = first_super(item); super < end_super(item); super++) {
                 if (n_before++ >= n_ahead) {
                     // Of a barrier nobody has arrived at, the phase before counts as ended.
@@ -177,10 +193,10 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
         Place<SUPER_STAGES> place;
         Place<X_STAGES> x_place;
         Ahead ahead;
-        float total[N_TILES][4], grand[QUARTERS_IN_REGISTERS ? N_TILES : 1][4];
+        float total[N_TILES][4], grand[STRETCHES_IN_REGISTERS ? N_TILES : 1][4];
         grid_wait();
-        if (first_item < end_item) begin(ahead, place, warp, lane);
-        for (int item = first_item; item < end_item; item++) {
+        if (n_items() > 0) begin(ahead, place, warp, lane);
+        for (int item = 0; item < n_items(); item++) {
 #pragma unroll
             for (int i = 0; i < SUMS; i++) total[i / 4][i % 4] = 0.0f;
             for (int super = first_super(item); super < end_super(item); super++) {
@@ -192,7 +208,7 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
                 }
                 const int stage = place.stage;
                 place.advance();
-                const int n_remaining = end_super(item) - super - 1 + end_item - item - 1;
+                const int n_remaining = end_super(item) - super - 1 + n_items() - item - 1;
                 multiply(part, ahead, stage, place, x_place, n_remaining, warp, lane);
                 const uint8_t *sums_of_x = super_at(stage) + WEIGHT_BYTES + lane * 4;
 #pragma unroll
@@ -211,19 +227,19 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
                 sync_warp();
                 if (lane == 0) hopper::arrive(super_empty(stage));
             }
-            if (end_quarter(grand, total, item)) store(total, first_m(item) + warp, first_n(item), lane);
+            if (end_stretch(grand, total, item)) store(total, first_m(item) + warp, first_n(item), lane);
         }
     }
 
-    // Adds a quarter to those before it; true when that were all, and `total` is the result.
-    DEVICE bool end_quarter(float (&grand)[QUARTERS_IN_REGISTERS ? N_TILES : 1][4], float (&total)[N_TILES][4], int item) const {
-        const int block = item / n_quarters, of_block = item % n_quarters;
-        if (block * n_quarters < first_item || (block + 1) * n_quarters > end_item) return add_in_memory(total, block, of_block);
+    // Adds a stretch to those before it; true when that were all, and `total` is the result.
+    DEVICE bool end_stretch(float (&grand)[STRETCHES_IN_REGISTERS ? N_TILES : 1][4], float (&total)[N_TILES][4], int item) const {
+        if (!is_whole(item)) return add_in_memory(total, shared_item(item) / n_stretches, shared_item(item) % n_stretches);
+        const int of_block = stretch_of_block(item);
         float *in_shared = reinterpret_cast<float *>(shared) + threadIdx.x % WIDE_SUPER_MULTIPLIERS;
 #pragma unroll
         for (int i = 0; i < SUMS; i++) {
             float &sum = total[i / 4][i % 4];
-            if constexpr (QUARTERS_IN_REGISTERS) {
+            if constexpr (STRETCHES_IN_REGISTERS) {
                 if (of_block > 0) sum = __fadd_rn(grand[i / 4][i % 4], sum);
                 grand[i / 4][i % 4] = sum;
             } else {
@@ -231,13 +247,13 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
                 in_shared[i * WIDE_SUPER_MULTIPLIERS] = sum;
             }
         }
-        return of_block + 1 == n_quarters;
+        return of_block + 1 == n_stretches;
     }
-    // The same where quarters are several blocks' work. It is done by all threads that multiply.
+    // The same for the `block`-th of those whose stretches are dealt out. All threads that multiply do it.
     DEVICE bool add_in_memory(float (&total)[N_TILES][4], int block, int of_block) const {
         const int thread = threadIdx.x % WIDE_SUPER_MULTIPLIERS;
-        float *sums = args.workspace.quarters + (int64_t)block * 4 * SUMS * WIDE_SUPER_MULTIPLIERS + thread;
-        auto at = [&](int quarter, int i) { return sums + (quarter * SUMS + i) * WIDE_SUPER_MULTIPLIERS; };
+        float *sums = args.workspace.stretches + (int64_t)block * STRETCHES * SUMS * WIDE_SUPER_MULTIPLIERS + thread;
+        auto at = [&](int which, int i) { return sums + (which * SUMS + i) * WIDE_SUPER_MULTIPLIERS; };
 #pragma unroll
         for (int i = 0; i < SUMS; i++) store_for_others(at(of_block, i), total[i / 4][i % 4]);
         uint32_t *n_there = reinterpret_cast<uint32_t *>(barriers + 2 * (SUPER_STAGES + X_STAGES));
@@ -245,7 +261,7 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
         hopper::sync_threads<WIDE_SUPER_MULTIPLIERS>();
         if (thread == 0) *n_there = fetch_add(args.workspace.arrivals + block, 1) + 1;
         hopper::sync_threads<WIDE_SUPER_MULTIPLIERS>();
-        const bool is_last = *n_there == (uint32_t)n_quarters;
+        const bool is_last = *n_there == (uint32_t)n_stretches;
         // Nobody writes the number again before all have read it.
         hopper::sync_threads<WIDE_SUPER_MULTIPLIERS>();
         if (!is_last) return false;
@@ -253,9 +269,9 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
         if (thread == 0) args.workspace.arrivals[block] = 0;
 #pragma unroll
         for (int i = 0; i < SUMS; i++) total[i / 4][i % 4] = load_of_others(at(0, i));
-        for (int quarter = 1; quarter < n_quarters; quarter++) {
+        for (int which = 1; which < n_stretches; which++) {
 #pragma unroll
-            for (int i = 0; i < SUMS; i++) total[i / 4][i % 4] = __fadd_rn(total[i / 4][i % 4], load_of_others(at(quarter, i)));
+            for (int i = 0; i < SUMS; i++) total[i / 4][i % 4] = __fadd_rn(total[i / 4][i % 4], load_of_others(at(which, i)));
         }
         return true;
     }
@@ -289,7 +305,7 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
             hopper::fewer_registers<40>();
             threadIdx.x == WIDE_SUPER_MULTIPLIERS ? copy() : grid_wait();
         } else {
-            hopper::more_registers<232>();
+            hopper::more_registers<REGISTERS>();
             multiply(warp, lane);
         }
     }
@@ -298,16 +314,16 @@ template <class F, int N, int SUPER_STAGES, int X_STAGES> struct WideSuper {
 }  // namespace linear
 
 // Shapes of the kernels; src/kernels/linear_super.rs computes grids and shared memory from the same numbers.
-#define WIDE_SUPER(name, F, N, SUPER_STAGES, X_STAGES)                                                    \
-    KERNEL_AHEAD(linear_wide_##N##_##name, linear::WideSuperArgs, linear::WIDE_SUPER_THREADS, 1) {       \
+#define WIDE_SUPER(name, F, N, X_STAGES, REGISTERS, BLOCKS)                                               \
+    KERNEL_AHEAD(linear_wide_##N##_##name, linear::WideSuperArgs, linear::WIDE_SUPER_THREADS, BLOCKS) {   \
         SHARED(uint8_t, shared);                                                                          \
         grid_release();                                                                                   \
-        linear::WideSuper<F, N, SUPER_STAGES, X_STAGES>(args, shared).run();                              \
+        linear::WideSuper<F, N, X_STAGES, REGISTERS>(args, shared).run();                                 \
     }
-#define WIDE_SUPERS(name, F)         \
-    WIDE_SUPER(name, F, 32, 4, 8)    \
-    WIDE_SUPER(name, F, 64, 4, 8)    \
-    WIDE_SUPER(name, F, 128, 2, 6)
+#define WIDE_SUPERS(name, F)             \
+    WIDE_SUPER(name, F, 32, 6, 96, 2)    \
+    WIDE_SUPER(name, F, 64, 8, 232, 1)   \
+    WIDE_SUPER(name, F, 128, 6, 232, 1)
 
 WIDE_SUPERS(q2_k, Q2_K)
 WIDE_SUPERS(q3_k, Q3_K)

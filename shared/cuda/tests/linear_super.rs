@@ -31,10 +31,10 @@ fn differing(kind: Kind, shape: &Shape, sizes: [Size; 2]) -> Option<usize> {
 
 #[test]
 fn wide_blocks_give_the_same_bits() {
-    // Two blocks of outputs, five superblocks: quarters of two, two and one.
+    // Two blocks of outputs for each 32, 64 or 128 rows, nine superblocks: stretches of two and of one.
     for kind in K_QUANTS {
         for n_rows in [9, 40, 130] {
-            let shape = Shape { n_outputs: 140, n_columns: 1280, n_rows };
+            let shape = Shape { n_outputs: 140, n_columns: 2304, n_rows };
             assert_eq!(differing(kind, &shape, [Size::Wide, Size::Some]), None, "{kind:?}, {n_rows} rows");
         }
     }
@@ -42,12 +42,12 @@ fn wide_blocks_give_the_same_bits() {
 
 #[test]
 fn blocks_that_are_shared_and_blocks_that_are_not_give_the_same_bits() {
-    // Fifteen quarters for four multiprocessors: three, four, four and four.
-    let shape = Shape { n_outputs: 600, n_columns: 768, n_rows: 20 };
+    // On four multiprocessors eight thread blocks: one block of outputs each, and of a ninth one stretch of three superblocks.
+    let shape = Shape { n_outputs: 9 * 128 - 20, n_columns: 768, n_rows: 20 };
     assert_eq!(differing(Kind::Q4_K, &shape, [Size::Wide, Size::Some]), None);
-    // Blocks of one superblock are not shared.
-    let shape = Shape { n_outputs: 600, n_columns: 256, n_rows: 20 };
-    assert_eq!(differing(Kind::Q3_K, &shape, [Size::Wide, Size::Some]), None);
+    // With 64 rows four thread blocks, each with a block of outputs and stretches of a fifth.
+    let shape = Shape { n_outputs: 600, n_columns: 2304, n_rows: 64 };
+    assert_eq!(differing(Kind::Q6_K, &shape, [Size::Wide, Size::Some]), None);
 }
 
 #[test]
@@ -90,8 +90,8 @@ fn mistakes_in_the_wide_kernel_are_found() {
         ("unit + s > 0", "1"),
         // The sums of x of other rows.
         ("(n * F::SUM_WORDS + i)", "((n ^ 1) * F::SUM_WORDS + i)"),
-        // Quarters added before all are there.
-        ("== (uint32_t)n_quarters", "== 2"),
+        // Stretches added before all are there.
+        ("== (uint32_t)n_stretches", "== 2"),
     ] {
         let mutated = products(&Sources::product().mutated("linear_wide_super.cu", from, to), 20);
         let right = products(&Sources::product(), 20).expect("multiplies");

@@ -144,7 +144,7 @@ impl Sizes {
             gate_up: alloc(if self.gate_apart { 8 * n_rows * widths.ffn } else { 0 })?,
             workspace: Workspace {
                 sums_of_x: alloc(need.sums_bytes())?,
-                quarters: alloc(need.quarters_bytes())?,
+                stretches: alloc(need.stretches_bytes())?,
                 arrivals: alloc(need.arrivals_bytes())?,
             },
             logits: alloc(4 * n_outputs * widths.vocab)?,

@@ -40,7 +40,7 @@ pub struct Workspace {
     /// Sums of activations.
     pub sums_of_x: DevicePtr,
     /// Sums of blocks that several thread blocks work on.
-    pub quarters: DevicePtr,
+    pub stretches: DevicePtr,
     /// Counters of these blocks; zeros at first, and after each kernel.
     pub arrivals: DevicePtr,
 }

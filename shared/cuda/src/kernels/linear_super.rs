@@ -33,7 +33,7 @@ struct WideSuperArgs {
     x: TileMap,
     sums_of_x: TileMap,
     linear: LinearArgs,
-    /// 1 when a block of outputs may be several thread blocks' work.
+    /// 1 when blocks that are left over are several thread blocks' work.
     is_split: i32,
     /// Fills the struct up.
     unused: [i32; 3],
@@ -108,9 +108,9 @@ impl WorkspaceNeed {
         self.n_outputs.div_ceil(WIDE_TILES * TILE_ROWS) + 1
     }
 
-    /// Bytes of the sums of quarters.
-    pub fn quarters_bytes(&self) -> usize {
-        (self.n_blocks() * SPLIT[1].quarters_bytes()).min(MOST_QUARTERS_BYTES)
+    /// Bytes of the sums of stretches.
+    pub fn stretches_bytes(&self) -> usize {
+        (self.n_blocks() * WIDE[1].stretches_bytes()).min(MOST_STRETCHES_BYTES)
     }
 
     /// Bytes of the counters, which must be zeros at first.
@@ -186,54 +186,63 @@ impl Blocking {
 /// Tiles of a block of the wide kernels, and its threads.
 const WIDE_TILES: usize = 8;
 const WIDE_THREADS: u32 = 384;
-/// Bytes that sums of quarters may take; blocks that would need more are not split.
-const MOST_QUARTERS_BYTES: usize = 48 << 20;
-/// Quarters for each multiprocessor at most for which blocks are split: with more, whole blocks are shared fairly too.
-const SPLIT_UP_TO: usize = 16;
+/// Bytes that sums of stretches may take; where they would need more, blocks are not split.
+const MOST_STRETCHES_BYTES: usize = 36 << 20;
+/// Stretches of the columns.
+const STRETCHES: usize = 8;
 
-/// Blocking of the wide kernels: rows of activations, stages of superblocks, stages of units of x.
+/// Blocking of the wide kernels: rows of activations, units of x in shared memory, blocks that share a multiprocessor, bytes of
+/// shared memory for a block.
 struct Wide {
     block_rows: usize,
-    super_stages: usize,
     x_stages: usize,
+    n_resident: usize,
+    room: usize,
 }
 
-const SPLIT: [Wide; 2] = [
-    Wide { block_rows: 32, super_stages: 4, x_stages: 8 },
-    Wide { block_rows: 64, super_stages: 4, x_stages: 8 },
+/// In the order of [`Names::wide`].
+const WIDE: [Wide; 3] = [
+    Wide { block_rows: 32, x_stages: 6, n_resident: 2, room: 111 << 10 },
+    Wide { block_rows: 64, x_stages: 8, n_resident: 1, room: 225 << 10 },
+    Wide { block_rows: 128, x_stages: 6, n_resident: 1, room: 225 << 10 },
 ];
-const WHOLE: Wide = Wide { block_rows: 128, super_stages: 2, x_stages: 6 };
+/// Superblocks in shared memory at most.
+const MOST_SUPER_STAGES: usize = 6;
 
 impl Wide {
-    /// The number of the kernel for so many rows, and its blocking.
-    fn of(n_rows: usize) -> (usize, &'static Self) {
-        let split = SPLIT.iter().enumerate().find(|(_, wide)| n_rows <= wide.block_rows);
-        split.unwrap_or((SPLIT.len(), &WHOLE))
+    /// The number of the kernel for so many rows.
+    fn number(n_rows: usize) -> usize {
+        WIDE.iter().position(|wide| n_rows <= wide.block_rows).unwrap_or(WIDE.len() - 1)
     }
 
-    /// Bytes of the sums of the quarters of a block.
-    const fn quarters_bytes(&self) -> usize {
-        4 * 4 * WIDE_TILES * TILE_ROWS * self.block_rows
+    /// Bytes of the sums of the stretches of a block.
+    const fn stretches_bytes(&self) -> usize {
+        4 * STRETCHES * WIDE_TILES * TILE_ROWS * self.block_rows
     }
 
     fn shared_bytes(&self, record: Record) -> u32 {
         let n_tiles = self.block_rows / 8;
         let of_super = WIDE_TILES * record.n_bytes() + n_tiles * record.sums_bytes();
-        let quarters = if self.block_rows > 64 { self.quarters_bytes() / 4 } else { 0 };
-        let barriers = 2 * size_of::<u64>() * (self.super_stages + self.x_stages);
-        let stages = self.super_stages * of_super + self.x_stages * n_tiles * X_BYTES;
+        // With 64 rows there are registers for the sums of stretches.
+        let stretches = if self.block_rows == 64 { 0 } else { self.stretches_bytes() / STRETCHES };
+        let before = stretches + self.x_stages * n_tiles * X_BYTES;
+        let super_stages = ((self.room - before) / of_super).min(MOST_SUPER_STAGES);
+        let barriers = 2 * size_of::<u64>() * (super_stages + self.x_stages);
         // Behind the barriers lies a counter.
-        (quarters + stages + barriers + 8) as u32
+        (before + super_stages * of_super + barriers + 8) as u32
     }
 
     fn n_blocks(&self, n_tiles: usize, n_rows: usize) -> usize {
         n_tiles.div_ceil(WIDE_TILES) * n_rows.div_ceil(self.block_rows)
     }
 
-    fn is_split(&self, n_blocks: usize, n_multiprocessors: usize) -> bool {
-        self.block_rows <= 64
-            && 4 * n_blocks <= SPLIT_UP_TO * n_multiprocessors
-            && n_blocks * self.quarters_bytes() <= MOST_QUARTERS_BYTES
+    /// Thread blocks for so many blocks of outputs, and whether these are split where some are left over.
+    fn grid(&self, n_blocks: usize, n_supers: usize, n_multiprocessors: usize) -> (usize, bool) {
+        let n_stretches = n_supers.div_ceil(n_supers.div_ceil(STRETCHES));
+        let most = self.n_resident * n_multiprocessors;
+        let grid = most.min(n_blocks * n_stretches);
+        let is_split = n_blocks % grid * self.stretches_bytes() <= MOST_STRETCHES_BYTES;
+        (if is_split { grid } else { most.min(n_blocks) }, is_split)
     }
 }
 
@@ -285,7 +294,8 @@ fn wide(
     let Matrix { n_tiles, n_supers, n_units, tiles, tile_bytes, .. } = args.matrix;
     let (n_row_tiles, n_multiprocessors) =
         ((args.n_rows as u32).div_ceil(8), runtime.n_multiprocessors() as usize);
-    let (number, wide) = Wide::of(args.n_rows as usize);
+    let number = Wide::number(args.n_rows as usize);
+    let wide = &WIDE[number];
     let box_rows = (wide.block_rows / 8) as u32;
     let cores = |bytes: usize| (bytes / CORE_BYTES) as u32;
     // A record is two pieces: one would be too long for a box.
@@ -318,14 +328,9 @@ fn wide(
     let [weights, x, sums_of_x] =
         [runtime.tile_map(&weights)?, runtime.tile_map(&x)?, runtime.tile_map(&sums_of_x)?];
     let n_blocks = wide.n_blocks(n_tiles as usize, args.n_rows as usize);
-    let is_split = wide.is_split(n_blocks, n_multiprocessors);
-    let quarter = (n_supers as usize).div_ceil(4);
-    let n_items = if is_split { n_blocks * (n_supers as usize).div_ceil(quarter) } else { n_blocks };
-    let launch = Launch {
-        grid: [n_items.min(n_multiprocessors) as u32, 1, 1],
-        threads: WIDE_THREADS,
-        shared_bytes: wide.shared_bytes(record),
-    };
+    let (grid, is_split) = wide.grid(n_blocks, n_supers as usize, n_multiprocessors);
+    let launch =
+        Launch { grid: [grid as u32, 1, 1], threads: WIDE_THREADS, shared_bytes: wide.shared_bytes(record) };
     let args =
         WideSuperArgs { weights, x, sums_of_x, linear: *args, is_split: is_split.into(), unused: [0; 3] };
     runtime.launch(names.wide[number], launch, bytemuck::bytes_of(&args))

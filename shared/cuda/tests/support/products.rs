@@ -159,7 +159,7 @@ pub fn workspace(device: &mut Emulated, n_rows: usize, n_columns: usize, n_outpu
     let need = WorkspaceNeed { n_rows, n_columns, n_outputs };
     Workspace {
         sums_of_x: device.alloc(need.sums_bytes()).expect("memory"),
-        quarters: device.alloc(need.quarters_bytes()).expect("memory"),
+        stretches: device.alloc(need.stretches_bytes()).expect("memory"),
         arrivals: put(device, &vec![0; need.arrivals_bytes()]),
     }
 }
