@@ -365,11 +365,9 @@ async fn a_service_that_says_nothing_or_dies_costs_nothing_and_is_left_out() {
         assert_eq!(came, (0, 0), "nothing can be proposed");
         assert_eq!(group.n_done, 398);
     }
-    let (mut group, _) = run_with(Double::Silent, Speculation::Draft).await;
-    group.drafter.finish(ID);
-    let truth = (0..400).map(TokenId).collect();
-    let sampling = SamplingParams::greedy();
-    let mut group = Group::new(group.drafter, &prompt(), &sampling, truth, Speculation::Draft);
+    let (sampling, truth) = (SamplingParams::greedy(), (0..400).map(|i| TokenId(i % 255)).collect());
+    let drafter = drafter(Some(serve(Double::Silent).await));
+    let mut group = Group::new(drafter, &prompt(), &sampling, truth, Speculation::Draft);
     group.patience = Duration::ZERO;
     while group.drafter.draft_model().is_none() {
         tokio::time::sleep(Duration::from_millis(1)).await;

@@ -198,7 +198,7 @@ impl World {
         let q = put(device, &vec![0x7e00u16; rows.len() * case.n_heads() * case.head_dim]);
         let k_padded = case.k_padded();
         let out = put(device, &vec![0x7fc0u16; rows.len().next_multiple_of(8) * k_padded]);
-        let mut args = AttendArgs {
+        let args = AttendArgs {
             q,
             keys: self.on_device.keys,
             values: self.on_device.values,
@@ -241,19 +241,7 @@ impl World {
             };
             rotate_store(device, rows.len(), &rotation)?;
         }
-        for (list, n_rows) in [(&batch.few, SPLIT_ROWS), (&batch.many, TILE_ROWS)] {
-            let n_tokens = list.iter().map(|tile| tile.n_tokens as usize).max().unwrap_or(0);
-            let n_tiles = list.len() + batch.n_tiles_more;
-            let grid = AttendGrid { head_dim: case.head_dim, n_tiles, n_tokens, n_splits };
-            args.tiles = put(device, list);
-            args.n_tiles = put(device, &[list.len() as u32]);
-            args.parts = parts(n_tokens, case.group(), n_rows);
-            match (list.is_empty(), n_rows) {
-                (true, _) => {}
-                (_, SPLIT_ROWS) => attend_split(device, grid, &args)?,
-                _ => attend_tiles(device, grid, &args)?,
-            }
-        }
+        attend_lists(device, &case, batch, &args)?;
         let counts: Vec<u32> = get(device, args.n_done, n_counts);
         assert!(counts.iter().all(|count| *count == 0), "counts are left for the next layer");
         let bits: Vec<u16> = get(device, out, rows.len().next_multiple_of(8) * k_padded);
@@ -303,6 +291,33 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// Attends to the tiles of both lists, each by its kernel.
+fn attend_lists(
+    device: &mut Emulated,
+    case: &Case,
+    batch: &Batch,
+    args: &AttendArgs,
+) -> Result<(), CudaError> {
+    for (list, n_rows) in [(&batch.few, SPLIT_ROWS), (&batch.many, TILE_ROWS)] {
+        let n_tokens = list.iter().map(|tile| tile.n_tokens as usize).max().unwrap_or(0);
+        let n_tiles = list.len() + batch.n_tiles_more;
+        let n_splits = args.n_splits as usize;
+        let grid = AttendGrid { head_dim: case.head_dim, n_tiles, n_tokens, n_splits };
+        let args = AttendArgs {
+            tiles: put(device, list),
+            n_tiles: put(device, &[list.len() as u32]),
+            parts: parts(n_tokens, case.group(), n_rows),
+            ..*args
+        };
+        match (list.is_empty(), n_rows) {
+            (true, _) => {}
+            (_, SPLIT_ROWS) => attend_split(device, grid, &args)?,
+            _ => attend_tiles(device, grid, &args)?,
+        }
+    }
+    Ok(())
 }
 
 /// How a batch is worked on.
