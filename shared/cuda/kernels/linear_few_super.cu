@@ -3,10 +3,10 @@
 
 namespace linear {
 
-// A block for TILES tiles of 16 outputs. Its warps take superblocks in turn. A warp has the weights of DEPTH of these under way
-// to registers, one of which is replaced as it is multiplied, and the activations of the next one to shared memory.
+// A block for TILES tiles of 16 outputs. Its warps take superblocks in turn. Each has the weights of one in registers, where those
+// of its next one replace them as they are multiplied, and the activations of the next one under way to shared memory.
 // Shared: two superblocks of x for each warp; then all sums of superblocks, [n_supers][TILES][8 g][(n_rows + 1) / 2] float4.
-template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
+template <class F, int TILES, int WARPS> struct FewSuper {
     // A superblock of a tile.
     struct Held {
         typename F::Codes codes[SUPER_UNITS];
@@ -68,7 +68,7 @@ template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
 
     // Multiplies a superblock, and loads the next one into its place as it goes, when any remain.
     DEVICE void multiply(Held (&held)[TILES], int super, int parity) {
-        const bool is_more = super + DEPTH * WARPS < n_supers;
+        const bool is_more = super + WARPS < n_supers;
         float part[TILES][4] = {};
         SumsOfX<F::PER_HALF> of_x;
 #pragma unroll
@@ -131,33 +131,25 @@ template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
     }
 
     DEVICE void run() {
-        Held held[DEPTH][TILES];
+        Held held[TILES];
         // Weights do not depend on the kernels before: they are under way while those end.
-#pragma unroll
-        for (int i = 0; i < DEPTH; i++) {
-            if (warp + i * WARPS >= n_supers) break;
+        if (warp < n_supers) {
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
 #pragma unroll
-                for (int unit = 0; unit < SUPER_UNITS; unit++) held[i][m].codes[unit].load(next[m], unit, lane, ReadOnce());
-                held[i][m].scales.load(next[m], lane, ReadOnce());
+                for (int unit = 0; unit < SUPER_UNITS; unit++) held[m].codes[unit].load(next[m], unit, lane, ReadOnce());
+                held[m].scales.load(next[m], lane, ReadOnce());
             }
             advance();
         }
         grid_wait();
         copy_x(warp, 0);
         int parity = 0;
-        for (int first = warp; first < n_supers; first += DEPTH * WARPS) {
-#pragma unroll
-            for (int i = 0; i < DEPTH; i++) {
-                const int super = first + i * WARPS;
-                if (super >= n_supers) break;
-                copy_x(super + WARPS, parity ^ 1);
-                copy_wait<1>();
-                sync_warp();
-                multiply(held[i], super, parity);
-                parity ^= 1;
-            }
+        for (int super = warp; super < n_supers; super += WARPS, parity ^= 1) {
+            copy_x(super + WARPS, parity ^ 1);
+            copy_wait<1>();
+            sync_warp();
+            multiply(held, super, parity);
         }
         sync_block();
         if (warp >= TILES || kept_at < 0) return;
@@ -176,12 +168,12 @@ template <class F, int TILES, int WARPS, int DEPTH> struct FewSuper {
     KERNEL_AHEAD(linear_few_##name, LinearArgs, 128, 3) {       \
         SHARED(uint8_t, shared);                                \
         grid_release();                                         \
-        linear::FewSuper<F, 2, 4, 1>(args, shared).run();       \
+        linear::FewSuper<F, 2, 4>(args, shared).run();       \
     }                                                           \
     KERNEL_AHEAD(linear_few_small_##name, LinearArgs, 256, 2) { \
         SHARED(uint8_t, shared);                                \
         grid_release();                                         \
-        linear::FewSuper<F, 1, 8, 1>(args, shared).run();       \
+        linear::FewSuper<F, 1, 8>(args, shared).run();       \
     }
 
 FEW_SUPER(q2_k, Q2_K)

@@ -5,10 +5,13 @@
 use paceline_cuda::{image, kernels};
 
 /// Kernels that may spill registers, each with the reason.
-const MAY_SPILL: [(&str, &str); 3] = [
+const MAY_SPILL: [(&str, &str); 6] = [
     ("linear_many_q2_k", "a few words at the border of its loop"),
     ("linear_many_q4_1", "a few words at the border of its loop"),
     ("linear_many_q5_1", "a few words at the border of its loop"),
+    ("linear_few_small_q2_k", "two words, so that a second block shares the multiprocessor"),
+    ("linear_few_q5_k", "13 words on sm_80, so that a third block shares the multiprocessor"),
+    ("linear_few_q6_k", "four words, so that a third block shares the multiprocessor"),
 ];
 const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
 

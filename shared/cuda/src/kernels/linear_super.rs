@@ -103,19 +103,23 @@ impl WorkspaceNeed {
         self.n_rows.div_ceil(8) * n_supers * 4 * CORE_BYTES
     }
 
-    /// Blocks of outputs; those of a gate and of what it is multiplied with may have a half tile each to spare.
-    fn n_blocks(&self) -> usize {
-        self.n_outputs.div_ceil(WIDE_TILES * TILE_ROWS) + 1
+    /// Blocks of one of the wide kernels in the largest batch it is for. A gate and what it is multiplied with may have a half
+    /// tile each to spare.
+    fn n_blocks(&self, wide: &Wide) -> usize {
+        let is_last = wide.block_rows == WIDE[WIDE.len() - 1].block_rows;
+        let n_rows = if is_last { self.n_rows } else { self.n_rows.min(wide.block_rows) };
+        wide.n_blocks(self.n_outputs.div_ceil(TILE_ROWS) + 1, n_rows)
     }
 
-    /// Bytes of the sums of stretches.
+    /// Bytes of the sums of stretches: any of the kernels may have all its blocks split.
     pub fn stretches_bytes(&self) -> usize {
-        (self.n_blocks() * WIDE[1].stretches_bytes()).min(MOST_STRETCHES_BYTES)
+        let most = WIDE.iter().map(|wide| self.n_blocks(wide) * wide.stretches_bytes()).max();
+        most.unwrap_or(0).min(MOST_STRETCHES_BYTES)
     }
 
     /// Bytes of the counters, which must be zeros at first.
     pub fn arrivals_bytes(&self) -> usize {
-        self.n_blocks() * size_of::<u32>()
+        WIDE.iter().map(|wide| self.n_blocks(wide)).max().unwrap_or(0) * size_of::<u32>()
     }
 }
 
@@ -334,4 +338,30 @@ fn wide(
     let args =
         WideSuperArgs { weights, x, sums_of_x, linear: *args, is_split: is_split.into(), unused: [0; 3] };
     runtime.launch(names.wide[number], launch, bytemuck::bytes_of(&args))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workspace_holds_what_split_blocks_leave_there() {
+        for (n_outputs, n_supers) in
+            [(16, 1), (1_000, 2), (1_536, 2), (3_584, 74), (37_888, 14), (152_064, 14)]
+        {
+            for n_rows in [9, 32, 33, 64, 65, 128, 129, 297, 700, 2_048] {
+                let need = WorkspaceNeed { n_rows, n_columns: 256 * n_supers, n_outputs };
+                for n_multiprocessors in [1, 4, 78, 132] {
+                    let wide = &WIDE[Wide::number(n_rows)];
+                    let n_blocks = wide.n_blocks(n_outputs.div_ceil(TILE_ROWS), n_rows);
+                    let (grid, is_split) = wide.grid(n_blocks, n_supers, n_multiprocessors);
+                    let n_left = if is_split { n_blocks % grid } else { 0 };
+                    let shape =
+                        format!("{n_outputs} outputs, {n_rows} rows, {n_multiprocessors} multiprocessors");
+                    assert!(n_left * wide.stretches_bytes() <= need.stretches_bytes(), "{shape}");
+                    assert!(n_left * size_of::<u32>() <= need.arrivals_bytes(), "{shape}");
+                }
+            }
+        }
+    }
 }
