@@ -95,6 +95,8 @@ pub struct Drafter {
     table: AcceptanceTable,
     goodput: Goodput,
     turns: TurnTaking,
+    /// Who is to get a session in the next turn; a step that was sent ahead may come before it.
+    opening: Option<SequenceId>,
     /// Something has changed since the last decision.
     is_due: bool,
     /// How often a draft that runs ahead has something to propose when it is needed.
@@ -125,6 +127,7 @@ impl Drafter {
             table: AcceptanceTable::new(),
             goodput: Goodput::default(),
             turns: TurnTaking::default(),
+            opening: None,
             is_due: true,
             availability: 1.0,
             n_tries: 0,

@@ -186,6 +186,7 @@ impl Drafter {
         (view, now): (&View<'_>, Instant),
         times: &StepTimes,
     ) -> Option<Found> {
+        let is_pending = self.opening.is_some();
         let Some(id) = self.candidate(view, now) else { return found };
         let n_unread = self.sequences[&id].tokens().len();
         let all: Vec<SequenceId> = members.iter().copied().chain([id]).collect();
@@ -195,22 +196,28 @@ impl Drafter {
             return found;
         }
         let Some(with) = self.turn_of(&all, view, times) else { return found };
+        if is_pending {
+            self.opening = Some(id);
+            return Some(with);
+        }
         let before = found.as_ref().map_or(view.base, |found| found.promise);
         let won_ms = (1.0 / before.rate() - 1.0 / with.promise.rate()) * view.load.n_tokens as f64;
         let sequence = &self.sequences[&id];
         let n_left = self.goodput.expected_left(sequence.n_generated(), sequence.n_left());
         if self.is_better(&with, view) && won_ms * n_left > SESSION_MARGIN * read_ms {
             self.turns.openings.was_worth_it();
+            self.opening = Some(id);
             return Some(with);
         }
         if self.turns.openings.went_without() {
             self.turns.openings.try_it();
+            self.opening = Some(id);
             return Some(with);
         }
         found
     }
 
-    /// The oldest sequence that could get a session.
+    /// The sequence that was decided to get a session, or the oldest one that could.
     fn candidate(&mut self, view: &View<'_>, now: Instant) -> Option<SequenceId> {
         let about = &self.connection.as_ref()?.about;
         let n_open = self.sequences.values().filter(|sequence| sequence.remote.is_open()).count();
@@ -223,10 +230,14 @@ impl Drafter {
             let is_free = !sequence.remote.is_open() && sequence.remote.may_open(now);
             is_free && fits && sequence.n_left() >= WORTH_A_SESSION && sequence.allows(Source::Draft)
         };
-        let sequences = &mut self.sequences;
+        let (sequences, pending) = (&mut self.sequences, self.opening.take());
+        let is_next = |id: SequenceId, sequence: &mut Sequence| match pending {
+            Some(pending) => pending == id,
+            None => sequence.is_considered(),
+        };
         let mut found = view.ids.iter().filter_map(|id| {
             let sequence = sequences.get_mut(id)?;
-            (could(sequence) && sequence.is_considered()).then_some(*id)
+            (could(sequence) && is_next(*id, sequence)).then_some(*id)
         });
         found.next()
     }
