@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicI64, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use paceline_collectives::Collective;
@@ -38,6 +38,8 @@ pub struct HashModel {
 #[derive(Debug, Default)]
 struct State {
     flaw: Flaw,
+    /// What a pass takes, whatever its rows.
+    pass: Duration,
     /// Passes until one fails; negative when none will.
     n_until_failure: AtomicI64,
     n_failed: AtomicU64,
@@ -83,6 +85,11 @@ impl HashModel {
     /// Wrong in one way.
     pub fn flawed(flaw: Flaw) -> Self {
         Self { state: Arc::new(State { flaw, n_until_failure: AtomicI64::new(-1), ..State::default() }) }
+    }
+
+    /// Right in everything; a pass takes so long, whatever its rows, so that several tokens a pass are worth something.
+    pub fn taking(pass: Duration) -> Self {
+        Self { state: Arc::new(State { pass, n_until_failure: AtomicI64::new(-1), ..State::default() }) }
     }
 
     /// Right in everything; passes are recorded for [`Self::take_recorded`].
@@ -186,6 +193,28 @@ pub fn tokens_alone(n_usable: usize, request: &Request<'_>) -> Vec<TokenId> {
         state = chain.push(token);
     }
     tokens
+}
+
+/// The next `n` tokens of a request without constraints, of which `tokens` are the prompt, of `n_prompt` tokens, and what
+/// came after it.
+pub fn tokens_after(
+    n_usable: usize,
+    n_prompt: usize,
+    tokens: &[TokenId],
+    sampling: &SamplingParams,
+    n: usize,
+) -> Vec<TokenId> {
+    let (mut chain, mut history, mut state) = (Chain::default(), TokenHistory::new(n_prompt), 0);
+    history.extend(tokens);
+    tokens.iter().for_each(|token| state = chain.push(*token));
+    let mut next = || {
+        let mut row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
+        let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;
+        history.push(token);
+        state = chain.push(token);
+        token
+    };
+    (0..n).map(|_| next()).collect()
 }
 
 /// A sequence as folds over its entries, one for each layer.
@@ -325,6 +354,7 @@ impl Backend for HashRank {
     fn begin(&mut self, batch: &Batch<'_>) -> Result<Pass, ModelError> {
         self.fail_when_due()?;
         let began = Instant::now();
+        std::thread::sleep(self.state.pass);
         if self.state.flaw == Flaw::StaleEntry {
             self.before.clone_from(&self.entries);
         }

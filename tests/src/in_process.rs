@@ -13,12 +13,13 @@ use clap::Parser;
 use paceline::answer::connect;
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::{BindSpec, Transport};
-use paceline_domain::WeightType;
+use paceline_domain::{Digest, WeightType};
 use paceline_model::{
     ModelConfig,
     synthetic::{Synthetic, tiny_config, uniform},
 };
 use paceline_shard::executor::Machine;
+use paceline_text::Tokenizer;
 use paceline_wire::inference::inference_client::InferenceClient;
 use tempfile::TempDir;
 use tokio::{
@@ -200,6 +201,15 @@ async fn asked(mut stopped: watch::Receiver<bool>) {
 pub(crate) fn model_file() -> anyhow::Result<Vec<u8>> {
     let config = ModelConfig { n_vocab: N_VOCAB, context_length: CONTEXT, ..tiny_config() };
     Ok(Synthetic { config, seed: 1, weight_type: uniform(WeightType::F32) }.to_gguf()?)
+}
+
+/// What a draft service must say its tokenizer is.
+///
+/// # Errors
+/// Never: the model is made here.
+pub fn tokenizer_digest() -> anyhow::Result<Digest> {
+    let checkpoint = Checkpoint::from_gguf_bytes(model_file()?)?;
+    Ok(Tokenizer::from_checkpoint(&checkpoint)?.digest())
 }
 
 fn machine(model: &Path, device: &HashModel) -> anyhow::Result<Machine> {

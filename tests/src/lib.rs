@@ -7,6 +7,7 @@
 //! * [`program`] – the `paceline` executable, run to its end
 //! * [`in_process`] – the services inside this process, on a model that takes no time
 //! * [`hash_model`] – that model: its tokens tell whether the KV cache is right
+//! * [`hostile_draft`] – a draft service of that model that is good, wrong, silent, dying or talks nonsense
 //! * [`constrained`] – grammars over its vocabulary
 //! * [`schedule`] – random requests, and what each gets when it runs alone
 //! * [`soak`] – thousands of short requests, and what the process looks like after them
@@ -18,6 +19,7 @@ pub mod client;
 pub mod cluster;
 pub mod constrained;
 pub mod hash_model;
+pub mod hostile_draft;
 pub mod in_process;
 pub mod load;
 pub mod models;

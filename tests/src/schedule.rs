@@ -30,6 +30,13 @@ const SHARED: [usize; 9] = [
 /// Texts that prefixes are taken from.
 const N_FAMILIES: usize = 3;
 
+/// Who may propose; without a draft service [`WITHOUT_DRAFT`].
+pub const MODES: [SpeculationMode; 4] =
+    [SpeculationMode::Off, SpeculationMode::Ngram, SpeculationMode::Draft, SpeculationMode::Auto];
+/// Who may propose where there is no draft service.
+pub const WITHOUT_DRAFT: [SpeculationMode; 3] =
+    [SpeculationMode::Off, SpeculationMode::Auto, SpeculationMode::Ngram];
+
 /// Bounds of a schedule.
 #[derive(Clone, Debug)]
 pub struct Shape {
@@ -43,6 +50,8 @@ pub struct Shape {
     pub n_vocab: usize,
     /// Token that ends a text.
     pub end_token: TokenId,
+    /// Who may propose: one of these, as often as each other one.
+    pub modes: &'static [SpeculationMode],
 }
 
 /// One request.
@@ -79,7 +88,9 @@ pub struct Received {
     pub tokens: Vec<Vec<TokenId>>,
     /// Choices that came to their end.
     pub n_finished: u32,
-    /// Proposed tokens that were accepted; known at its end.
+    /// Proposed tokens, and those that were accepted; known at its end.
+    pub n_proposed: u64,
+    /// See `n_proposed`.
     pub n_accepted: u64,
     /// Tokens of its prompt that were found in the prefix cache; known at its end.
     pub n_cached: u32,
@@ -177,7 +188,7 @@ impl<'a> Schedules<'a> {
             max_tokens,
             end_tokens: if ends { vec![self.shape.end_token] } else { Vec::new() },
             regex,
-            speculation: *random.pick(&[SpeculationMode::Off, SpeculationMode::Auto, SpeculationMode::Ngram]),
+            speculation: *random.pick(self.shape.modes),
             after: if random.happens(0.4) { 0 } else { random.within(0..12) },
             cancelled_after,
             min_tokens: if holds_back { random.within(0..max_tokens + 1) } else { 0 },
@@ -278,7 +289,7 @@ impl Job {
     ) -> Result<Received, Status> {
         let tokens = vec![Vec::new(); self.n_choices as usize];
         let (mut received, mut n_tokens) =
-            (Received { tokens, n_finished: 0, n_accepted: 0, n_cached: 0 }, 0);
+            (Received { tokens, n_finished: 0, n_proposed: 0, n_accepted: 0, n_cached: 0 }, 0);
         let enough = |n_tokens: usize| self.cancelled_after.is_some_and(|most| n_tokens >= most);
         let mut stream = client.generate(self.request()).await?.into_inner();
         while !enough(n_tokens) {
@@ -292,8 +303,10 @@ impl Job {
                 }
                 Some(Event::Finished(finished)) => {
                     received.n_finished += 1;
-                    received.n_accepted +=
-                        finished.proposals.iter().map(|counts| counts.accepted_tokens).sum::<u64>();
+                    for counts in &finished.proposals {
+                        received.n_proposed += counts.draft_tokens;
+                        received.n_accepted += counts.accepted_tokens;
+                    }
                     received.n_cached += finished.usage.map_or(0, |usage| usage.cached_tokens);
                 }
                 _ => {}

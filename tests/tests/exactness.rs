@@ -8,7 +8,7 @@ use paceline_tests::{
     hash_model::{Flaw, HashModel, tokens_alone},
     in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
     random::Random,
-    schedule::{Job, Mismatch, Received, Schedule, Schedules, Shape},
+    schedule::{Job, Mismatch, Received, Schedule, Schedules, Shape, WITHOUT_DRAFT},
 };
 use paceline_wire::inference::inference_client::InferenceClient;
 use tonic::{Status, transport::Channel};
@@ -20,6 +20,8 @@ const N_SCHEDULES: u64 = 40;
 const N_SHOWN: usize = 8;
 /// How long a schedule may take; far above what it takes.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// What passes take in some clusters.
+const PASS: Duration = Duration::from_micros(300);
 const CONTEXT: usize = 160;
 const END: TokenId = TokenId(N_VOCAB as u32 - 1);
 
@@ -53,6 +55,7 @@ impl Limits {
             max_output: 40,
             n_vocab: N_VOCAB,
             end_token: END,
+            modes: &WITHOUT_DRAFT,
         };
         Self {
             flags: flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value.to_string()]).collect(),
@@ -115,7 +118,9 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     let (mut n_constrained, mut n_accepted) = (0, 0);
     for cluster_seed in 0..N_CLUSTERS {
         let limits = Limits::random(cluster_seed);
-        let device = HashModel::new();
+        // Where passes take no time, proposals promise nothing and are seldom made.
+        let takes_time = cluster_seed.is_multiple_of(4);
+        let device = if takes_time { HashModel::taking(PASS) } else { HashModel::new() };
         let cluster = limits.start(&device).await;
         let client = cluster.client().await.expect("a connection");
         let schedules = limits.schedules(cluster_seed);
@@ -142,7 +147,7 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     );
     println!("{n_constrained} constrained choices to their end, {n_accepted} of their tokens were proposed");
     assert!(
-        n_constrained > 1_000 && n_accepted > 100,
+        n_constrained > 1_000 && n_accepted > 20,
         "{n_constrained} and {n_accepted} are too few to say so"
     );
     assert!(n_copied > 1_000, "{n_copied} blocks copied are too few to say so");

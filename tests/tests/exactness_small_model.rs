@@ -4,7 +4,7 @@ use paceline_domain::TokenId;
 use paceline_tests::{
     ClusterSpec, TestCluster,
     client::generate,
-    schedule::{Job, Schedules, Shape},
+    schedule::{Job, Schedules, Shape, WITHOUT_DRAFT},
 };
 use paceline_wire::inference::inference_client::InferenceClient;
 use tokio::runtime::Handle;
@@ -12,8 +12,14 @@ use tonic::transport::Channel;
 
 const N_SCHEDULES: u64 = 5;
 /// Its shape: what fits a pool of ten blocks, and tokens of SmolLM2.
-const SHAPE: Shape =
-    Shape { max_jobs: 10, max_tokens: 120, max_output: 24, n_vocab: 49_152, end_token: TokenId(2) };
+const SHAPE: Shape = Shape {
+    max_jobs: 10,
+    max_tokens: 120,
+    max_output: 24,
+    n_vocab: 49_152,
+    end_token: TokenId(2),
+    modes: &WITHOUT_DRAFT,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn schedules_on_a_real_model_give_each_request_what_it_gets_alone() {

@@ -1,5 +1,7 @@
 //! Speculation changes no token: whoever proposes, in whatever company, and whatever happens to the draft service.
 
+use std::process::Command;
+
 use paceline_tests::{
     ClusterSpec, TestCluster,
     client::{Generation, generate, request},
@@ -134,5 +136,61 @@ async fn a_draft_service_that_is_killed_takes_nothing_with_it() {
     for (one, other) in together(&client, SpeculationMode::Auto).await.iter().zip(&plain) {
         assert_eq!(said(one), said(other));
     }
+    cluster.stop().await;
+}
+
+fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([name, &pid.to_string()]).status().expect("kill runs");
+    assert!(status.success(), "{name} {pid}");
+}
+
+/// Whether a request of this mode gets drafted tokens; tokens are compared in any case.
+async fn is_drafted_for(client: &InferenceClient<Channel>, plain: &[Generation]) -> bool {
+    let generations = together(client, SpeculationMode::Draft).await;
+    for (one, other) in generations.iter().zip(plain) {
+        assert_eq!(said(one), said(other));
+    }
+    proposals(&generations, "draft").any(|counts| counts.draft_tokens > 0)
+}
+
+/// Until the draft service is of use, which a deadline of the test bounds.
+async fn wait_for_drafts(client: &InferenceClient<Channel>, plain: &[Generation]) {
+    let drafted = async { while !is_drafted_for(client, plain).await {} };
+    tokio::time::timeout(std::time::Duration::from_secs(120), drafted).await.expect("speculation comes back");
+}
+
+#[tokio::test]
+async fn a_draft_service_that_is_stopped_is_missed_by_nobody_and_used_again() {
+    // It is said to have a machine of its own, so that it drafts whatever that costs here.
+    let spec = ClusterSpec::small(1).draft(models::small_model());
+    let mut cluster = TestCluster::start(spec.coordinator_args(&["--draft-placement", "apart"])).await;
+    let client = cluster.client().await;
+    let plain = together(&client, SpeculationMode::Off).await;
+    wait_for_drafts(&client, &plain).await;
+    let pid = cluster.processes().draft().and_then(|draft| draft.pid()).expect("it runs");
+    signal(pid, "-STOP");
+    for _ in 0..3 {
+        is_drafted_for(&client, &plain).await;
+    }
+    signal(pid, "-CONT");
+    wait_for_drafts(&client, &plain).await;
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_draft_service_that_ends_is_started_again() {
+    let spec = ClusterSpec::small(1).draft(models::small_model());
+    let mut cluster = TestCluster::start(spec.coordinator_args(&["--draft-placement", "apart"])).await;
+    let client = cluster.client().await;
+    let plain = together(&client, SpeculationMode::Off).await;
+    let before = cluster.processes().draft().and_then(|draft| draft.pid()).expect("it runs");
+    signal(before, "-KILL");
+    // Who runs a cluster waits for the end of what it needs.
+    tokio::select! {
+        ended = cluster.processes().any_ended() => panic!("{ended}"),
+        () = wait_for_drafts(&client, &plain) => {}
+    }
+    let after = cluster.processes().draft().and_then(|draft| draft.pid()).expect("it runs again");
+    assert_ne!(before, after);
     cluster.stop().await;
 }

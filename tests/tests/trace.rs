@@ -19,7 +19,7 @@ use paceline_tests::{
     models::small_model,
     program::command,
 };
-use paceline_wire::inference::GenerateRequest;
+use paceline_wire::inference::{GenerateRequest, SpeculationMode, SpeculationOptions};
 use tokio::net::TcpListener;
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
@@ -138,6 +138,31 @@ async fn one_trace_id_is_seen_in_the_coordinator_and_every_shard() {
     for forward in forwards {
         let step = by_id[&hex(&forward.span.parent_span_id)];
         assert_eq!((step.service.as_str(), step.span.name.as_str()), ("paceline-coordinator", "step"));
+    }
+}
+
+#[tokio::test]
+async fn waiting_for_the_draft_service_is_a_span_of_its_request() {
+    let (receiver, endpoint) = receiver().await;
+    let spec = ClusterSpec::small(1).draft(small_model()).env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint);
+    let cluster = TestCluster::start(spec).await;
+    let mut client = cluster.client().await;
+    // A draft as slow as the model is not worth it; now and then it is tried all the same.
+    for _ in 0..12 {
+        let options = SpeculationOptions { mode: Some(SpeculationMode::Draft.into()), max_tokens: None };
+        let request = GenerateRequest { speculation: Some(options), ..greedy("The quick brown fox", 48) };
+        generate(&mut client, traced(request, "01")).await.expect("generates");
+    }
+    drop(client);
+    cluster.stop().await;
+    let received = receiver.0.lock().expect("not poisoned").clone();
+    let by_id: HashMap<&[u8], &Span> =
+        received.iter().map(|received| (received.span.span_id.as_slice(), &received.span)).collect();
+    let drafts: Vec<&Received> = received.iter().filter(|received| received.span.name == "draft").collect();
+    assert!(!drafts.is_empty(), "nothing was waited for");
+    for draft in drafts {
+        assert_eq!(by_id[draft.span.parent_span_id.as_slice()].name, "generate test-model");
+        assert_eq!(number(&draft.span.attributes, "n_sequences"), Some(1));
     }
 }
 

@@ -3,8 +3,9 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     ffi::OsString,
-    future::{Future as _, poll_fn},
+    future::{Future as _, pending, poll_fn},
     path::PathBuf,
     task::Poll,
     time::Duration,
@@ -15,6 +16,7 @@ use paceline_shard::device::DeviceChoice;
 use tokio::time::timeout;
 
 use crate::{
+    draft_process::DraftProcess,
     event::Event,
     process::{Log, ServiceEnded, ServiceProcess, ServiceSpec},
     progress::{Bar, Progress, megabytes},
@@ -68,7 +70,7 @@ pub struct Cluster {
     shard_addresses: Vec<String>,
     coordinator: ServiceProcess,
     /// Advice only: its end is not the cluster's.
-    draft: Option<ServiceProcess>,
+    draft: Option<DraftProcess>,
     address: String,
     http: Option<String>,
 }
@@ -84,11 +86,13 @@ impl Cluster {
         for shard in &mut shards {
             shard_addresses.push(format!("http://{}", listening(shard).await?));
         }
-        let mut draft = spec.draft.as_ref().map(|draft| start_draft(spec, draft)).transpose()?;
-        let draft_address = match &mut draft {
-            Some(draft) => Some(format!("http://{}", listening(draft).await?)),
-            None => None,
-        };
+        let (mut draft, mut draft_address) = (None, None);
+        if let Some(of_draft) = &spec.draft {
+            let mut process = start_draft(spec, of_draft, "127.0.0.1:0")?;
+            let address = listening(&mut process).await?;
+            draft_address = Some(format!("http://{address}"));
+            draft = Some(DraftProcess::new(process, spec.clone(), address));
+        }
         let mut coordinator = start_coordinator(spec, &shard_addresses, draft_address)?;
         let (address, http) = {
             let ready = ready(&mut coordinator, spec.threads.len(), progress);
@@ -117,7 +121,7 @@ impl Cluster {
 
     /// The draft service, to look at or to harm.
     pub fn draft(&mut self) -> Option<&mut ServiceProcess> {
-        self.draft.as_mut()
+        self.draft.as_mut()?.process()
     }
 
     /// Every process that the cluster cannot do without: shards in rank order, then the coordinator.
@@ -125,16 +129,22 @@ impl Cluster {
         self.shards.iter_mut().chain([&mut self.coordinator])
     }
 
-    /// Waits until any process ends. Safe to cancel.
+    /// Waits until any process ends that the cluster cannot do without; a draft service that ends is started again
+    /// meanwhile. Safe to cancel.
     pub async fn any_ended(&mut self) -> ServiceEnded {
-        any_ended(self.processes()).await
+        let kept = keep(self.draft.as_mut());
+        let needed = self.shards.iter_mut().chain([&mut self.coordinator]);
+        tokio::select! {
+            ended = any_ended(needed) => ended,
+            never = kept => match never {},
+        }
     }
 
     /// Stops all processes, the coordinator first, so that streams end before shards go.
     pub async fn stop(self) {
         self.coordinator.stop(STOP_GRACE).await;
         if let Some(draft) = self.draft {
-            draft.stop(STOP_GRACE).await;
+            draft.stop().await;
         }
         let mut shards = self.shards;
         shards.iter_mut().for_each(ServiceProcess::ask_to_end);
@@ -163,8 +173,20 @@ fn start_shards(spec: &ClusterSpec) -> anyhow::Result<Vec<ServiceProcess>> {
     spec.threads.iter().enumerate().map(start).collect()
 }
 
-fn start_draft(spec: &ClusterSpec, draft: &DraftSpec) -> anyhow::Result<ServiceProcess> {
-    let mut args: Vec<OsString> = vec!["draft".into(), "--listen".into(), "127.0.0.1:0".into()];
+async fn keep(draft: Option<&mut DraftProcess>) -> Infallible {
+    match draft {
+        Some(draft) => draft.keep().await,
+        None => pending().await,
+    }
+}
+
+/// Starts a draft service that listens there.
+pub(crate) fn start_draft(
+    spec: &ClusterSpec,
+    draft: &DraftSpec,
+    listen: &str,
+) -> anyhow::Result<ServiceProcess> {
+    let mut args: Vec<OsString> = vec!["draft".into(), "--listen".into(), listen.into()];
     args.extend(["--model".into(), draft.model.clone().into()]);
     args.extend(draft.args.iter().cloned());
     service(spec, "draft".into(), args)
@@ -181,8 +203,10 @@ fn start_coordinator(
     args.extend(["--shards".into(), shards.join(",").into()]);
     if let Some(draft) = draft {
         args.extend(["--draft".into(), draft.into()]);
-        // On one machine they are faster one after the other.
-        args.extend(["--draft-placement".into(), "together".into()]);
+        // On one machine they are faster one after the other, unless somebody knows better.
+        if !spec.coordinator_args.iter().any(|argument| argument == "--draft-placement") {
+            args.extend(["--draft-placement".into(), "together".into()]);
+        }
     }
     args.extend(spec.coordinator_args.iter().cloned());
     service(spec, "coordinator".into(), args)
