@@ -61,8 +61,7 @@ impl Seen {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_proposal_from_anywhere_changes_a_token() {
-    let modes = [SpeculationMode::Off, SpeculationMode::Ngram, SpeculationMode::Draft, SpeculationMode::Auto];
-    let mut seen = modes.map(|_| Seen::default());
+    let mut seen = MODES.map(|_| Seen::default());
     let mut problems = Vec::new();
     for cluster_seed in 0..N_CLUSTERS {
         let mut random = Random::new(cluster_seed);

@@ -56,7 +56,7 @@ impl Default for ControllerConfig {
         Self {
             rows: AccountConfig { start: 0.5, allowance: 0.01, most: 4.0, carried: (0.5, 1.0) },
             // A draft must read a prompt before it can show what it is good for; who has, gives others credit.
-            drafting: AccountConfig { start: 5.0, allowance: 0.01, most: 48.0, carried: (f64::MIN, 16.0) },
+            drafting: AccountConfig { start: 10.0, allowance: 0.01, most: 48.0, carried: (f64::MIN, 16.0) },
             margins: Margins { enter: 0.03, stay: 0.01 },
             probes: ProbeConfig { first: 16, longest: 512 },
         }

@@ -100,9 +100,9 @@ fn drafting_pays_for_itself() {
     let cost = |n_rows: usize| 10.0 + n_rows as f64;
     let mut controller = Controller::new(ControllerConfig::default());
     let choice = controller.choose(&[vec![0.9; 3]], load(1), &cost);
-    // Five plain steps at first.
+    // Ten plain steps at first.
     let settled = settled(&choice, 1, 0.0);
-    controller.settle(&choice, &Settlement { drafting_ms: 50.0, ..settled });
+    controller.settle(&choice, &Settlement { drafting_ms: 105.0, ..settled });
     assert!(!controller.drafting().is_exhausted());
     controller.settle(&choice, &Settlement { n_tokens: 9, drafting_ms: 6.5, ..settled });
     assert!(controller.drafting().is_exhausted(), "what its own tokens have won is not for the draft");

@@ -21,8 +21,8 @@ const SPARE_ROWS: usize = 256;
 const SESSION_MARGIN: f64 = 1.25;
 /// And the account must hold this many times that: what is drafted after it costs as well.
 const SESSION_SHARE: f64 = 1.5;
-/// Plain steps that drafting for one sequence may cost in all; more, and nothing is drafted for it any more.
-const MOST_LOST: f64 = 4.5;
+/// Plain steps that turns after the first may cost one sequence in all; more, and nothing is drafted for it any more.
+const MOST_LOST: f64 = 3.0;
 /// Tokens that a draft must be expected to give beyond those that cost nothing.
 const BEYOND_OWN: f64 = 0.3;
 
@@ -192,6 +192,7 @@ impl Drafter {
         let all: Vec<SequenceId> = members.iter().copied().chain([id]).collect();
         let read_ms = self.turns.read_ms(n_unread, all.len(), times);
         let affordable_ms = self.goodput.controller().drafting().balance_ms();
+        tracing::debug!(n_unread, read_ms, affordable_ms, is_pending, "a draft session is considered");
         if SESSION_SHARE * read_ms > affordable_ms || patience(read_ms) > self.config.max_wait {
             return found;
         }

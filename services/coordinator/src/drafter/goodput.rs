@@ -290,7 +290,7 @@ mod tests {
         let (mut goodput, times) = (Goodput::default(), times());
         step(&mut goodput, &times, &Done { elapsed_ms: 900.0, ..done(0, 1) });
         assert!(goodput.can_pay());
-        step(&mut goodput, &times, &Done { waited_ms: 60.0, ..done(0, 1) });
+        step(&mut goodput, &times, &Done { waited_ms: 120.0, ..done(0, 1) });
         assert!(!goodput.can_pay());
     }
 

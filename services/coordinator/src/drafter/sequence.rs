@@ -54,8 +54,9 @@ pub struct Sequence {
     confidence: f32,
     /// Generated tokens from which on it is asked again whether a draft session is worth its prompt.
     reconsidered_at: usize,
-    /// Milliseconds that drafting for it has cost beyond what it brought.
+    /// Milliseconds that turns have cost beyond what they brought, but for the first.
     lost_ms: f64,
+    has_had_turn: bool,
     /// Its next step must not be planned before its last token is known.
     pub needs_each_token: bool,
     /// The draft service is to draft for it.
@@ -82,6 +83,7 @@ impl Sequence {
             confidence: CONFIDENCE.0,
             reconsidered_at: 1,
             lost_ms: 0.0,
+            has_had_turn: false,
             needs_each_token: false,
             is_drafted_for: true,
             remote: Remote::new(new.id.0),
@@ -122,12 +124,16 @@ impl Sequence {
         is_due
     }
 
-    /// Drafting has cost something, or saved it.
+    /// A turn has cost something, or saved it.
     pub fn drafting_cost(&mut self, ms: f64) {
-        self.lost_ms = (self.lost_ms + ms).max(0.0);
+        // The first one has read the prompt, which further ones do not.
+        if self.has_had_turn {
+            self.lost_ms = (self.lost_ms + ms).max(0.0);
+        }
+        self.has_had_turn = true;
     }
 
-    /// Milliseconds that drafting for it has cost beyond what it brought.
+    /// Milliseconds that turns have cost beyond what they brought, but for the first.
     pub fn lost_ms(&self) -> f64 {
         self.lost_ms
     }

@@ -93,7 +93,7 @@ async fn what_does_not_pay_is_found_out_once_and_costs_little() {
                 );
                 let later = &speeds[1..];
                 assert!(
-                    later.iter().all(|speed| *speed >= 0.95),
+                    later.iter().all(|speed| *speed >= 0.93),
                     "{placement:?}, {n} of {alpha}: {speeds:.3?}"
                 );
                 let mean = later.iter().sum::<f64>() / later.len() as f64;

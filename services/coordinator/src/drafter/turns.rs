@@ -72,6 +72,7 @@ impl TurnTaking {
     pub fn answered(&mut self, now: Instant, target: &StepTimes) {
         let Some(Asked { at, n_passes, n_rows, n_unread }) = self.asked.take() else { return };
         let ms = now.saturating_duration_since(at).as_secs_f64() * 1e3;
+        tracing::debug!(n_passes, n_rows, n_unread, ms, "a turn of the draft service");
         let is_reading = n_unread > FEW_ROWS * n_rows;
         let (n_rows, ms) = match is_reading {
             true => (n_unread, ms - self.pass_ms(n_rows, target) * n_passes.saturating_sub(1) as f64),
