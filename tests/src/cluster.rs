@@ -30,7 +30,9 @@ pub struct ClusterSpec {
     pub model: PathBuf,
     /// Name to serve it under.
     pub model_name: String,
-    /// Number of shards.
+    /// Groups that each have the whole model.
+    pub n_groups: usize,
+    /// Number of shards of each group.
     pub n_ranks: usize,
     /// Compute threads of each.
     pub threads_per_rank: usize,
@@ -55,6 +57,7 @@ impl ClusterSpec {
         Self {
             model,
             model_name: "test-model".into(),
+            n_groups: 1,
             n_ranks,
             threads_per_rank: 1,
             shard_args: Vec::new(),
@@ -62,6 +65,12 @@ impl ClusterSpec {
             draft: None,
             env: Vec::new(),
         }
+    }
+
+    /// So many groups instead of one.
+    pub fn groups(mut self, n_groups: usize) -> Self {
+        self.n_groups = n_groups;
+        self
     }
 
     /// Adds arguments for every shard.
@@ -109,7 +118,8 @@ impl TestCluster {
             model: spec.model,
             model_name: spec.model_name,
             listen: "127.0.0.1:0".into(),
-            threads: vec![spec.threads_per_rank; spec.n_ranks],
+            n_groups: spec.n_groups,
+            threads: vec![spec.threads_per_rank; spec.n_groups * spec.n_ranks],
             devices: Vec::new(),
             shard_args: spec.shard_args.into_iter().map(Into::into).collect(),
             coordinator_args: spec.coordinator_args.into_iter().map(Into::into).collect(),

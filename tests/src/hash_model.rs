@@ -6,7 +6,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -40,10 +40,16 @@ struct State {
     flaw: Flaw,
     /// What a pass takes, whatever its rows.
     pass: Duration,
+    /// Neither loads nor computes.
+    is_broken: AtomicBool,
+    /// The next failure breaks it.
+    breaks: AtomicBool,
     /// Passes until one fails; negative when none will.
     n_until_failure: AtomicI64,
     n_failed: AtomicU64,
     n_copied: AtomicU64,
+    n_loaded: AtomicU64,
+    n_passes: AtomicU64,
     recorded: Option<Mutex<Vec<RecordedPass>>>,
 }
 
@@ -103,9 +109,37 @@ impl HashModel {
         self.state.n_until_failure.store(i64::from(n_passes), Ordering::Relaxed);
     }
 
+    /// Lets the pass after the next `n_passes` fail, and every pass and load from then on until it is repaired.
+    pub fn break_after(&self, n_passes: u32) {
+        self.state.breaks.store(true, Ordering::Relaxed);
+        self.fail_after(n_passes);
+    }
+
+    /// Whether it neither loads nor computes.
+    pub fn is_broken(&self) -> bool {
+        self.state.is_broken.load(Ordering::Relaxed)
+    }
+
+    /// It is well again, and will be.
+    pub fn repair(&self) {
+        self.state.n_until_failure.store(-1, Ordering::Relaxed);
+        self.state.breaks.store(false, Ordering::Relaxed);
+        self.state.is_broken.store(false, Ordering::Relaxed);
+    }
+
+    /// Passes so far, on all ranks.
+    pub fn n_passes(&self) -> u64 {
+        self.state.n_passes.load(Ordering::Relaxed)
+    }
+
     /// Passes that failed so far, on all ranks.
     pub fn n_failed(&self) -> u64 {
         self.state.n_failed.load(Ordering::Relaxed)
+    }
+
+    /// How often it was loaded, on all ranks: once for each life of a group.
+    pub fn n_loaded(&self) -> u64 {
+        self.state.n_loaded.load(Ordering::Relaxed)
     }
 
     /// Blocks that were copied so far, on all ranks.
@@ -129,10 +163,14 @@ impl Device for HashModel {
     }
 
     fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
+        if self.state.is_broken.load(Ordering::Relaxed) {
+            return Err(ModelError::Load("the device is broken".into()));
+        }
         if spec.config.n_layers != N_LAYERS {
             let problem = format!("the hash model has {N_LAYERS} layers, not {}", spec.config.n_layers);
             return Err(ModelError::Load(problem));
         }
+        self.state.n_loaded.fetch_add(1, Ordering::Relaxed);
         let n_entries = spec.capacity.n_kv_blocks * BLOCK_POSITIONS;
         Ok(Box::new(HashRank {
             state: self.state.clone(),
@@ -302,10 +340,17 @@ impl HashRank {
     }
 
     fn fail_when_due(&self) -> Result<(), ModelError> {
+        self.state.n_passes.fetch_add(1, Ordering::Relaxed);
+        if self.state.is_broken.load(Ordering::Relaxed) {
+            return Err(ModelError::Device { kind: ErrorKind::Unavailable, problem: "it is broken".into() });
+        }
         let due = |left: i64| (left >= 0).then_some(left - 1);
         let counter = &self.state.n_until_failure;
         if counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, due) != Ok(0) {
             return Ok(());
+        }
+        if self.state.breaks.swap(false, Ordering::Relaxed) {
+            self.state.is_broken.store(true, Ordering::Relaxed);
         }
         self.state.n_failed.fetch_add(1, Ordering::Relaxed);
         Err(ModelError::Device { kind: ErrorKind::Unavailable, problem: "told to fail".into() })

@@ -20,7 +20,7 @@ use paceline_model::{
 };
 use paceline_shard::executor::Machine;
 use paceline_text::Tokenizer;
-use paceline_wire::inference::inference_client::InferenceClient;
+use paceline_wire::inference::{ListModelsRequest, inference_client::InferenceClient};
 use tempfile::TempDir;
 use tokio::{
     net::TcpListener,
@@ -45,9 +45,9 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct InProcessSpec {
-    /// What computes on every rank.
-    pub device: HashModel,
-    /// Number of shards.
+    /// What computes on every rank of each group.
+    pub groups: Vec<HashModel>,
+    /// Number of shards of each group.
     pub n_ranks: usize,
     /// Threads of the coordinator's runtime.
     pub coordinator_threads: usize,
@@ -56,10 +56,16 @@ pub struct InProcessSpec {
 }
 
 impl InProcessSpec {
-    /// This device on one rank, a coordinator of one thread with these flags.
+    /// This device on one rank of one group, a coordinator of one thread with these flags.
     pub fn new(device: &HashModel, coordinator_args: &[&str]) -> Self {
         let coordinator_args = coordinator_args.iter().map(|argument| argument.to_string()).collect();
-        Self { device: device.clone(), n_ranks: 1, coordinator_threads: 1, coordinator_args }
+        Self { groups: vec![device.clone()], n_ranks: 1, coordinator_threads: 1, coordinator_args }
+    }
+
+    /// One more group, of this device.
+    pub fn group(mut self, device: &HashModel) -> Self {
+        self.groups.push(device.clone());
+        self
     }
 }
 
@@ -98,10 +104,10 @@ impl InProcessCluster {
         let (coordinator, shards) =
             (runtime("coordinator", spec.coordinator_threads)?, runtime("shards", 1)?);
         let (mut tasks, mut addresses) = (Vec::new(), Vec::new());
-        for _ in 0..spec.n_ranks {
+        for device in spec.groups.iter().flat_map(|device| vec![device; spec.n_ranks]) {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             addresses.push(format!("http://{}", listener.local_addr()?));
-            let (machine, listener) = (machine(&model, &spec.device)?, listener.into_std()?);
+            let (machine, listener) = (machine(&model, device)?, listener.into_std()?);
             let (binding, stopped) =
                 (BindSpec { host: "127.0.0.1".into(), port: 0, advertised_host: None }, stopped.clone());
             tasks.push(shards.get().spawn(async move {
@@ -109,7 +115,8 @@ impl InProcessCluster {
                 paceline_shard::run_on(listener, machine, binding, asked(stopped)).await
             }));
         }
-        let config = config(&model, &addresses, &spec.coordinator_args)?;
+        let groups: Vec<String> = addresses.chunks(spec.n_ranks).map(|group| group.join(",")).collect();
+        let config = config(&model, &groups, &spec.coordinator_args)?;
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = format!("http://{}", listener.local_addr()?);
         let listener = listener.into_std()?;
@@ -141,11 +148,22 @@ impl InProcessCluster {
         (of(&self.coordinator), of(&self.shards))
     }
 
-    /// Waits until a request is answered.
+    /// Which groups execute requests.
+    ///
+    /// # Errors
+    /// When the coordinator does not answer.
+    pub async fn ready_groups(&self) -> anyhow::Result<Vec<bool>> {
+        let listed = self.client().await?.list_models(ListModelsRequest {}).await?.into_inner();
+        let model = listed.models.first().context("no model is served")?;
+        Ok(model.groups.iter().map(|group| group.ready).collect())
+    }
+
+    /// Waits until all groups are ready and a request is answered.
     async fn answers(&self) -> anyhow::Result<()> {
         let (started, mut client) = (Instant::now(), self.client().await?);
         loop {
             match generate(&mut client, from_tokens(vec![1], 1)).await {
+                Ok(_) if self.ready_groups().await?.contains(&false) => {}
                 Ok(_) => return Ok(()),
                 Err(status) if status.code() == Code::Unavailable => {}
                 Err(status) => return Err(status).context("the cluster does not answer"),
@@ -226,11 +244,11 @@ fn machine(model: &Path, device: &HashModel) -> anyhow::Result<Machine> {
 
 fn config(
     model: &Path,
-    shards: &[String],
+    groups: &[String],
     arguments: &[String],
 ) -> anyhow::Result<paceline_coordinator::Config> {
     let model = model.to_str().context("the folder of temporary files is not UTF-8")?;
-    let shards = shards.join(",");
+    let shards = groups.join(";");
     let fixed = ["coordinator", "--model", model, "--model-name", "hash-model", "--shards", &shards];
     let arguments = fixed.into_iter().chain(arguments.iter().map(String::as_str));
     Ok(Flags::try_parse_from(arguments)?.config)

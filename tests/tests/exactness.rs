@@ -1,7 +1,10 @@
 //! Every request gets the tokens it has when it runs alone, whatever else is going on. On a model whose tokens follow from
 //! every KV entry that a correct cache holds, so that a wrong one cannot stay hidden; through the real services.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{
+    fmt::{self, Display, Formatter, Write as _},
+    time::Duration,
+};
 
 use paceline_domain::TokenId;
 use paceline_tests::{
@@ -32,6 +35,7 @@ fn alone(job: &Job) -> Vec<TokenId> {
 /// Limits of a cluster, and what its requests may need.
 struct Limits {
     flags: Vec<String>,
+    n_groups: usize,
     n_ranks: usize,
     shape: Shape,
 }
@@ -60,13 +64,15 @@ impl Limits {
         Self {
             flags: flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value.to_string()]).collect(),
             n_ranks: if random.happens(0.2) { 2 } else { 1 },
+            n_groups: if random.happens(0.3) { 2 } else { 1 },
             shape,
         }
     }
 
     async fn start(&self, device: &HashModel) -> InProcessCluster {
         let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
-        let spec = InProcessSpec { n_ranks: self.n_ranks, ..InProcessSpec::new(device, &flags) };
+        let one_group = InProcessSpec { n_ranks: self.n_ranks, ..InProcessSpec::new(device, &flags) };
+        let spec = (1..self.n_groups).fold(one_group, |spec, _| spec.group(device));
         let started = InProcessCluster::start(&spec).await;
         started.unwrap_or_else(|error| panic!("{:?} does not start: {error:#}", self.flags))
     }
@@ -78,12 +84,18 @@ impl Limits {
         client: &InferenceClient<Channel>,
     ) -> Vec<Result<Received, Status>> {
         let ended = tokio::time::timeout(DEADLINE, schedule.run(client)).await;
-        let (flags, seed) = (self.flags.join(" "), schedule.seed);
-        ended.unwrap_or_else(|_| panic!("{flags}, {} ranks: seed {seed} does not end", self.n_ranks))
+        ended.unwrap_or_else(|_| panic!("{self}: seed {} does not end", schedule.seed))
     }
 
     fn schedules(&self, seed: u64) -> Schedules<'static> {
         Schedules::new(seed, self.shape.clone(), &alone)
+    }
+}
+
+impl Display for Limits {
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        let Self { flags, n_groups, n_ranks, .. } = self;
+        write!(formatter, "{}, {n_groups} groups of {n_ranks} ranks", flags.join(" "))
     }
 }
 
@@ -99,9 +111,7 @@ impl Differences {
         for mismatch in mismatches {
             self.n += 1;
             if self.n <= N_SHOWN {
-                let (flags, n_ranks) = (limits.flags.join(" "), limits.n_ranks);
-                writeln!(self.shown, "{flags}, {n_ranks} ranks: {mismatch}")
-                    .expect("a string takes everything");
+                writeln!(self.shown, "{limits}: {mismatch}").expect("a string takes everything");
             }
         }
     }
@@ -202,7 +212,7 @@ async fn alone_is_what_it_says() {
 #[tokio::test]
 async fn wrong_kv_entries_do_not_stay_hidden() {
     for flaw in [Flaw::LostWrite, Flaw::ForeignBlock, Flaw::StaleEntry, Flaw::LostCopy] {
-        let limits = Limits { n_ranks: 1, ..Limits::random(11) };
+        let limits = Limits { n_groups: 1, n_ranks: 1, ..Limits::random(11) };
         let shape = Shape { max_tokens: CONTEXT, ..limits.shape.clone() };
         let limits = Limits { flags: vec!["--context".into(), CONTEXT.to_string()], shape, ..limits };
         let cluster = limits.start(&HashModel::flawed(flaw)).await;

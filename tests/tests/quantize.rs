@@ -119,6 +119,7 @@ async fn services_that_were_told_differently_make_no_group() {
         model: PathBuf::from(model),
         model_name: "test-model".into(),
         listen: "127.0.0.1:0".into(),
+        n_groups: 1,
         threads: vec![1, 1],
         devices: Vec::new(),
         shard_args: ["--quantize", "q8_0"].map(Into::into).to_vec(),

@@ -10,6 +10,7 @@ use tracing::Span;
 
 use crate::{
     admission::Place,
+    groups::Route,
     reader::{Flow, Progress, Reader},
 };
 
@@ -19,6 +20,7 @@ pub struct Client {
     reader: Reader,
     next_index: u64,
     _place: Place,
+    route: Route,
     span: Span,
     /// Choices that go on.
     open: Vec<SequenceId>,
@@ -28,8 +30,9 @@ pub struct Client {
 
 impl Client {
     /// Nothing was said yet and no choice is open.
-    pub fn new(reader: Reader, place: Place, span: Span) -> Self {
-        Self { reader, next_index: 0, _place: place, span, open: Vec::new(), n_completion: 0 }
+    pub fn new(reader: Reader, place: Place, route: Route, span: Span) -> Self {
+        let (open, n_completion) = (Vec::new(), 0);
+        Self { reader, next_index: 0, _place: place, route, span, open, n_completion }
     }
 
     /// One more choice.
@@ -62,6 +65,11 @@ impl Client {
     /// Whether nobody reads any more.
     pub fn is_gone(&self) -> bool {
         self.reader.is_gone()
+    }
+
+    /// As [`Route::elsewhere`].
+    pub fn reroute(&mut self) -> Option<usize> {
+        self.route.elsewhere()
     }
 
     /// Sends what a choice says, or keeps it until there is room.

@@ -1,6 +1,6 @@
 //! What a coordinator can be told. Nothing else in this crate reads flags or the environment.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::HashSet, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
 use paceline_domain::{
@@ -22,6 +22,10 @@ const DEFAULT_CONTEXT: usize = 32_768;
 /// Smallest KV pool unless `--kv-blocks` says otherwise, in tokens.
 const DEFAULT_POOL: usize = 16_384;
 
+/// Most groups of a coordinator, and most shards of a group.
+const MAX_GROUPS: usize = 64;
+const MAX_RANKS: usize = 64;
+
 /// Flags of a coordinator.
 #[derive(Args, Clone, Debug)]
 pub struct Config {
@@ -38,9 +42,10 @@ pub struct Config {
     /// Name clients use for the model [default: the file's name without its ending]
     #[arg(long, env = "PACELINE_MODEL_NAME")]
     pub model_name: Option<String>,
-    /// Addresses of the shards in rank order, as http://host:port, separated by commas
-    #[arg(long, env = "PACELINE_SHARDS", value_delimiter = ',', required = true)]
-    pub shards: Vec<Uri>,
+    /// Addresses of the shards in rank order, as http://host:port, separated by commas; given several times (or with lists
+    /// separated by semicolons) each list is a group that serves the whole model, and requests are shared out
+    #[arg(long, env = "PACELINE_SHARDS", value_delimiter = ';', required = true, value_name = "URL,...")]
+    pub shards: Vec<ShardList>,
     /// Blocks of 16 positions in each rank's KV pool [default: what GPUs have free; on CPUs the context, at least 1024]
     #[arg(long, env = "PACELINE_KV_BLOCKS")]
     pub kv_blocks: Option<u32>,
@@ -102,6 +107,25 @@ pub struct Config {
     /// Shut down when standard input is closed, so that the process never outlives its parent
     #[arg(long)]
     pub exit_with_stdin: bool,
+}
+
+/// The shards of one group, in rank order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardList(pub Vec<Uri>);
+
+impl FromStr for ShardList {
+    type Err = <Uri as FromStr>::Err;
+
+    fn from_str(list: &str) -> Result<Self, Self::Err> {
+        list.split(',').map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl fmt::Display for ShardList {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shards: Vec<String> = self.0.iter().map(Uri::to_string).collect();
+        write!(formatter, "{}", shards.join(", "))
+    }
 }
 
 /// Sizes that follow from flags and model together.
@@ -192,9 +216,7 @@ impl Config {
             ));
         }
         problems.extend(self.queue_problems());
-        if self.shards.len() > 64 {
-            problems.push(format!("--shards names {} shards; a group has at most 64", self.shards.len()));
-        }
+        problems.extend(self.shard_problems());
         if !(1..=64).contains(&self.draft_ahead) {
             problems.push(format!("--draft-ahead is {}; it must be from 1 to 64", self.draft_ahead));
         }
@@ -214,6 +236,21 @@ impl Config {
             max_sampled_rows,
             max_sequences: self.max_sequences,
         })
+    }
+
+    fn shard_problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.shards.len() > MAX_GROUPS {
+            problems.push(format!("--shards has {} groups; at most {MAX_GROUPS}", self.shards.len()));
+        }
+        for list in self.shards.iter().filter(|list| list.0.len() > MAX_RANKS) {
+            problems.push(format!("--shards names {} shards; a group has at most {MAX_RANKS}", list.0.len()));
+        }
+        let mut seen = HashSet::new();
+        for shard in self.shards.iter().flat_map(|list| &list.0).filter(|shard| !seen.insert(*shard)) {
+            problems.push(format!("--shards names {shard} twice; a shard is one rank of one group"));
+        }
+        problems
     }
 
     fn queue_problems(&self) -> impl Iterator<Item = String> {
@@ -255,7 +292,22 @@ mod tests {
         assert_eq!(config(&[]).sizes(2_048).unwrap().pool, bounds(2_048, 128, 1_024));
         assert_eq!(config(&["--kv-blocks", "9"]).sizes(2_048).unwrap().pool, PoolWish::Exactly(9));
         assert_eq!(config(&[]).model_name(), "tiny");
-        assert_eq!(config(&[]).shards.len(), 2);
+        assert_eq!(config(&[]).shards.len(), 1);
+        assert_eq!(config(&[]).shards[0].0.len(), 2);
+    }
+
+    #[test]
+    fn each_list_of_shards_is_a_group() {
+        let lists = |flags: &[&str]| -> Vec<String> {
+            config(flags).shards.iter().map(ToString::to_string).collect()
+        };
+        let expected = ["http://a:1/, http://b:2/", "http://c:3/", "http://d:4/, http://e:5/"];
+        assert_eq!(lists(&["--shards", "http://c:3", "--shards", "http://d:4,http://e:5"]), expected);
+        assert_eq!(lists(&["--shards", "http://c:3;http://d:4,http://e:5"]), expected);
+        let twice = config(&["--shards", "http://c:3,http://a:1"]).sizes(512).unwrap_err().to_string();
+        assert!(twice.contains("http://a:1/ twice"), "{twice}");
+        let empty = ["test", "--model", "m", "--shards", "http://a:1,,http://b:1"];
+        assert!(Cli::try_parse_from(empty).is_err());
     }
 
     #[test]

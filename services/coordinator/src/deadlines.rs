@@ -22,11 +22,11 @@ impl Deadlines {
         self.by_request.insert(id, deadline);
     }
 
-    /// A request ended. It need not have a deadline.
-    pub fn remove(&mut self, id: RequestId) {
-        if let Some(deadline) = self.by_request.remove(&id) {
-            self.in_order.remove(&(deadline, id));
-        }
+    /// A request ended, or is somebody else's now; its deadline, if it has one.
+    pub fn remove(&mut self, id: RequestId) -> Option<Instant> {
+        let deadline = self.by_request.remove(&id)?;
+        self.in_order.remove(&(deadline, id));
+        Some(deadline)
     }
 
     /// The nearest.
@@ -60,7 +60,8 @@ mod tests {
         assert_eq!(deadlines.expired(at(4)), []);
         assert_eq!(deadlines.expired(at(5)), [b, c]);
         assert_eq!(deadlines.expired(at(7)), [b, c, a]);
-        [a, c, c].into_iter().for_each(|id| deadlines.remove(id));
+        let removed = [a, c, c].map(|id| deadlines.remove(id));
+        assert_eq!(removed, [Some(at(7)), Some(at(5)), None]);
         assert_eq!(deadlines.expired(at(8)), [b]);
         deadlines.remove(b);
         assert_eq!((deadlines.next(), deadlines.by_request.len()), (None, 0));

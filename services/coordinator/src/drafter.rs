@@ -168,6 +168,19 @@ impl Drafter {
         Some(sequence.counters())
     }
 
+    /// A sequence goes on elsewhere, with what is known of it; its session ends.
+    pub fn take(&mut self, id: SequenceId) -> Option<Sequence> {
+        let mut sequence = self.sequences.remove(&id)?;
+        sequence.remote.close(&mut self.farewells);
+        sequence.remote.forget();
+        Some(sequence)
+    }
+
+    /// A sequence that another drafter proposed for.
+    pub fn adopt(&mut self, id: SequenceId, sequence: Sequence) {
+        self.sequences.insert(id, sequence);
+    }
+
     /// Decides on the next step, if the one before is done; `times` are those of the group.
     pub fn prepare(&mut self, times: &StepTimes, now: Instant) {
         self.decide(times, now);

@@ -1,13 +1,14 @@
-//! The one event loop. It alone changes the scheduler and the requests; everything reaches it as an [`Event`].
+//! The one event loop of a group. It alone changes the scheduler and the requests; everything reaches it as an [`Event`].
 //! When a rank fails it forms the group anew and every live request goes on from its tokens.
 
 mod ends;
+mod forming;
+mod moving;
 mod observe;
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use paceline_domain::{Epoch, GenerateRequest, RequestId, SequenceId, StepNumber, StepPlan, StepResult};
@@ -15,7 +16,7 @@ use paceline_grammar::{GrammarError, Matcher};
 use paceline_speculation::StepLoad;
 use paceline_telemetry::context;
 use paceline_wire::inference::generate_response::Event as Chunk;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tracing::Span;
 
 use crate::{
@@ -24,16 +25,18 @@ use crate::{
     constraint::{Constraint, send_masks},
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, StepEnd, sequence},
-    metrics::{Broken, Metrics},
+    groups::Member,
+    metrics::{Broken, GroupMetrics},
     output::Output,
-    pool::PoolWish,
     reader::{Flow, Progress},
     scheduler::{Commit, Limits, NewSequence, Pace, Priority, Scheduler, Verified},
-    shard_group::{FormError, GroupSpec, LoadReport, RankEvent, ShardGroup},
+    shard_group::{FormError, GroupSpec, RankEvent, ShardGroup},
 };
 
-/// Waits between attempts to form a group.
-const REFORM_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+pub use moving::Moved;
+
+/// Bits of a sequence's id below the number of the group that it was first sent to.
+const GROUP_SHIFT: u32 = 48;
 /// Events that may wait for the loop.
 pub const MAX_EVENTS: usize = 1024;
 
@@ -45,6 +48,8 @@ pub enum Event {
     Rank(RankEvent),
     /// A group was formed, or could not be.
     Formed(Result<ShardGroup, FormError>),
+    /// A request of a group that is lost goes on here.
+    Adopt(Box<Moved>),
     /// A reader that had stalled read something, or nothing for too long.
     Reader(RequestId, Progress),
     /// The grammar of a sequence cannot go on.
@@ -71,33 +76,6 @@ pub struct Submission {
     pub priority: Priority,
 }
 
-/// What the rest of the process may know of the group.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum GroupStatus {
-    /// Being formed; the text says what the last attempt met.
-    Forming(Option<String>),
-    /// Loading weights.
-    Loading {
-        /// Who.
-        rank: usize,
-        /// Bytes done.
-        done_bytes: u64,
-        /// Bytes in total.
-        total_bytes: u64,
-    },
-    /// Executing plans.
-    Ready {
-        /// Number of ranks.
-        n_ranks: usize,
-        /// Blocks of the KV pool.
-        n_kv_blocks: u32,
-        /// Bytes of weights that the ranks hold.
-        weight_bytes: u64,
-        /// Bytes that quantization at load has saved them.
-        saved_bytes: u64,
-    },
-}
-
 /// What a loop works with.
 pub struct Parts {
     /// How groups are formed.
@@ -109,7 +87,9 @@ pub struct Parts {
     /// How long a reader may stall.
     pub reader_limit: Duration,
     /// Who is told numbers.
-    pub metrics: Arc<Metrics>,
+    pub metrics: GroupMetrics,
+    /// Which group it is.
+    pub member: Member,
 }
 
 /// One choice of a request.
@@ -147,39 +127,39 @@ pub struct Engine {
     last_done: Option<Instant>,
     /// How many were logged.
     n_preemptions: u64,
-    metrics: Arc<Metrics>,
+    metrics: GroupMetrics,
+    member: Member,
     last_epoch: Epoch,
     /// What the bits of the last group depended on beside the model, by rank.
     device_numerics: Option<Vec<u32>>,
     form_delay: Duration,
     events: mpsc::Sender<Event>,
-    status: watch::Sender<GroupStatus>,
 }
 
 impl Engine {
-    /// A loop without a group. `events` is the sender of the channel that [`Self::run`] reads.
-    pub fn new(parts: Parts, events: mpsc::Sender<Event>) -> (Self, watch::Receiver<GroupStatus>) {
-        let (status, watcher) = watch::channel(GroupStatus::Forming(None));
-        let engine = Self {
+    /// A loop without a group.
+    pub fn new(parts: Parts) -> Self {
+        let mut scheduler = Scheduler::new(parts.limits);
+        scheduler.number_from(SequenceId(((parts.member.group() as u64) << GROUP_SHIFT) + 1));
+        Self {
             spec: parts.group,
-            scheduler: Scheduler::new(parts.limits),
+            scheduler,
             drafter: Drafter::new(parts.drafter),
             choices: HashMap::new(),
             clients: HashMap::new(),
             deadlines: Deadlines::default(),
             reader_limit: parts.reader_limit,
             metrics: parts.metrics,
+            events: parts.member.events().clone(),
+            member: parts.member,
             group: None,
             in_flight: VecDeque::new(),
             last_done: None,
             n_preemptions: 0,
-            last_epoch: first_epoch(),
+            last_epoch: forming::first_epoch(),
             device_numerics: None,
             form_delay: Duration::ZERO,
-            events,
-            status,
-        };
-        (engine, watcher)
+        }
     }
 
     /// Runs until [`Event::Stop`].
@@ -192,6 +172,7 @@ impl Engine {
             self.tell_levels();
             match self.next_event(&mut inbox).await {
                 Some(Event::Submit(submission)) => self.submit(*submission),
+                Some(Event::Adopt(moved)) => self.adopt(*moved),
                 Some(Event::Rank(event)) => self.rank_event(event),
                 Some(Event::Formed(outcome)) => self.formed(outcome),
                 Some(Event::Reader(request, progress)) => self.reader_event(request, progress),
@@ -209,80 +190,6 @@ impl Engine {
             Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await.unwrap_or(Some(Event::Due)),
             None => inbox.recv().await,
         }
-    }
-
-    fn form_group(&mut self) {
-        self.last_epoch = Epoch(self.last_epoch.0 + 1);
-        let (epoch, spec, events) = (self.last_epoch, self.spec.clone(), self.events.clone());
-        let (delay, status) = (self.form_delay, self.status.clone());
-        tokio::spawn(async move {
-            tokio::time::sleep(delay).await;
-            let (rank_events, forwarded) = mpsc::channel(64);
-            tokio::spawn(forward(forwarded, events.clone()));
-            let (loading, mut reports) = mpsc::channel::<LoadReport>(64);
-            let formed = async move {
-                let outcome = ShardGroup::form(&spec, epoch, loading, rank_events).await;
-                let _ = events.send(Event::Formed(outcome)).await;
-            };
-            let watched = async move {
-                while let Some((rank, done_bytes, total_bytes)) = reports.recv().await {
-                    status.send_replace(GroupStatus::Loading { rank, done_bytes, total_bytes });
-                }
-            };
-            tokio::join!(formed, watched);
-        });
-    }
-
-    fn formed(&mut self, outcome: Result<ShardGroup, FormError>) {
-        match outcome {
-            Ok(group) => {
-                for (rank, ready) in group.ranks.iter().enumerate() {
-                    tracing::info!(
-                        rank,
-                        device = ready.isa,
-                        threads = ready.threads,
-                        weight_bytes = ready.weight_bytes,
-                        kv_bytes = ready.kv_bytes,
-                        saved_bytes = ready.saved_bytes,
-                        "rank ready"
-                    );
-                }
-                self.note_devices(group.device_numerics());
-                self.form_delay = Duration::ZERO;
-                let n_kv_blocks = group.n_kv_blocks;
-                // Sequences are admitted by the size of the first pool, so a later group has no other.
-                self.spec.pool = PoolWish::Exactly(n_kv_blocks);
-                self.scheduler.begin_epoch(group.epoch(), n_kv_blocks);
-                if group.copies_blocks() {
-                    self.scheduler.copy_blocks();
-                }
-                self.status.send_replace(GroupStatus::Ready {
-                    n_ranks: group.n_ranks(),
-                    n_kv_blocks,
-                    weight_bytes: group.ranks.iter().map(|ready| ready.weight_bytes).sum(),
-                    saved_bytes: group.ranks.iter().map(|ready| ready.saved_bytes).sum(),
-                });
-                self.metrics.group_formed();
-                self.group = Some(group);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "no group yet");
-                self.status.send_replace(GroupStatus::Forming(Some(error.to_string())));
-                self.form_delay = (self.form_delay * 2).clamp(REFORM_DELAYS.0, REFORM_DELAYS.1);
-                self.form_group();
-            }
-        }
-    }
-
-    /// Says when the same tokens are no longer promised.
-    fn note_devices(&mut self, device_numerics: Vec<u32>) {
-        if self.device_numerics.as_ref().is_some_and(|before| *before != device_numerics) {
-            tracing::warn!(
-                "the group computes with other devices than before: streams go on, later tokens may differ from an \
-                 undisturbed run"
-            );
-        }
-        self.device_numerics = Some(device_numerics);
     }
 
     fn submit(&mut self, submission: Submission) {
@@ -393,13 +300,14 @@ impl Engine {
             Ok(result) => self.answer(event.rank, result).err(),
         };
         if let Some(problem) = failure {
-            tracing::warn!(rank = event.rank, n_ranks, problem, "group lost; forming it anew");
-            self.group = None;
-            self.in_flight.clear();
-            self.drafter.group_lost();
-            self.status.send_replace(GroupStatus::Forming(Some(problem)));
-            self.form_delay = REFORM_DELAYS.0;
-            self.form_group();
+            tracing::warn!(
+                group = self.member.group(),
+                rank = event.rank,
+                n_ranks,
+                problem,
+                "group lost; forming it anew"
+            );
+            self.lose_group(problem);
         }
     }
 
@@ -472,18 +380,4 @@ impl Engine {
 fn outcome(verified: &Verified) -> Outcome {
     let Verified { sequence, n_proposed, n_accepted } = *verified;
     Outcome { sequence, n_proposed, n_accepted }
-}
-
-/// Epochs only have to grow, also over restarts of this process: the time of day in milliseconds does.
-fn first_epoch() -> Epoch {
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Epoch(since_1970.as_millis() as u64)
-}
-
-async fn forward(mut ranks: mpsc::Receiver<RankEvent>, events: mpsc::Sender<Event>) {
-    while let Some(event) = ranks.recv().await {
-        if events.send(Event::Rank(event)).await.is_err() {
-            return;
-        }
-    }
 }

@@ -13,7 +13,7 @@ use axum::{
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
-    engine::GroupStatus,
+    groups::GroupStatus,
     metrics::{self, Metrics},
 };
 
@@ -21,7 +21,7 @@ use crate::{
 #[derive(Clone)]
 struct Face {
     metrics: Arc<Metrics>,
-    status: watch::Receiver<GroupStatus>,
+    status: watch::Receiver<Vec<GroupStatus>>,
 }
 
 /// Serves for as long as it is polled.
@@ -31,7 +31,7 @@ struct Face {
 pub async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
-    status: watch::Receiver<GroupStatus>,
+    status: watch::Receiver<Vec<GroupStatus>>,
 ) -> std::io::Result<()> {
     let routes = Router::new()
         .route("/metrics", get(scrape))
@@ -48,12 +48,13 @@ async fn scrape(State(face): State<Face>) -> Response {
     }
 }
 
-/// Whether a shard group executes plans.
+/// Whether a shard group executes plans; one is enough.
 async fn ready(State(face): State<Face>) -> Response {
-    let status = face.status.borrow().clone();
-    match status {
-        GroupStatus::Ready { .. } => "ready\n".into_response(),
-        GroupStatus::Loading { .. } => (StatusCode::SERVICE_UNAVAILABLE, "loading\n").into_response(),
-        GroupStatus::Forming(_) => (StatusCode::SERVICE_UNAVAILABLE, "no shard group\n").into_response(),
+    let groups = face.status.borrow();
+    if groups.iter().any(GroupStatus::is_ready) {
+        return "ready\n".into_response();
     }
+    let is_loading = groups.iter().any(|group| matches!(group, GroupStatus::Loading { .. }));
+    let problem = if is_loading { "loading\n" } else { "no shard group\n" };
+    (StatusCode::SERVICE_UNAVAILABLE, problem).into_response()
 }

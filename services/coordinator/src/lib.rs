@@ -2,14 +2,16 @@
 //!
 //! # Layout, in the order a request meets it
 //! * [`config`] – command-line flags and environment
-//! * [`server`] – listens, forms the group, ends cleanly
+//! * [`server`] – listens, starts a loop for each group, ends cleanly
 //! * [`service`] – the gRPC face for clients
 //! * [`caller`] – whose a request is, and until when it is wanted
 //! * [`validate`] – protobuf to domain; every limit is checked here, once
 //! * [`text`] – chat template and tokenizer, off the async threads
 //! * [`admission`] – a place in the queue, or a refusal at once
+//! * [`router`] – pure: which group gets a request
+//! * [`groups`] – all groups as the rest of the process sees them
 //! * [`constraint`] – grammars: compiled off the async threads, run off the loop
-//! * [`engine`] – the one event loop
+//! * [`engine`] – the one event loop of a group
 //! * [`metrics`], [`http`] – numbers for Prometheus, and the port for them and for health
 //! * [`deadlines`] – pure: which requests nobody wants any more
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
@@ -31,6 +33,7 @@ pub mod constraint;
 pub mod deadlines;
 pub mod drafter;
 pub mod engine;
+pub mod groups;
 pub mod http;
 pub mod ledger;
 pub mod metrics;
@@ -38,6 +41,7 @@ pub mod output;
 pub mod pool;
 pub mod prefix;
 pub mod reader;
+pub mod router;
 pub mod scheduler;
 pub mod server;
 pub mod service;

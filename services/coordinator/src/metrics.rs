@@ -79,6 +79,11 @@ pub struct Totals {
 /// All numbers, each of which may be told at any time from any thread.
 pub struct Metrics {
     registry: Registry,
+    rejected: IntCounterVec,
+}
+
+/// The numbers of one group, with its number as their label `group`.
+pub struct GroupMetrics {
     waiting: IntGauge,
     running: IntGauge,
     used_blocks: IntGauge,
@@ -88,10 +93,10 @@ pub struct Metrics {
     hit_ratio: prometheus::Gauge,
     preemptions: IntCounter,
     groups: IntCounter,
+    moved: IntCounter,
     input_tokens: IntCounter,
     output_tokens: IntCounter,
     requests: IntCounterVec,
-    rejected: IntCounterVec,
     step_rows: IntCounter,
     speculation: Speculation,
     times: Times,
@@ -113,29 +118,37 @@ struct Times {
     step: Histogram,
 }
 
-/// Makes numbers and remembers them for the text.
-struct Maker(Registry);
+/// Makes numbers of a group and remembers them for the text.
+struct Maker {
+    registry: Registry,
+    group: String,
+}
 
 impl Maker {
     fn add<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C, prometheus::Error> {
-        self.0.register(Box::new(collector.clone()))?;
+        self.registry.register(Box::new(collector.clone()))?;
         Ok(collector)
     }
 
+    fn opts(&self, name: &str, help: &str) -> Opts {
+        Opts::new(name, help).const_label("group", self.group.clone())
+    }
+
     fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-        self.add(IntGauge::new(name, help)?)
+        self.add(IntGauge::with_opts(self.opts(name, help))?)
     }
 
     fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-        self.add(IntCounter::new(name, help)?)
+        self.add(IntCounter::with_opts(self.opts(name, help))?)
     }
 
     fn counters(&self, name: &str, help: &str, label: &str) -> Result<IntCounterVec, prometheus::Error> {
-        self.add(IntCounterVec::new(Opts::new(name, help), &[label])?)
+        self.add(IntCounterVec::new(self.opts(name, help), &[label])?)
     }
 
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
-        self.add(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
+        let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
+        self.add(Histogram::with_opts(opts)?)
     }
 }
 
@@ -194,12 +207,49 @@ impl Times {
 }
 
 impl Metrics {
-    /// All zero.
+    /// All zero, and no group.
     ///
     /// # Errors
     /// When a name is malformed or there twice.
     pub fn new() -> Result<Self, prometheus::Error> {
-        let new = Maker(Registry::new());
+        let opts = Opts::new("paceline_rejected_total", "Requests not accepted, by reason");
+        let (registry, rejected) = (Registry::new(), IntCounterVec::new(opts, &["reason"])?);
+        registry.register(Box::new(rejected.clone()))?;
+        Ok(Self { registry, rejected })
+    }
+
+    /// The numbers of one more group, all zero.
+    ///
+    /// # Errors
+    /// When a name is malformed, or the group is there already.
+    pub fn group(&self, group: usize) -> Result<GroupMetrics, prometheus::Error> {
+        GroupMetrics::new(&Maker { registry: self.registry.clone(), group: group.to_string() })
+    }
+
+    /// Everything in Prometheus' text format.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn text(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    /// A request was refused with this code.
+    pub fn rejected(&self, code: Code) {
+        let reason = match code {
+            Code::InvalidArgument => "invalid",
+            Code::NotFound => "unknown_model",
+            Code::FailedPrecondition => "never_fits",
+            Code::ResourceExhausted => "busy",
+            Code::Unavailable => "no_group",
+            _ => "other",
+        };
+        self.rejected.with_label_values(&[reason]).inc();
+    }
+}
+
+impl GroupMetrics {
+    fn new(new: &Maker) -> Result<Self, prometheus::Error> {
         Ok(Self {
             waiting: new.gauge("paceline_queue_length", "Sequences that wait for a place")?,
             running: new.gauge("paceline_running_sequences", "Sequences that have a place")?,
@@ -214,13 +264,13 @@ impl Metrics {
                 "paceline_prefix_cache_hit_tokens_total",
                 "Those of them whose keys and values were there already",
             )?,
-            hit_ratio: new.add(prometheus::Gauge::new(
-                "paceline_prefix_cache_hit_ratio",
-                "Hit tokens by queried tokens since the start",
+            hit_ratio: new.add(prometheus::Gauge::with_opts(
+                new.opts("paceline_prefix_cache_hit_ratio", "Hit tokens by queried tokens since the start"),
             )?)?,
             preemptions: new
                 .counter("paceline_preemptions_total", "Places that were lost to older sequences")?,
             groups: new.counter("paceline_groups_formed_total", "Shard groups formed, the first included")?,
+            moved: new.counter("paceline_requests_moved_total", "Requests that went on in another group")?,
             input_tokens: new.counter("paceline_input_tokens_total", "Prompt tokens of accepted requests")?,
             output_tokens: new.counter("paceline_output_tokens_total", "Tokens generated")?,
             requests: new.counters(
@@ -228,24 +278,10 @@ impl Metrics {
                 "Choices (completions) that ended, by reason",
                 "reason",
             )?,
-            rejected: new.counters(
-                "paceline_rejected_total",
-                "Requests not accepted, by reason",
-                "reason",
-            )?,
             step_rows: new.counter("paceline_step_rows_total", "Token rows of all steps")?,
-            speculation: Speculation::new(&new)?,
-            times: Times::new(&new)?,
-            registry: new.0,
+            speculation: Speculation::new(new)?,
+            times: Times::new(new)?,
         })
-    }
-
-    /// Everything in Prometheus' text format.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn text(&self) -> Result<String, prometheus::Error> {
-        TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
     /// How things are now.
@@ -272,19 +308,6 @@ impl Metrics {
         }
     }
 
-    /// A request was refused with this code.
-    pub fn rejected(&self, code: Code) {
-        let reason = match code {
-            Code::InvalidArgument => "invalid",
-            Code::NotFound => "unknown_model",
-            Code::FailedPrecondition => "never_fits",
-            Code::ResourceExhausted => "busy",
-            Code::Unavailable => "no_group",
-            _ => "other",
-        };
-        self.rejected.with_label_values(&[reason]).inc();
-    }
-
     /// A request was accepted.
     pub fn accepted(&self, n_prompt_tokens: usize) {
         self.input_tokens.inc_by(n_prompt_tokens as u64);
@@ -293,6 +316,11 @@ impl Metrics {
     /// A shard group was formed.
     pub fn group_formed(&self) {
         self.groups.inc();
+    }
+
+    /// So many requests go on in another group.
+    pub fn moved(&self, n_requests: usize) {
+        self.moved.inc_by(n_requests as u64);
     }
 
     /// A step of so many rows is done.
@@ -344,29 +372,35 @@ mod tests {
 
     #[test]
     fn what_is_told_is_in_the_text() {
-        let metrics = Metrics::new().expect("names are right and differ");
+        let all = Metrics::new().expect("names are right and differ");
+        let metrics = all.group(0).expect("names are right and differ");
+        let other = all.group(1).expect("the label differs");
+        assert!(all.group(1).is_err(), "a group is there once");
         metrics.levels(&Levels { n_waiting: 1, n_running: 2, n_used_blocks: 3, n_free_blocks: 4 });
         let mut totals = Totals { n_opened_tokens: 8, n_cached_tokens: 2, ..Totals::default() };
         totals.proposals[Source::Ngram.idx()].accepted_tokens = 5;
         metrics.totals(&totals);
         metrics.totals(&totals);
-        metrics.rejected(Code::ResourceExhausted);
+        all.rejected(Code::ResourceExhausted);
         metrics.first_token(Duration::from_millis(30));
         metrics.next_token(Duration::from_millis(3));
         metrics.finished(&FinishReason::Length, Duration::from_secs(1), None);
         metrics.broken(Broken::Late, 2);
-        let text = metrics.text().expect("a text");
+        other.group_formed();
+        let text = all.text().expect("a text");
         for line in [
-            "paceline_queue_length 1",
-            "paceline_kv_blocks_free 4",
-            "paceline_prefix_cache_hit_tokens_total 2",
-            "paceline_prefix_cache_hit_ratio 0.25",
-            "paceline_speculation_accepted_tokens_total{source=\"ngram\"} 5",
+            "paceline_queue_length{group=\"0\"} 1",
+            "paceline_kv_blocks_free{group=\"0\"} 4",
+            "paceline_prefix_cache_hit_tokens_total{group=\"0\"} 2",
+            "paceline_prefix_cache_hit_ratio{group=\"0\"} 0.25",
+            "paceline_speculation_accepted_tokens_total{group=\"0\",source=\"ngram\"} 5",
             "paceline_rejected_total{reason=\"busy\"} 1",
-            "gen_ai_server_time_to_first_token_seconds_bucket{le=\"0.02\"} 0",
-            "gen_ai_server_time_to_first_token_seconds_bucket{le=\"0.04\"} 1",
-            "paceline_output_tokens_total 2",
-            "paceline_choices_total{reason=\"deadline\"} 2",
+            "gen_ai_server_time_to_first_token_seconds_bucket{group=\"0\",le=\"0.02\"} 0",
+            "gen_ai_server_time_to_first_token_seconds_bucket{group=\"0\",le=\"0.04\"} 1",
+            "paceline_output_tokens_total{group=\"0\"} 2",
+            "paceline_choices_total{group=\"0\",reason=\"deadline\"} 2",
+            "paceline_groups_formed_total{group=\"0\"} 0",
+            "paceline_groups_formed_total{group=\"1\"} 1",
         ] {
             assert!(text.lines().any(|other| other == line), "{line} in\n{text}");
         }

@@ -8,6 +8,7 @@
 //! * `admit` – a place and the first blocks; cached prefixes
 //! * `family` – sequences of one prompt: who waits for whom, what is copied
 //! * `blocks` – more blocks as sequences grow; who gives up its own
+//! * [`moving`] – sequences that go on in another group
 //! * [`plan`] – a step
 //! * [`budget`] – how many rows of prompts a step takes, and whose
 //! * [`apply`] – what a result changes
@@ -17,6 +18,7 @@ pub mod apply;
 mod blocks;
 pub mod budget;
 mod family;
+pub mod moving;
 pub mod plan;
 mod sequence;
 mod waiting;
@@ -35,6 +37,7 @@ use crate::{ledger::BlockLedger, prefix::PrefixKey};
 
 pub use apply::{Applied, Commit, ResultMismatch, Verified};
 pub use budget::ItlBound;
+pub use moving::Departed;
 pub use waiting::Priority;
 
 use plan::InFlight;
@@ -164,6 +167,11 @@ impl Scheduler {
             in_flight: VecDeque::new(),
             counters: Counters::default(),
         }
+    }
+
+    /// From now on sequences get ids from this one on: those of groups must differ, because sequences can move.
+    pub fn number_from(&mut self, first: SequenceId) {
+        self.next_sequence = first.0;
     }
 
     /// Whether a sequence of this many tokens fits a pool of `n_kv_blocks` when it is alone.

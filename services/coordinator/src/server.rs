@@ -1,9 +1,9 @@
-//! Opens the model's text side, forms the group, listens, and ends cleanly when asked to.
+//! Opens the model's text side, starts a loop for each group, listens, and ends cleanly when asked to.
 
 use std::{
     future::Future,
     net::SocketAddr,
-    sync::{Arc, OnceLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,11 +12,11 @@ use paceline_checkpoint::Checkpoint;
 use paceline_model::ModelConfig;
 use paceline_wire::{
     DESCRIPTORS,
-    inference::{Model, inference_server::InferenceServer},
+    inference::{Model, ServingGroup, inference_server::InferenceServer},
 };
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot, watch},
+    sync::{oneshot, watch},
     task::JoinHandle,
 };
 use tonic::transport::{Server, server::TcpIncoming};
@@ -25,9 +25,11 @@ use tonic_health::server::HealthReporter;
 use crate::{
     Config,
     admission::Admission,
+    config::ShardList,
     constraint::Grammars,
     drafter::{DrafterConfig, link::Target},
-    engine::{self, Engine, Event, GroupStatus, MAX_EVENTS},
+    engine::{self, Engine},
+    groups::{GroupStatus, Groups, Seat},
     http,
     metrics::Metrics,
     scheduler::Limits,
@@ -77,23 +79,17 @@ async fn serve(
     let print = if config.events { Print::Events } else { Print::Nothing };
     print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
 
-    let (events, inbox) = mpsc::channel(MAX_EVENTS);
     let metrics = Arc::new(Metrics::new().context("metrics")?);
     let n_vocab = parts.served.n_vocab;
-    let engine = engine::Parts {
-        group: parts.group,
-        limits: parts.limits,
-        drafter: parts.drafter,
-        reader_limit: config.reader_limit(),
-        metrics: metrics.clone(),
-    };
-    let (engine, status) = Engine::new(engine, events.clone());
-    let engine = tokio::spawn(engine.run(inbox));
-    let http = Http::start(&config, &metrics, &status).await?;
+    let (groups, seats) = Groups::new(group_names(&config), parts.limits.model);
+    let mut loops = Vec::new();
+    for (seat, shards) in seats.into_iter().zip(&config.shards) {
+        loops.push(parts.start_loop(seat, shards, &config, &metrics)?);
+    }
+    let http = Http::start(&config, &metrics, groups.status()).await?;
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let ready = ready_fields(&config, address, http.address);
-    let pool = Arc::new(OnceLock::new());
-    tokio::spawn(announce(status.clone(), health_reporter, print, ready, pool.clone()));
+    tokio::spawn(announce(groups.status().clone(), health_reporter, print, ready));
 
     let service = InferenceService {
         served: parts.served,
@@ -103,9 +99,7 @@ async fn serve(
         metrics,
         admission: Admission::new(config.budget(), Instant::now()),
         reader_buffer: config.reader_buffer,
-        events: events.clone(),
-        status,
-        pool,
+        groups: groups.clone(),
     };
     // Python's reflection client and older tools speak v1alpha only.
     let old_reflection = reflection().build_v1alpha().context("reflection descriptors")?;
@@ -123,14 +117,14 @@ async fn serve(
         .add_service(old_reflection)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
             shutdown.await;
-            let _ = events.send(Event::Stop).await;
+            groups.stop().await;
             let _ = stopped.send(());
         });
     let served = tokio::select! {
         served = serving => served.context("serving gRPC"),
         () = async { let _ = stop.await; tokio::time::sleep(DRAIN).await } => Ok(()),
     };
-    engine.abort();
+    loops.iter().for_each(JoinHandle::abort);
     http.stop();
     served
 }
@@ -161,7 +155,7 @@ impl Http {
     async fn start(
         config: &Config,
         metrics: &Arc<Metrics>,
-        status: &watch::Receiver<GroupStatus>,
+        status: &watch::Receiver<Vec<GroupStatus>>,
     ) -> anyhow::Result<Self> {
         let Some(listen) = config.http_listen else { return Ok(Self { address: None, server: None }) };
         let listener = TcpListener::bind(listen)
@@ -189,11 +183,39 @@ struct Parts {
     limits: Limits,
     model: Model,
     text: TextModel,
+    /// Of every group, but for its shards.
     group: GroupSpec,
     drafter: DrafterConfig,
 }
 
+fn group_names(config: &Config) -> Vec<String> {
+    config.shards.iter().enumerate().map(|(group, shards)| format!("group {group} ({shards})")).collect()
+}
+
+fn serving_group(shards: &ShardList) -> ServingGroup {
+    ServingGroup { ranks: shards.0.len() as u32, ready: false, kv_blocks: 0 }
+}
+
 impl Parts {
+    /// Starts the loop of a group.
+    fn start_loop(
+        &self,
+        seat: Seat,
+        shards: &ShardList,
+        config: &Config,
+        metrics: &Metrics,
+    ) -> anyhow::Result<JoinHandle<()>> {
+        let parts = engine::Parts {
+            group: GroupSpec { shards: shards.0.clone(), ..self.group.clone() },
+            limits: self.limits,
+            drafter: self.drafter.clone(),
+            reader_limit: config.reader_limit(),
+            metrics: metrics.group(seat.member.group()).context("metrics")?,
+            member: seat.member,
+        };
+        Ok(tokio::spawn(Engine::new(parts).run(seat.inbox)))
+    }
+
     fn open(config: &Config) -> anyhow::Result<Self> {
         let path = config.model.display();
         let checkpoint =
@@ -212,8 +234,9 @@ impl Parts {
                 context_tokens: sizes.context as u32,
                 vocabulary_tokens: n_vocab,
                 digest: checkpoint.digest().to_string(),
-                ranks: config.shards.len() as u32,
+                ranks: config.shards[0].0.len() as u32,
                 chat: text.has_template(),
+                groups: config.shards.iter().map(serving_group).collect(),
             },
             served: Served { model: name, n_vocab, context: sizes.context },
             limits: Limits {
@@ -234,7 +257,7 @@ impl Parts {
             },
             text,
             group: GroupSpec {
-                shards: config.shards.clone(),
+                shards: Vec::new(),
                 model: checkpoint.digest(),
                 quantize: config.quantize,
                 pool: sizes.pool,
@@ -262,37 +285,48 @@ impl Print {
     }
 }
 
-/// Tells health checks and the parent process how the group is doing.
+impl Print {
+    /// How a group is doing now; `ready` is what is said of all of them.
+    fn status(self, group: usize, status: &GroupStatus, ready: &str) {
+        match status {
+            GroupStatus::Ready { n_ranks, weight_bytes, saved_bytes, .. } => self.event(format_args!(
+                "{{\"event\":\"ready\",\"group\":{group},{ready},\"ranks\":{n_ranks},\"weight_bytes\":{weight_bytes},\
+                 \"saved_bytes\":{saved_bytes}}}"
+            )),
+            GroupStatus::Loading { rank, done_bytes, total_bytes } => self.event(format_args!(
+                "{{\"event\":\"loading\",\"group\":{group},\"rank\":{rank},\"done_bytes\":{done_bytes},\
+                 \"total_bytes\":{total_bytes}}}"
+            )),
+            GroupStatus::Forming(None) => {}
+            GroupStatus::Forming(Some(problem)) => self.event(format_args!(
+                "{{\"event\":\"forming\",\"group\":{group},\"problem\":{}}}",
+                json_string(problem)
+            )),
+        }
+    }
+}
+
+/// Tells health checks and the parent process how the groups are doing. One that is ready is enough to serve.
 async fn announce(
-    mut status: watch::Receiver<GroupStatus>,
+    mut status: watch::Receiver<Vec<GroupStatus>>,
     health: HealthReporter,
     print: Print,
     ready: String,
-    pool: Arc<OnceLock<u32>>,
 ) {
+    let mut told = Vec::new();
     loop {
         let now = status.borrow_and_update().clone();
-        match &now {
-            GroupStatus::Ready { n_ranks, n_kv_blocks, weight_bytes, saved_bytes } => {
-                pool.get_or_init(|| *n_kv_blocks);
-                health.set_serving::<InferenceServer<InferenceService>>().await;
-                health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-                print.event(format_args!(
-                    "{{\"event\":\"ready\",{ready},\"ranks\":{n_ranks},\"weight_bytes\":{weight_bytes},\
-                     \"saved_bytes\":{saved_bytes}}}"
-                ));
-            }
-            GroupStatus::Loading { rank, done_bytes, total_bytes } => print.event(format_args!(
-                "{{\"event\":\"loading\",\"rank\":{rank},\"done_bytes\":{done_bytes},\"total_bytes\":{total_bytes}}}"
-            )),
-            GroupStatus::Forming(problem) => {
-                health.set_not_serving::<InferenceServer<InferenceService>>().await;
-                health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
-                if let Some(problem) = problem {
-                    print.event(format_args!("{{\"event\":\"forming\",\"problem\":{}}}", json_string(problem)));
-                }
-            }
+        if now.iter().any(GroupStatus::is_ready) {
+            health.set_serving::<InferenceServer<InferenceService>>().await;
+            health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+        } else {
+            health.set_not_serving::<InferenceServer<InferenceService>>().await;
+            health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         }
+        for (group, status) in now.iter().enumerate().filter(|(group, new)| told.get(*group) != Some(*new)) {
+            print.status(group, status, &ready);
+        }
+        told = now;
         if status.changed().await.is_err() {
             return;
         }

@@ -1,10 +1,7 @@
 //! The gRPC face for clients. It validates, tokenizes, asks for a place and hands over to the engine; it holds no
 //! state of its own.
 
-use std::{
-    sync::{Arc, OnceLock},
-    time::Instant,
-};
+use std::{sync::Arc, time::Instant};
 
 use paceline_domain::{ErrorKind, Grammar, RequestId};
 use paceline_grammar::Matcher;
@@ -18,7 +15,6 @@ use paceline_wire::{
     },
     status::{bad_request, busy, status},
 };
-use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use tracing::{Instrument as _, Span, field, info_span};
@@ -28,7 +24,8 @@ use crate::{
     caller::Caller,
     client::Client,
     constraint::Grammars,
-    engine::{Event, GroupStatus, Submission},
+    engine::{Event, Submission},
+    groups::{GroupStatus, Groups},
     metrics::Metrics,
     output::Output,
     reader::Reader,
@@ -55,12 +52,8 @@ pub struct InferenceService {
     pub admission: Arc<Admission>,
     /// Chunks that may wait for a client to read them.
     pub reader_buffer: usize,
-    /// Into the loop.
-    pub events: mpsc::Sender<Event>,
-    /// State of the group.
-    pub status: watch::Receiver<GroupStatus>,
-    /// Blocks of the KV pool, once there has been a group; from then on requests wait for the next one.
-    pub pool: Arc<OnceLock<u32>>,
+    /// Who executes requests. Once there has been one of them, requests wait for the next one.
+    pub groups: Groups,
 }
 
 fn prompt_status(error: PromptError) -> Status {
@@ -86,6 +79,7 @@ impl InferenceService {
             gen_ai.operation.name = operation,
             gen_ai.provider.name = "paceline",
             gen_ai.request.model = self.served.model,
+            paceline.group = field::Empty,
             gen_ai.usage.input_tokens = field::Empty,
             gen_ai.usage.output_tokens = field::Empty,
         );
@@ -119,7 +113,7 @@ impl InferenceService {
         caller: Caller,
         arrived: Instant,
     ) -> Result<ReceiverStream<Result<GenerateResponse, Status>>, Status> {
-        let Some(n_kv_blocks) = self.pool.get().copied() else {
+        let Some(n_kv_blocks) = self.groups.largest_pool() else {
             return Err(Status::unavailable("the shard group is still being formed; try again in a moment"));
         };
         validate::model(&self.served, request.model.as_deref())?;
@@ -151,15 +145,17 @@ impl InferenceService {
             .admit(&caller.tenant, n_tokens, Instant::now())
             .map_err(|refusal| busy(refusal.to_string(), refusal.retry_after))?;
         let (reader, chunks) = Reader::new(self.reader_buffer);
-        let mut client = Client::new(reader, place, Span::current());
+        let (route, span) = (self.groups.route(&request, &caller.tenant), Span::current());
+        let group = route.group();
+        span.record("paceline.group", group as i64);
+        let mut client = Client::new(reader, place, route, span);
         client.push(0, Chunk::Started(self.started(&request)));
         let output = |_| Output::new(&request, self.text.tokenizer(), arrived);
         let outputs = (0..request.n_choices).map(output).collect();
         let submission = Box::new(Submission { request, outputs, matcher, client, caller, priority });
-        self.events
-            .send(Event::Submit(submission))
-            .await
-            .map_err(|_| Status::unavailable("the server is shutting down"))?;
+        if !self.groups.send(group, Event::Submit(submission)).await {
+            return Err(Status::unavailable("the server is shutting down"));
+        }
         Ok(ReceiverStream::new(chunks))
     }
 }
@@ -218,10 +214,13 @@ impl Inference for InferenceService {
         &self,
         _request: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
-        let ranks = match &*self.status.borrow() {
-            GroupStatus::Ready { n_ranks, .. } => *n_ranks as u32,
-            _ => self.model.ranks,
-        };
-        Ok(Response::new(ListModelsResponse { models: vec![Model { ranks, ..self.model.clone() }] }))
+        let mut model = self.model.clone();
+        for (group, status) in model.groups.iter_mut().zip(self.groups.status().borrow().iter()) {
+            group.ready = status.is_ready();
+            if let GroupStatus::Ready { n_kv_blocks, .. } = status {
+                group.kv_blocks = *n_kv_blocks;
+            }
+        }
+        Ok(Response::new(ListModelsResponse { models: vec![model] }))
     }
 }

@@ -20,7 +20,10 @@ use tonic::{
     transport::{Endpoint, Uri},
 };
 
-use crate::pool::{self, PoolWish};
+use crate::{
+    pool::{self, PoolWish},
+    router::Numerics,
+};
 
 /// How long a shard may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -155,6 +158,11 @@ impl ShardGroup {
     /// What the bits depend on beside the model, by rank: with other numbers the same tokens are not promised.
     pub fn device_numerics(&self) -> Vec<u32> {
         self.ranks.iter().map(|ready| ready.device_numerics).collect()
+    }
+
+    /// What the bits depend on beside model and flags; all ranks have the same version.
+    pub fn numerics(&self) -> Numerics {
+        Numerics::new(self.ranks[0].numerics, self.device_numerics())
     }
 
     /// Whether every rank's device copies KV blocks.

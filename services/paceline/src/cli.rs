@@ -176,6 +176,7 @@ mod tests {
             "run --model M --draft D --draft-threads 2 --speculate draft PROMPT",
             "up --draft D",
             "up --listen 127.0.0.1:0",
+            "up --groups 2 --ranks 1",
             "generate --server http://localhost:1 PROMPT",
             "chat --system S",
             "models list",
@@ -188,6 +189,7 @@ mod tests {
             "shard --listen 127.0.0.1:0 --model M --threads 2 --events --exit-with-stdin",
             "draft --listen 127.0.0.1:0 --model D --threads 1 --max-ahead 8 --events --exit-with-stdin",
             "coordinator --listen 127.0.0.1:0 --model M --shards http://a:1,http://b:2",
+            "coordinator --model M --shards http://a:1,http://b:2 --shards http://c:1,http://d:2",
         ];
         for line in lines {
             let parsed = Cli::try_parse_from(["paceline"].into_iter().chain(line.split(' ')));
@@ -207,6 +209,7 @@ mod tests {
             "",
             "run",
             "run --ranks 0 PROMPT",
+            "run --groups 0 PROMPT",
             "models pull",
             "fly",
             "synth --out a",

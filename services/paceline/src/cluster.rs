@@ -1,8 +1,8 @@
-//! A whole cluster as child processes of this one: N shards, a coordinator, and a draft service where one is wanted. It starts, watches and stops them;
+//! A whole cluster as child processes of this one: the shards of one or several groups, a coordinator, and a draft service where one is wanted. It starts, watches and stops them;
 //! what they do is their own matter.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     ffi::OsString,
     future::{Future as _, pending, poll_fn},
@@ -38,9 +38,11 @@ pub struct ClusterSpec {
     pub model_name: String,
     /// Where the coordinator listens.
     pub listen: String,
-    /// Compute threads of each rank; its length is the number of ranks.
+    /// Groups that each have the whole model.
+    pub n_groups: usize,
+    /// Compute threads of each rank, group by group; its length is the number of shards.
     pub threads: Vec<usize>,
-    /// What each rank computes with; empty leaves it to the shards.
+    /// What each rank computes with, group by group; empty leaves it to the shards.
     pub devices: Vec<DeviceChoice>,
     /// Further arguments of every shard.
     pub shard_args: Vec<OsString>,
@@ -52,6 +54,19 @@ pub struct ClusterSpec {
     pub env: Vec<(String, String)>,
     /// What to do with the children's logs.
     pub log: Log,
+}
+
+impl ClusterSpec {
+    /// Shards of each group.
+    pub fn n_ranks(&self) -> usize {
+        self.threads.len() / self.n_groups
+    }
+
+    /// What a shard is called; the group is named where there are several.
+    pub fn shard_name(&self, shard: usize) -> String {
+        let (group, rank) = (shard / self.n_ranks(), shard % self.n_ranks());
+        if self.n_groups == 1 { format!("shard {rank}") } else { format!("group {group} shard {rank}") }
+    }
 }
 
 /// A draft service to start.
@@ -95,7 +110,7 @@ impl Cluster {
         }
         let mut coordinator = start_coordinator(spec, &shard_addresses, draft_address)?;
         let (address, http) = {
-            let ready = ready(&mut coordinator, spec.threads.len(), progress);
+            let ready = ready(&mut coordinator, spec, progress);
             tokio::select! {
                 addresses = ready => addresses?,
                 ended = any_ended(shards.iter_mut()) => return Err(ended.into()),
@@ -114,7 +129,7 @@ impl Cluster {
         self.http.as_deref()
     }
 
-    /// Where the coordinator reaches the shards, as URLs in rank order.
+    /// Where the coordinator reaches the shards, as URLs in rank order, group by group.
     pub fn shard_addresses(&self) -> &[String] {
         &self.shard_addresses
     }
@@ -124,7 +139,7 @@ impl Cluster {
         self.draft.as_mut()?.process()
     }
 
-    /// Every process that the cluster cannot do without: shards in rank order, then the coordinator.
+    /// Every process that the cluster cannot do without: shards as [`Self::shard_addresses`], then the coordinator.
     pub fn processes(&mut self) -> impl Iterator<Item = &mut ServiceProcess> {
         self.shards.iter_mut().chain([&mut self.coordinator])
     }
@@ -160,15 +175,15 @@ pub fn share_threads(total: usize, n_ranks: usize) -> Vec<usize> {
 }
 
 fn start_shards(spec: &ClusterSpec) -> anyhow::Result<Vec<ServiceProcess>> {
-    let start = |(rank, threads): (usize, &usize)| {
+    let start = |(shard, threads): (usize, &usize)| {
         let mut args: Vec<OsString> = vec!["shard".into(), "--listen".into(), "127.0.0.1:0".into()];
         args.extend(["--model".into(), spec.model.clone().into()]);
         args.extend(["--threads".into(), threads.to_string().into()]);
-        if let Some(device) = spec.devices.get(rank) {
+        if let Some(device) = spec.devices.get(shard) {
             args.extend(["--device".into(), device.to_string().into()]);
         }
         args.extend(spec.shard_args.iter().cloned());
-        service(spec, format!("shard {rank}"), args)
+        service(spec, spec.shard_name(shard), args)
     };
     spec.threads.iter().enumerate().map(start).collect()
 }
@@ -200,7 +215,9 @@ fn start_coordinator(
     let mut args: Vec<OsString> = vec!["coordinator".into(), "--listen".into(), spec.listen.clone().into()];
     args.extend(["--model".into(), spec.model.clone().into()]);
     args.extend(["--model-name".into(), spec.model_name.clone().into()]);
-    args.extend(["--shards".into(), shards.join(",").into()]);
+    for group in shards.chunks(spec.n_ranks()) {
+        args.extend(["--shards".into(), group.join(",").into()]);
+    }
     if let Some(draft) = draft {
         args.extend(["--draft".into(), draft.into()]);
         // On one machine they are faster one after the other, unless somebody knows better.
@@ -226,27 +243,36 @@ async fn listening(service: &mut ServiceProcess) -> anyhow::Result<String> {
     }
 }
 
+/// Waits until every group is ready.
 async fn ready(
     coordinator: &mut ServiceProcess,
-    n_ranks: usize,
+    spec: &ClusterSpec,
     progress: &Progress,
 ) -> anyhow::Result<(String, Option<String>)> {
-    let mut bars: BTreeMap<u32, Bar> = BTreeMap::new();
+    let mut bars: BTreeMap<(usize, u32), Bar> = BTreeMap::new();
+    let mut are_ready = BTreeSet::new();
+    let n_ranks = spec.n_ranks();
     loop {
         match coordinator.next_event().await? {
             Event::Listening { .. } => {}
             // All shards listen already, so trying again would not help.
-            Event::Forming { problem } => bail!("the group cannot be formed: {problem}"),
-            Event::Loading { rank, done_bytes, total_bytes } => {
-                let label = || format!("loading rank {rank} of {n_ranks}");
-                bars.entry(rank).or_insert_with(|| progress.bytes(&label(), total_bytes)).set(done_bytes);
+            Event::Forming { problem, .. } => bail!("the group cannot be formed: {problem}"),
+            Event::Loading { group, rank, done_bytes, total_bytes } => {
+                let of_group = if spec.n_groups == 1 { String::new() } else { format!(", group {group}") };
+                let label = || format!("loading rank {rank} of {n_ranks}{of_group}");
+                let bar = bars.entry((group, rank));
+                bar.or_insert_with(|| progress.bytes(&label(), total_bytes)).set(done_bytes);
             }
-            Event::Ready { address, http, quantize, weight_bytes, saved_bytes, .. } => {
-                bars.values().for_each(Bar::finish);
-                if let Some(quantization) = quantize {
+            Event::Ready { group, address, http, quantize, weight_bytes, saved_bytes, .. } => {
+                let is_first = are_ready.is_empty();
+                are_ready.insert(group);
+                if let Some(quantization) = quantize.filter(|_| is_first) {
                     progress.line(&quantized(&quantization, weight_bytes, saved_bytes));
                 }
-                return Ok((address, http));
+                if are_ready.len() == spec.n_groups {
+                    bars.values().for_each(Bar::finish);
+                    return Ok((address, http));
+                }
             }
         }
     }

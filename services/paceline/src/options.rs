@@ -100,13 +100,16 @@ pub struct ClusterOptions {
     /// Compute threads of the draft model, which computes while the model waits [default: as many as --threads]
     #[arg(long, value_name = "N", requires = "draft")]
     pub draft_threads: Option<NonZeroUsize>,
-    /// Shards to split the model over [default: 2, or 1 on a single core]
+    /// Groups of shards that each have the whole model; requests are shared out, by cached prefix and load
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub groups: NonZeroUsize,
+    /// Shards to split the model over, in each group [default: 2, or 1 where a group has a single core]
     #[arg(long, value_name = "N")]
     pub ranks: Option<NonZeroUsize>,
     /// Compute threads of all shards together [default: one a core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
-    /// What shards compute with: auto, cpu or cuda:N, one for all or one for each rank [default: auto]
+    /// What shards compute with: auto, cpu or cuda:N, one for all or one for each rank of each group [default: auto]
     #[arg(long, value_name = "DEVICE,...", value_delimiter = ',')]
     pub device: Vec<DeviceChoice>,
     /// Share of the free memory of each GPU that weights and KV cache may take [default: 0.9]
@@ -137,17 +140,18 @@ pub struct ClusterOptions {
 }
 
 impl ClusterOptions {
-    /// Compute threads of each rank.
+    /// Compute threads of each rank, group by group.
     pub fn threads_per_rank(&self) -> Vec<usize> {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let ranks = self.ranks.map_or(cores.min(DEFAULT_RANKS), NonZeroUsize::get);
-        share_threads(self.threads.map_or(cores, NonZeroUsize::get), ranks)
+        let n_groups = self.groups.get();
+        let n_ranks = self.ranks.map_or((cores / n_groups).clamp(1, DEFAULT_RANKS), NonZeroUsize::get);
+        share_threads(self.threads.map_or(cores, NonZeroUsize::get), n_groups * n_ranks)
     }
 
-    /// What each rank computes with; empty when the user does not say.
+    /// What each rank computes with, group by group; empty when the user does not say.
     ///
     /// # Errors
-    /// When there are several devices, but not one for each rank.
+    /// When there are several devices, but not one for each rank of each group.
     pub fn devices(&self) -> anyhow::Result<Vec<DeviceChoice>> {
         devices_of_ranks(&self.device, self.threads_per_rank().len())
     }

@@ -53,6 +53,7 @@ impl Engine {
         let span = info_span!(
             parent: first.span(),
             "step",
+            group = self.member.group() as i64,
             epoch = plan.epoch.0 as i64,
             step = plan.step.0 as i64,
             n_rows = plan.n_rows() as i64,

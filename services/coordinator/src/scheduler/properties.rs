@@ -42,6 +42,10 @@ enum Event {
         which: usize,
     },
     NewEpoch,
+    /// A sequence and those of its prompt leave, and come to a new group.
+    Move {
+        which: usize,
+    },
 }
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
@@ -69,6 +73,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1 => (0usize..8).prop_map(|which| Event::Hold { which }),
         2 => (0usize..8).prop_map(|which| Event::Release { which }),
         1 => Just(Event::NewEpoch),
+        1 => (0usize..8).prop_map(|which| Event::Move { which }),
     ];
     prop::collection::vec(event, 0..150)
 }
@@ -192,15 +197,32 @@ impl World {
                     self.scheduler.release(id);
                 }
             }
-            Event::NewEpoch => {
-                self.n_epochs += 1;
-                self.plans.clear();
-                self.group = ToyGroup::new(self.n_blocks);
-                self.scheduler.begin_epoch(Epoch(self.n_epochs), self.n_blocks);
-                self.allow_copies();
+            Event::NewEpoch => self.new_epoch(),
+            Event::Move { which } => {
+                if let Some(id) = self.some_live(which) {
+                    self.move_family(id);
+                }
             }
         }
         self.check_blocks();
+    }
+
+    fn new_epoch(&mut self) {
+        self.n_epochs += 1;
+        self.plans.clear();
+        self.group = ToyGroup::new(self.n_blocks);
+        self.scheduler.begin_epoch(Epoch(self.n_epochs), self.n_blocks);
+        self.allow_copies();
+    }
+
+    fn move_family(&mut self, id: SequenceId) {
+        let family = self.scheduler.sequences[&id].family;
+        let members = self.scheduler.sequences.iter().filter(|(_, one)| one.family == family);
+        let members: Vec<SequenceId> = members.map(|(id, _)| *id).collect();
+        let departed = members.iter().filter_map(|id| self.scheduler.take(*id)).collect();
+        self.check_blocks();
+        self.new_epoch();
+        self.scheduler.adopt(departed);
     }
 
     fn some_live(&self, which: usize) -> Option<SequenceId> {

@@ -7,7 +7,7 @@ use paceline_domain::{
     TokenId, UNKNOWN_TOKEN,
 };
 
-use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, blocks_for};
+use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, Priority, blocks_for};
 use crate::prefix::{PrefixKey, extend_keys};
 
 #[derive(Debug)]
@@ -23,6 +23,7 @@ pub(super) struct Sequence {
     pub(super) pace: Pace,
     /// Whose it is.
     pub(super) tenant: Arc<str>,
+    pub(super) priority: Priority,
     /// The first of the sequences with its prompt; itself where it is alone.
     pub(super) family: SequenceId,
     /// Those of them that wait until it has read the prompt.
@@ -78,6 +79,7 @@ impl Sequence {
             is_constrained: new.is_constrained,
             pace: Pace::default(),
             tenant: new.tenant.into(),
+            priority: new.priority,
             family: new.sibling.unwrap_or(id),
             siblings: Vec::new(),
             is_held: false,

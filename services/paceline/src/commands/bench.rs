@@ -115,6 +115,7 @@ impl BenchArgs {
             model: self.model.clone(),
             draft: self.speculation.draft.clone(),
             draft_threads: self.speculation.draft_threads,
+            groups: NonZeroUsize::MIN,
             ranks: Some(self.ranks),
             threads: self.threads,
             device: vec![self.device.device],

@@ -18,6 +18,7 @@ use crate::{
 #[command(after_help = "Examples:
   paceline up
   paceline up --model qwen2.5-coder-1.5b-instruct --ranks 2 --listen 0.0.0.0:50051
+  paceline up --groups 2 --ranks 1     # two copies of the model share the requests
 
 Standard output gets one line for each service, \"coordinator http://...\" first, once the cluster is ready.
 Clients: paceline generate, paceline chat, or any gRPC client (reflection is on).")]
@@ -46,7 +47,7 @@ pub async fn up(args: &UpArgs, places: &ModelPlaces) -> anyhow::Result<()> {
         spec.coordinator_args.extend(["--http-listen".into(), listen.into()]);
     }
     let mut cluster = start(&spec, &progress, &mut interrupts).await?;
-    write_stdout(&addresses(&cluster))?;
+    write_stdout(&addresses(&cluster, &spec))?;
     progress.line("ready; Ctrl-C stops it");
     let result = tokio::select! {
         ended = cluster.any_ended() => Err(ended.into()),
@@ -73,6 +74,7 @@ pub fn embedded_spec(
         model,
         model_name,
         listen: listen.into(),
+        n_groups: options.groups.get(),
         threads: options.threads_per_rank(),
         devices: options.devices()?,
         shard_args: options.shard_args(),
@@ -98,9 +100,9 @@ pub async fn start(
     }
 }
 
-fn addresses(cluster: &Cluster) -> String {
+fn addresses(cluster: &Cluster, spec: &ClusterSpec) -> String {
     let shards = cluster.shard_addresses().iter().enumerate();
-    let shards = shards.map(|(rank, address)| format!("shard {rank} {address}\n"));
+    let shards = shards.map(|(shard, address)| format!("{} {address}\n", spec.shard_name(shard)));
     let http = cluster.http().map(|http| format!("metrics http://{http}/metrics\n"));
     [format!("coordinator {}\n", cluster.address())].into_iter().chain(shards).chain(http).collect()
 }
