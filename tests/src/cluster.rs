@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use paceline::{
     answer::connect,
     cluster::{Cluster, ClusterSpec as Processes, DraftSpec},
-    process::Log,
+    process::{Log, ServiceProcess, ServiceSpec},
     progress::Progress,
 };
 use paceline_wire::inference::inference_client::InferenceClient;
@@ -181,4 +181,21 @@ impl Drop for TestCluster {
             }
         }
     }
+}
+
+/// A shard in the place of one that is gone: same address, fresh memory.
+///
+/// # Panics
+/// When it cannot be started.
+pub fn replacement(model: PathBuf, address: &str) -> ServiceProcess {
+    let listen = address.trim_start_matches("http://");
+    let args = ["shard", "--listen", listen, "--threads", "1", "--model"].map(Into::into);
+    let spec = ServiceSpec {
+        name: "replacement".into(),
+        program: paceline(),
+        args: args.into_iter().chain([model.into()]).collect(),
+        env: Vec::new(),
+        log: Log::Keep,
+    };
+    ServiceProcess::start(&spec).expect("starts")
 }

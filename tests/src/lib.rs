@@ -5,6 +5,7 @@
 //! * [`models`] – where model files are
 //! * [`client`] – requests and collected answers
 //! * [`program`] – the `paceline` executable, run to its end
+//! * [`scrape`] – metrics and health by HTTP
 //! * [`in_process`] – the services inside this process, on a model that takes no time
 //! * [`hash_model`] – that model: its tokens tell whether the KV cache is right
 //! * [`hostile_draft`] – a draft service of that model that is good, wrong, silent, dying or talks nonsense
@@ -26,6 +27,7 @@ pub mod models;
 pub mod program;
 pub mod random;
 pub mod schedule;
+pub mod scrape;
 pub mod soak;
 
 pub use client::{Generation, generate, greedy};

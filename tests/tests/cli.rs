@@ -7,10 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use paceline::answer::connect;
 use paceline_tests::{
+    client::{generate, greedy},
     models::small_model,
     program::{command, run},
 };
+use paceline_wire::inference::ListModelsRequest;
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -169,6 +172,40 @@ async fn a_file_that_is_no_model_is_explained() {
     let output = run(&["run", "--model", &path, "Hi"]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains(&path), "{}", text(&output.stderr));
+}
+
+#[tokio::test]
+async fn up_starts_groups_that_share_the_requests() {
+    let model = model();
+    let arguments = ["up", "--model", &model, "--groups", "2", "--ranks", "1", "--listen", "127.0.0.1:0"];
+    let mut up = command(&arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("starts");
+    let mut lines = BufReader::new(up.stdout.take().expect("is piped")).lines();
+    let mut addresses = Vec::new();
+    for name in ["coordinator", "group 0 shard 0", "group 1 shard 0"] {
+        let line = tokio::time::timeout(DEADLINE, lines.next_line()).await.expect("in time").expect("reads");
+        let line = line.expect("a line for each service");
+        let address = line.strip_prefix(&format!("{name} ")).unwrap_or_else(|| panic!("{name}: {line}"));
+        addresses.push(address.to_owned());
+    }
+    let children = children(up.id().expect("it runs"));
+    let mut client = connect(&addresses[0]).await.expect("it answers");
+    let listed = client.list_models(ListModelsRequest {}).await.expect("it answers").into_inner();
+    let groups: Vec<(u32, bool)> =
+        listed.models[0].groups.iter().map(|group| (group.ranks, group.ready)).collect();
+    assert_eq!(groups, [(1, true), (1, true)]);
+
+    // Nothing is cached: where less was sent so far is next, so both groups answer both.
+    let prompts = ["One, two,", "Three, four,"].map(|prompt| greedy(prompt, 8));
+    let mut answers = Vec::new();
+    for prompt in [0, 1, 1, 0].map(|i| prompts[i].clone()) {
+        answers.push(generate(&mut client, prompt).await.expect("generates").tokens);
+    }
+    assert_eq!((&answers[0], &answers[1]), (&answers[3], &answers[2]));
+    drop(client);
+    signal(&up, "-TERM").await;
+    let status = tokio::time::timeout(DEADLINE, up.wait()).await.expect("ends").expect("waits");
+    assert_eq!(status.code(), Some(0));
+    all_gone(&children).await;
 }
 
 #[tokio::test]

@@ -1,48 +1,11 @@
 //! The HTTP port of a real cluster: health, and metrics that count what was done.
 
-use std::collections::HashMap;
-
 use paceline_tests::{
     ClusterSpec, TestCluster,
     client::{generate, generate_choices, greedy},
+    scrape::{get, of_group, scraped},
 };
 use paceline_wire::inference::{GenerateRequest, SpeculationMode, SpeculationOptions};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
-
-/// Status line, headers and body of an answer.
-async fn get(address: &str, path: &str) -> (String, String) {
-    let mut stream = TcpStream::connect(address).await.expect("somebody listens");
-    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.expect("sent");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
-    (head.to_lowercase(), body.to_owned())
-}
-
-/// Value of each series, by its name with labels.
-async fn scraped(cluster: &TestCluster) -> HashMap<String, f64> {
-    let (head, body) = get(&cluster.http(), "/metrics").await;
-    assert!(head.starts_with("http/1.1 200") && head.contains("text/plain; version=0.0.4"), "{head}");
-    let series = body.lines().filter(|line| !line.starts_with('#') && line.contains(' '));
-    let value = |line: &str| {
-        let (name, value) = line.rsplit_once(' ').expect("a value");
-        (name.to_owned(), value.parse().expect("a number"))
-    };
-    series.map(value).collect()
-}
-
-/// The name of a series with the label of its group, which refusals do not have.
-fn of_group(group: usize, name: &str) -> String {
-    match name.split_once('{') {
-        _ if name.starts_with("paceline_rejected_total") => name.into(),
-        Some((name, labels)) => format!("{name}{{group=\"{group}\",{labels}"),
-        None => format!("{name}{{group=\"{group}\"}}"),
-    }
-}
 
 #[tokio::test]
 async fn metrics_count_what_was_done() {
@@ -67,7 +30,7 @@ async fn metrics_count_what_was_done() {
         .await
         .expect_err("is refused");
 
-    let metrics = scraped(&cluster).await;
+    let metrics = scraped(&cluster.http()).await;
     let n_prompt = f64::from(first.started.n_prompt_tokens);
     let n_cached: u32 =
         choices.iter().map(|choice| choice.finished.usage.expect("usage").cached_tokens).sum();

@@ -1,12 +1,10 @@
 //! A shard that dies is a pause of the stream: no error, no gap, no other token.
 
-use std::path::PathBuf;
-
-use paceline::process::{Log, ServiceProcess, ServiceSpec};
+use paceline::process::ServiceProcess;
 use paceline_tests::{
     ClusterSpec, TestCluster,
     client::{generate, greedy, seeded},
-    program::paceline,
+    cluster::replacement,
     small_model,
 };
 use paceline_wire::inference::{
@@ -18,20 +16,6 @@ const PROMPT: &str = "A short history of the bicycle:";
 const N_TOKENS: u32 = 48;
 /// Tokens to see before the shard is killed.
 const N_BEFORE: usize = 8;
-
-/// A shard in the place of one that is gone: same address, fresh memory.
-fn replacement(model: PathBuf, address: &str) -> ServiceProcess {
-    let listen = address.trim_start_matches("http://");
-    let args = ["shard", "--listen", listen, "--threads", "1", "--model"].map(Into::into);
-    let spec = ServiceSpec {
-        name: "replacement".into(),
-        program: paceline(),
-        args: args.into_iter().chain([model.into()]).collect(),
-        env: Vec::new(),
-        log: Log::Keep,
-    };
-    ServiceProcess::start(&spec).expect("starts")
-}
 
 /// Kills the shard of this rank while the answer is streamed, and puts another in its place.
 async fn tokens_across_a_death(

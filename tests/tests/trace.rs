@@ -130,6 +130,7 @@ async fn one_trace_id_is_seen_in_the_coordinator_and_every_shard() {
     assert_eq!(entry.len(), 1, "one span is the client's child");
     assert_eq!(entry[0].service, "paceline-coordinator");
     assert_eq!(entry[0].span.name, "generate test-model");
+    assert_eq!(number(&entry[0].span.attributes, "paceline.group"), Some(0));
 
     let forwards: Vec<_> = ours.iter().filter(|received| received.span.name == "forward").collect();
     let ranks: HashSet<i64> =
@@ -138,6 +139,7 @@ async fn one_trace_id_is_seen_in_the_coordinator_and_every_shard() {
     for forward in forwards {
         let step = by_id[&hex(&forward.span.parent_span_id)];
         assert_eq!((step.service.as_str(), step.span.name.as_str()), ("paceline-coordinator", "step"));
+        assert_eq!(number(&step.span.attributes, "group"), Some(0));
     }
 }
 
