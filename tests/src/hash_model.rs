@@ -6,7 +6,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -50,6 +50,7 @@ struct State {
     n_copied: AtomicU64,
     n_loaded: AtomicU64,
     n_passes: AtomicU64,
+    numerics: AtomicU32,
     recorded: Option<Mutex<Vec<RecordedPass>>>,
 }
 
@@ -125,6 +126,11 @@ impl HashModel {
         self.state.n_until_failure.store(-1, Ordering::Relaxed);
         self.state.breaks.store(false, Ordering::Relaxed);
         self.state.is_broken.store(false, Ordering::Relaxed);
+    }
+
+    /// From its next load on it says that its bits depend on this, which is 0 at first. They do not.
+    pub fn set_numerics(&self, numerics: u32) {
+        self.state.numerics.store(numerics, Ordering::Relaxed);
     }
 
     /// Passes so far, on all ranks.
@@ -376,7 +382,7 @@ impl Backend for HashRank {
     }
 
     fn device_numerics(&self) -> u32 {
-        0
+        self.state.numerics.load(Ordering::Relaxed)
     }
 
     fn memory_bytes(&self) -> (usize, usize) {

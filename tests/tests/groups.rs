@@ -167,6 +167,20 @@ async fn where_all_groups_are_lost_requests_wait_for_the_first_that_is_back() {
     assert_eq!(cluster.ready_groups().await.expect("it answers"), [false, true]);
 }
 
+#[tokio::test]
+async fn a_group_that_would_compute_other_tokens_is_not_taken() {
+    let (cluster, devices) = two_groups(&[]).await;
+    let client = cluster.client().await.expect("a connection");
+    devices[1].set_numerics(7);
+    devices[1].fail_after(20);
+    end(running(&client, (0..8).map(|text| job(text, 40, 120)).collect())).await;
+    until("it was refused", async || devices[1].n_loaded() >= 3).await;
+    assert_eq!(cluster.ready_groups().await.expect("it answers"), [true, false]);
+    end(running(&client, (0..4).map(|text| job(text, 50, 10)).collect())).await;
+    devices[1].set_numerics(0);
+    ready(&cluster, [true, true]).await;
+}
+
 /// Breaks one group after another, for a while each.
 async fn harm(devices: &[HashModel; 2], random: &mut Random) -> Infallible {
     loop {

@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use paceline_tests::{
     ClusterSpec, Generation, TestCluster,
-    client::{from_tokens, generate, seeded},
+    client::{from_tokens, generate, greedy, seeded},
     cluster::replacement,
     scrape::{get, of_group, scraped},
     small_model,
 };
-use paceline_wire::inference::{GenerateRequest, inference_client::InferenceClient};
+use paceline_wire::inference::{
+    GenerateRequest, SpeculationMode, SpeculationOptions, inference_client::InferenceClient,
+};
 use tokio::task::JoinHandle;
 use tonic::{Status, transport::Channel};
 
@@ -64,8 +66,7 @@ async fn streams_outlive_their_group() {
     let (client, http) = (cluster.client().await, cluster.http());
     let shards = cluster.processes().shard_addresses().to_vec();
     let own = |i: u32| from_tokens((0..40).map(|n| 1000 + i * 211 + n * 37).collect(), N_TOKENS);
-    let requests =
-        [own(0), own(1), own(2), seeded("A short history of the bicycle:", N_TOKENS, 7)];
+    let requests = [own(0), own(1), own(2), seeded("A short history of the bicycle:", N_TOKENS, 7)];
     let mut alone = Vec::new();
     for request in &requests {
         alone.push(generate(&mut client.clone(), request.clone()).await.expect("generates").tokens);
@@ -90,6 +91,30 @@ async fn streams_outlive_their_group() {
     let _replacement = replacement(small_model(), &shards[0]);
     until(&http, "group 0 is formed anew", |value| value(0, "paceline_groups_formed_total") == 2.0).await;
     let streams = send(&client, &requests);
+    cluster.processes().processes().nth(1).expect("a shard").kill().await.expect("was alive");
+    assert_eq!(tokens(streams).await, alone);
+}
+
+#[tokio::test]
+async fn groups_share_a_draft_service_and_streams_take_their_proposals_along() {
+    let http = ["--http-listen", "127.0.0.1:0"];
+    let spec = ClusterSpec::small(1).groups(2).draft(small_model()).coordinator_args(&http);
+    let mut cluster = TestCluster::start(spec).await;
+    let (client, http) = (cluster.client().await, cluster.http());
+    let with = |mode: SpeculationMode| {
+        let options = SpeculationOptions { mode: Some(mode.into()), max_tokens: None };
+        let prompts = ["One two three one two three one two", "The quick brown fox", "Once upon a time"];
+        prompts.map(|prompt| GenerateRequest { speculation: Some(options), ..greedy(prompt, N_TOKENS) })
+    };
+    let alone = tokens(send(&client, &with(SpeculationMode::Off))).await;
+    assert_eq!(tokens(send(&client, &with(SpeculationMode::Draft))).await, alone);
+    let before = scraped(&http).await;
+    let n_before = |group| before[&of_group(group, "paceline_output_tokens_total")];
+    let streams = send(&client, &with(SpeculationMode::Draft));
+    until(&http, "both groups generate", |value| {
+        (0..2).all(|group| value(group, "paceline_output_tokens_total") >= n_before(group) + N_BEFORE)
+    })
+    .await;
     cluster.processes().processes().nth(1).expect("a shard").kill().await.expect("was alive");
     assert_eq!(tokens(streams).await, alone);
 }

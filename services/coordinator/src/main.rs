@@ -2,7 +2,7 @@
 
 use clap::Parser;
 
-/// Serves a model from a group of shards.
+/// Serves a model from one or several groups of shards.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {

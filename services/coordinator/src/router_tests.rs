@@ -259,10 +259,16 @@ fn as_much_is_remembered_as_the_pool_holds_the_end_of_a_prompt_first_forgotten()
 
 #[derive(Clone, Debug)]
 enum Event {
-    Send { text: u32, n_prompt: usize, max_tokens: usize },
+    Send {
+        text: u32,
+        n_prompt: usize,
+        max_tokens: usize,
+    },
     End(usize),
     Down(usize),
     Up(usize),
+    /// A request moves, if it can.
+    Move(usize),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -272,17 +278,19 @@ fn event() -> impl Strategy<Value = Event> {
         4 => (0usize..40).prop_map(Event::End),
         1 => (0usize..3).prop_map(Event::Down),
         1 => (0usize..3).prop_map(Event::Up),
+        2 => (0usize..40).prop_map(Event::Move),
     ]
 }
 
 proptest! {
-    /// Loads are those of the requests that have not ended; no request is sent to a group that is down while one is up;
+    /// Loads are those of the requests that have not ended; no request is sent to a group that is down while one is up, and
+    /// none moves to one that is down;
     /// what is remembered is bounded; the excess over the least load is paid for by the prefix; the same events give the
     /// same routes.
     #[test]
     fn routes_keep_their_promises(events in prop::collection::vec(event(), 0..150)) {
         let mut routers = [router(&[POOL; 3]), router(&[POOL; 3])];
-        let (mut is_up, mut live): ([bool; 3], Vec<(usize, u64)>) = ([true; 3], Vec::new());
+        let (mut is_up, mut live): ([bool; 3], Vec<(usize, Wanted)>) = ([true; 3], Vec::new());
         for event in events {
             match event {
                 Event::Send { text, n_prompt, max_tokens } => {
@@ -305,13 +313,24 @@ proptest! {
                         let is_better = (cached[other], Reverse(loads[other])) > (cached[sent], Reverse(loads[sent]));
                         prop_assert!(!(is_fair && is_better));
                     }
-                    live.push((sent, wanted.n_tokens()));
+                    live.push((sent, wanted));
                 }
                 Event::End(which) if !live.is_empty() => {
-                    let (group, n_tokens) = live.swap_remove(which % live.len());
-                    routers.iter_mut().for_each(|router| router.ended(group, n_tokens));
+                    let (group, wanted) = live.swap_remove(which % live.len());
+                    routers.iter_mut().for_each(|router| router.ended(group, wanted.n_tokens()));
                 }
-                Event::End(_) => {}
+                Event::Move(which) if !live.is_empty() => {
+                    let which = which % live.len();
+                    let (from, wanted) = live[which].clone();
+                    if !is_up[from] {
+                        let to = routers.each_mut().map(|router| router.reroute(from, &wanted));
+                        prop_assert_eq!(to[0], to[1]);
+                        prop_assert_eq!(to[0].is_some(), is_up.contains(&true));
+                        prop_assert!(to[0].is_none_or(|to| is_up[to]));
+                        live[which].0 = to[0].unwrap_or(from);
+                    }
+                }
+                Event::End(_) | Event::Move(_) => {}
                 Event::Down(group) => {
                     is_up[group] = false;
                     routers.iter_mut().for_each(|router| router.down(group));
@@ -322,7 +341,7 @@ proptest! {
                 }
             }
             for group in 0..3 {
-                let load: u64 = live.iter().filter(|(at, _)| *at == group).map(|(_, n)| n).sum();
+                let load: u64 = live.iter().filter(|(at, _)| *at == group).map(|(_, wanted)| wanted.n_tokens()).sum();
                 prop_assert_eq!(routers[0].load(group), load);
                 let sent = &routers[0].groups[group].sent;
                 prop_assert!(sent.moments.len() <= POOL as usize);

@@ -19,7 +19,7 @@ pub struct DraftArgs {
     config: paceline_draft::Config,
 }
 
-/// Serves a model from a group of shards.
+/// Serves a model from one or several groups of shards.
 #[derive(Args, Debug)]
 pub struct CoordinatorArgs {
     #[command(flatten)]
