@@ -33,7 +33,7 @@ use paceline_speculation::{Drafting, StepTimes};
 
 use crate::{ledger::BlockLedger, prefix::PrefixKey};
 
-pub use apply::{Applied, Commit, ResultMismatch, Verified};
+pub use apply::{Applied, Commit, ResultMismatch, Scores, Verified};
 pub use budget::ItlBound;
 pub use waiting::Priority;
 
@@ -84,6 +84,8 @@ pub struct NewSequence {
     pub tenant: String,
     /// Its class.
     pub priority: Priority,
+    /// `Some(n)`: log probabilities of its prompt's tokens are wanted, and of n alternatives to each.
+    pub n_prompt_logprobs: Option<u32>,
     /// A sequence with the same prompt, if there is one: then this one waits until that has read the prompt.
     pub sibling: Option<SequenceId>,
 }
@@ -313,6 +315,8 @@ impl Scheduler {
 
 #[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod scoring_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
