@@ -6,6 +6,7 @@
 //! * `sequence` – one sequence: its tokens, and what of them the shards have
 //! * `waiting` – who is next: fair share among tenants, in classes
 //! * `admit` – a place and the first blocks; cached prefixes
+//! * `fairness` – what a tenant with most of the places leaves to others
 //! * `family` – sequences of one prompt: who waits for whom, what is copied
 //! * `blocks` – more blocks as sequences grow; who gives up its own
 //! * [`plan`] – a step
@@ -16,6 +17,7 @@ mod admit;
 pub mod apply;
 mod blocks;
 pub mod budget;
+mod fairness;
 mod family;
 pub mod plan;
 mod sequence;

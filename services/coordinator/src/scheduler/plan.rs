@@ -6,6 +6,7 @@ use paceline_speculation::{Drafting, Load};
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
     budget::{ROWS_FOR_PROMPTS, prefill_rows, share},
+    fairness::favour,
     sequence::Next,
 };
 
@@ -135,7 +136,10 @@ impl Scheduler {
         }
         let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
         let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, start, n_rows_left);
-        for (id, n) in prompts.into_iter().zip(share(n_rows, &wanted)).filter(|(_, n)| *n > 0) {
+        let mut granted = share(n_rows, &wanted);
+        let n_unused = n_rows_left - granted.iter().sum::<usize>();
+        favour(&mut granted, &wanted, &self.are_light(&prompts), n_unused);
+        for (id, n) in prompts.into_iter().zip(granted).filter(|(_, n)| *n > 0) {
             let open = self.open(id);
             let chunk = self.sequence(id).chunk(id, n);
             draft.add(open, chunk);
