@@ -141,17 +141,17 @@ impl Scheduler {
 /// Whether the result answers the plan: the same step, for each chunk with sampled rows the proposals that were
 /// sampled and at most one more, and the scores that were asked for.
 fn check(plan: &StepPlan, result: &StepResult) -> Result<(), ResultMismatch> {
-    let sampling: Vec<_> = plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).collect();
-    let wanted: Vec<_> = sampling.iter().map(|chunk| (chunk.sequence, chunk.n_sampled)).collect();
-    let found: Vec<_> =
-        result.samples.iter().map(|samples| (samples.sequence, samples.tokens.len())).collect();
+    let sampling = || plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0);
     let is_answer = (plan.epoch, plan.step) == (result.epoch, result.step)
-        && sampling.len() == result.samples.len()
-        && sampling.iter().zip(&result.samples).all(|(chunk, samples)| answers(chunk, samples));
+        && sampling().count() == result.samples.len()
+        && sampling().zip(&result.samples).all(|(chunk, samples)| answers(chunk, samples));
     let (n_wanted, n_found) = n_scores(plan, result);
     if is_answer && n_wanted == n_found {
         return Ok(());
     }
+    let wanted: Vec<_> = sampling().map(|chunk| (chunk.sequence, chunk.n_sampled)).collect();
+    let found: Vec<_> =
+        result.samples.iter().map(|samples| (samples.sequence, samples.tokens.len())).collect();
     Err(ResultMismatch {
         wanted: format!(
             "epoch {} step {} samples of {wanted:?}, scores of {n_wanted:?}",
