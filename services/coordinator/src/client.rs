@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use paceline_domain::SequenceId;
+use paceline_telemetry::context;
 use paceline_wire::inference::{GenerateResponse, generate_response::Event};
 use tonic::Status;
 use tracing::Span;
@@ -20,6 +21,8 @@ pub struct Client {
     next_index: u64,
     _place: Place,
     span: Span,
+    /// Whether somebody will see the span.
+    is_traced: bool,
     /// Choices that go on.
     open: Vec<SequenceId>,
     /// Tokens of those that are over.
@@ -29,7 +32,8 @@ pub struct Client {
 impl Client {
     /// Nothing was said yet and no choice is open.
     pub fn new(reader: Reader, place: Place, span: Span) -> Self {
-        Self { reader, next_index: 0, _place: place, span, open: Vec::new(), n_completion: 0 }
+        let is_traced = context::is_sampled(&span);
+        Self { reader, next_index: 0, _place: place, span, is_traced, open: Vec::new(), n_completion: 0 }
     }
 
     /// One more choice.
@@ -57,6 +61,11 @@ impl Client {
     /// The request's span.
     pub fn span(&self) -> &Span {
         &self.span
+    }
+
+    /// Whether its trace is sampled: others cost nothing in a step.
+    pub fn is_traced(&self) -> bool {
+        self.is_traced
     }
 
     /// Whether nobody reads any more.
