@@ -164,8 +164,11 @@ fn check(plan: &StepPlan, result: &StepResult) -> Result<(), ResultMismatch> {
     })
 }
 
-/// Sequences with scores and how many, as wanted and as found.
-fn n_scores(plan: &StepPlan, result: &StepResult) -> (Vec<(SequenceId, usize)>, Vec<(SequenceId, usize)>) {
+/// Sequences with scores and how many.
+type ScoreCounts = Vec<(SequenceId, usize)>;
+
+/// Those that are wanted and those that came.
+fn n_scores(plan: &StepPlan, result: &StepResult) -> (ScoreCounts, ScoreCounts) {
     let wanted = plan.chunks.iter().map(|chunk| (chunk.sequence, chunk.scoring.tokens.len()));
     let found = result.scores.iter().map(|scores| (scores.sequence, scores.tokens.len()));
     (wanted.filter(|(_, n)| *n > 0).collect(), found.collect())
