@@ -17,6 +17,8 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     /// All log probabilities.
     pub logprobs: Vec<TokenLogprobs>,
+    /// Those of the prompt, from its second token on; the same for each choice.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
     /// Chunks with text or tokens.
     pub n_deltas: usize,
     /// The last chunk.
@@ -77,15 +79,15 @@ pub async fn generate(
 /// The status that the server answers.
 ///
 /// # Panics
-/// When the stream breaks a rule: chunks are numbered without gaps, `Started` comes first, a choice says nothing after its
-/// `Finished`, and usage counts what came.
+/// When the stream breaks a rule: chunks are numbered without gaps, `Started` comes first, log probabilities of the prompt come
+/// in order and before tokens, a choice says nothing after its `Finished`, and usage counts what came.
 pub async fn generate_choices(
     client: &mut InferenceClient<Channel>,
     request: impl IntoRequest<GenerateRequest>,
 ) -> Result<Vec<Generation>, Status> {
     let mut stream = client.generate(request.into_request()).await?.into_inner();
     let mut choices: Vec<Part> = Vec::new();
-    let mut started = None;
+    let (mut started, mut prompt_logprobs) = (None, Vec::new());
     let mut next_index = 0;
     while let Some(chunk) = stream.message().await? {
         assert_eq!(chunk.index, next_index, "chunks are numbered without gaps");
@@ -96,6 +98,11 @@ pub async fn generate_choices(
                 choices = vec![Part::default(); event.choice_seeds.len()];
                 started = Some(event);
             }
+            Event::PromptLogprobs(part) => {
+                assert!(choices.iter().all(|choice| choice.n_deltas == 0), "before all tokens");
+                assert_eq!(part.start_pos as usize, prompt_logprobs.len() + 1, "parts without gaps");
+                prompt_logprobs.extend(part.logprobs);
+            }
             Event::Delta(delta) => choices[chunk.choice as usize].take(delta),
             Event::Finished(event) => {
                 let before = choices[chunk.choice as usize].finished.replace(event);
@@ -104,7 +111,7 @@ pub async fn generate_choices(
         }
     }
     let started = started.expect("a Started chunk");
-    Ok(choices.into_iter().map(|part| part.end(&started)).collect())
+    Ok(choices.into_iter().map(|part| part.end(&started, &prompt_logprobs)).collect())
 }
 
 /// What came of one choice.
@@ -126,7 +133,7 @@ impl Part {
         self.logprobs.extend(delta.logprobs);
     }
 
-    fn end(self, started: &Started) -> Generation {
+    fn end(self, started: &Started, prompt_logprobs: &[TokenLogprobs]) -> Generation {
         let Self { text, tokens, logprobs, n_deltas, finished } = self;
         let finished = finished.expect("a Finished chunk");
         let usage = finished.usage.expect("usage");
@@ -134,6 +141,7 @@ impl Part {
         assert_eq!(usage.prompt_tokens, started.n_prompt_tokens, "usage counts the prompt");
         let timings = finished.timings.expect("timings");
         assert!(timings.queue_us <= timings.first_token_us && timings.first_token_us <= timings.total_us);
-        Generation { started: started.clone(), text, tokens, logprobs, n_deltas, finished }
+        let (started, prompt_logprobs) = (started.clone(), prompt_logprobs.to_vec());
+        Generation { started, text, tokens, logprobs, prompt_logprobs, n_deltas, finished }
     }
 }

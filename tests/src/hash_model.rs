@@ -12,13 +12,13 @@ use std::{
 };
 
 use paceline_collectives::Collective;
-use paceline_domain::{BlockId, ErrorKind, SamplingParams, TokenId, group::BLOCK_POSITIONS};
+use paceline_domain::{BlockId, ErrorKind, SamplingParams, ScoredToken, TokenId, group::BLOCK_POSITIONS};
 use paceline_model::{
     Backend, Batch, Device, LoadSpec, ModelError,
     backend::{Half, Pass},
     logits::LogitRows,
 };
-use paceline_sampling::{TokenHistory, allow_only, forbid, sample_row};
+use paceline_sampling::{TokenHistory, allow_only, forbid, sample_row, score_row};
 
 use crate::{constrained::matcher, random::scramble};
 
@@ -237,6 +237,17 @@ pub fn tokens_alone(n_usable: usize, request: &Request<'_>) -> Vec<TokenId> {
         state = chain.push(token);
     }
     tokens
+}
+
+/// What the double thinks of each token of a prompt but the first, and of the `n_top` likeliest in its place.
+pub fn scores_alone(n_usable: usize, prompt: &[TokenId], n_top: u32) -> Vec<ScoredToken> {
+    let mut chain = Chain::default();
+    let mut score = |pair: &[TokenId]| {
+        let state = chain.push(pair[0]);
+        let row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
+        score_row(&row, pair[1], n_top)
+    };
+    prompt.windows(2).map(&mut score).collect()
 }
 
 /// The next `n` tokens of a request without constraints, of which `tokens` are the prompt, of `n_prompt` tokens, and what

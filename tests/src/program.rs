@@ -4,13 +4,14 @@ use std::{path::PathBuf, process::Output};
 
 use tokio::process::Command;
 
-/// The executable beside the test executables.
+/// The executable of the build that this one is of: tests lie in `deps`, programs beside it.
 ///
 /// # Panics
 /// When it was not built.
 pub fn paceline() -> PathBuf {
     let test = std::env::current_exe().expect("the test executable has a path");
-    let build = test.parent().and_then(|deps| deps.parent()).expect("test executables lie in target/*/deps");
+    let folder = test.parent().expect("the executable lies in a folder");
+    let build = if folder.ends_with("deps") { folder.parent().expect("target/*/deps") } else { folder };
     let program = build.join("paceline");
     assert!(
         program.is_file(),

@@ -4,16 +4,20 @@
 use std::fmt;
 
 use futures_util::future::join_all;
-use paceline_domain::{SamplingParams, TokenId, group::BLOCK_POSITIONS};
+use paceline_domain::{SamplingParams, ScoredToken, TokenId, TokenLogprob, group::BLOCK_POSITIONS};
 use paceline_wire::inference::{
     GenerateRequest, ResponseFormat, SamplingOptions, SpeculationMode, SpeculationOptions, StopOptions,
-    TokenIds, generate_request::Input, generate_response::Event, inference_client::InferenceClient,
-    response_format::Format,
+    TokenIds, TokenLogprobs, generate_request::Input, generate_response::Event,
+    inference_client::InferenceClient, response_format::Format,
 };
 use tokio::sync::watch;
 use tonic::{Status, transport::Channel};
 
-use crate::{constrained::REGEXES, hash_model::Request, random::Random};
+use crate::{
+    constrained::REGEXES,
+    hash_model::{Request, scores_alone, tokens_alone},
+    random::Random,
+};
 
 /// Lengths of shared prefixes: at the borders of blocks.
 const SHARED: [usize; 9] = [
@@ -52,6 +56,8 @@ pub struct Shape {
     pub end_token: TokenId,
     /// Who may propose: one of these, as often as each other one.
     pub modes: &'static [SpeculationMode],
+    /// Share of requests whose prompt is scored.
+    pub scored: f64,
 }
 
 /// One request.
@@ -77,15 +83,21 @@ pub struct Job {
     pub speculation: SpeculationMode,
     /// Completions.
     pub n_choices: u32,
+    /// Log probabilities of the prompt are wanted, and of so many alternatives to each token.
+    pub prompt_logprobs: Option<u32>,
+    /// What those are when it runs alone; nothing where none are wanted.
+    pub scores_alone: Vec<ScoredToken>,
     /// The tokens each of its choices has when it runs alone.
     pub alone: Vec<Vec<TokenId>>,
 }
 
 /// What a request got.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Received {
     /// Tokens of each choice, in order.
     pub tokens: Vec<Vec<TokenId>>,
+    /// Log probabilities of the prompt's tokens.
+    pub scores: Vec<ScoredToken>,
     /// Choices that came to their end.
     pub n_finished: u32,
     /// Proposed tokens, and those that were accepted; known at its end.
@@ -128,6 +140,11 @@ impl fmt::Display for Mismatch {
                 }
             }
         }
+        if let Ok(Received { scores, .. }) = received {
+            let n_same =
+                scores.iter().zip(&sent.scores_alone).take_while(|(one, other)| one == other).count();
+            write!(formatter, "{n_same} of {} scores are equal", sent.scores_alone.len())?;
+        }
         write!(formatter, "; {:?}, {:?}", sent.regex, sent.speculation)?;
         write!(formatter, "; {:?}, cancelled after {:?}", sent.sampling, sent.cancelled_after)
     }
@@ -146,13 +163,30 @@ pub struct Schedule {
 pub struct Schedules<'a> {
     shape: Shape,
     families: Vec<Vec<TokenId>>,
-    /// The tokens a request of one choice has when it runs alone.
-    alone: &'a dyn Fn(&Job) -> Vec<TokenId>,
+    alone: &'a dyn Fn(&Job) -> Alone,
+}
+
+/// What a request of one choice gets when it runs alone.
+#[derive(Clone, Debug)]
+pub struct Alone {
+    /// Its tokens.
+    pub tokens: Vec<TokenId>,
+    /// Log probabilities of its prompt, where they are wanted.
+    pub scores: Vec<ScoredToken>,
+}
+
+impl Alone {
+    /// On the model that hashes its KV memory, by its definition.
+    pub fn on_hash_model(n_vocab: usize, job: &Job) -> Self {
+        let tokens = tokens_alone(n_vocab, &job.alone_request());
+        let scores = job.prompt_logprobs.map(|n_top| scores_alone(n_vocab, &job.prompt, n_top));
+        Self { tokens, scores: scores.unwrap_or_default() }
+    }
 }
 
 impl<'a> Schedules<'a> {
     /// Texts follow from the seed. `alone` is asked about each choice once, as a request of its own; its `alone` is not set then.
-    pub fn new(seed: u64, shape: Shape, alone: &'a dyn Fn(&Job) -> Vec<TokenId>) -> Self {
+    pub fn new(seed: u64, shape: Shape, alone: &'a dyn Fn(&Job) -> Alone) -> Self {
         let mut random = Random::new(seed);
         let longest = SHARED[SHARED.len() - 1];
         let families = (0..N_FAMILIES).map(|_| text(&mut random, longest, &shape)).collect();
@@ -166,7 +200,9 @@ impl<'a> Schedules<'a> {
         let mut jobs: Vec<Job> = Vec::with_capacity(n_jobs);
         for _ in 0..n_jobs {
             let mut job = self.job(&mut random, &jobs);
-            job.alone = (0..job.n_choices).map(|choice| (self.alone)(&job.of_choice(choice))).collect();
+            let alone = (0..job.n_choices).map(|choice| (self.alone)(&job.of_choice(choice)));
+            let (tokens, scores): (_, Vec<_>) = alone.map(|alone| (alone.tokens, alone.scores)).unzip();
+            (job.alone, job.scores_alone) = (tokens, scores.concat());
             jobs.push(job);
         }
         Schedule { seed, jobs }
@@ -193,6 +229,8 @@ impl<'a> Schedules<'a> {
             cancelled_after,
             min_tokens: if holds_back { random.within(0..max_tokens + 1) } else { 0 },
             n_choices: if random.happens(0.25) { random.within(2..5) as u32 } else { 1 },
+            prompt_logprobs: random.happens(self.shape.scored).then(|| random.within(0..4) as u32),
+            scores_alone: Vec::new(),
             alone: Vec::new(),
         }
     }
@@ -234,7 +272,8 @@ fn sampling(random: &mut Random) -> SamplingParams {
 impl Job {
     /// The request that one of its choices is the same as.
     pub fn of_choice(&self, choice: u32) -> Self {
-        Self { sampling: self.sampling.of_choice(choice), n_choices: 1, ..self.clone() }
+        let prompt_logprobs = self.prompt_logprobs.filter(|_| choice == 0);
+        Self { sampling: self.sampling.of_choice(choice), n_choices: 1, prompt_logprobs, ..self.clone() }
     }
 
     /// As the double's definition wants it, of one choice.
@@ -249,6 +288,7 @@ impl Job {
         let sampling = &self.sampling;
         GenerateRequest {
             n: Some(self.n_choices),
+            prompt_logprobs: self.prompt_logprobs,
             response_format: self
                 .regex
                 .map(|regex| ResponseFormat { format: Some(Format::Regex(regex.into())) }),
@@ -277,9 +317,12 @@ impl Job {
     /// Whether this is what it gets when it runs alone: all of it, or the beginning when the client went away.
     fn is_as_alone(&self, received: &Received) -> bool {
         if self.cancelled_after.is_some() {
-            return self.alone.iter().zip(&received.tokens).all(|(alone, tokens)| alone.starts_with(tokens));
+            return self.alone.iter().zip(&received.tokens).all(|(alone, tokens)| alone.starts_with(tokens))
+                && self.scores_alone.starts_with(&received.scores);
         }
-        received.n_finished == self.n_choices && received.tokens == self.alone
+        received.n_finished == self.n_choices
+            && received.tokens == self.alone
+            && received.scores == self.scores_alone
     }
 
     async fn run(
@@ -288,8 +331,7 @@ impl Job {
         progress: &watch::Sender<usize>,
     ) -> Result<Received, Status> {
         let tokens = vec![Vec::new(); self.n_choices as usize];
-        let (mut received, mut n_tokens) =
-            (Received { tokens, n_finished: 0, n_proposed: 0, n_accepted: 0, n_cached: 0 }, 0);
+        let (mut received, mut n_tokens) = (Received { tokens, ..Received::default() }, 0);
         let enough = |n_tokens: usize| self.cancelled_after.is_some_and(|most| n_tokens >= most);
         let mut stream = client.generate(self.request()).await?.into_inner();
         while !enough(n_tokens) {
@@ -300,6 +342,13 @@ impl Job {
                     n_tokens += delta.token_ids.len();
                     received.tokens[choice].extend(delta.token_ids.into_iter().map(TokenId));
                     progress.send_replace(n_tokens);
+                }
+                Some(Event::PromptLogprobs(part)) => {
+                    // A part that is not where the last one ended, or comes after a token, is as good as a wrong one.
+                    if part.start_pos as usize != received.scores.len() + 1 || n_tokens > 0 {
+                        return Err(Status::internal(format!("scores from {} on", part.start_pos)));
+                    }
+                    received.scores.extend(part.logprobs.iter().map(scored));
                 }
                 Some(Event::Finished(finished)) => {
                     received.n_finished += 1;
@@ -314,6 +363,13 @@ impl Job {
         }
         Ok(received)
     }
+}
+
+/// As the domain has it.
+pub fn scored(logprobs: &TokenLogprobs) -> ScoredToken {
+    let top =
+        logprobs.top.iter().map(|top| TokenLogprob { token: TokenId(top.token_id), logprob: top.logprob });
+    ScoredToken { logprob: logprobs.logprob, top_logprobs: top.collect() }
 }
 
 impl Schedule {

@@ -93,7 +93,7 @@ impl Soak {
                 Some(Event::Delta(delta)) => tokens.extend(delta.token_ids.into_iter().map(TokenId)),
                 Some(Event::Finished(_)) if tokens == job.alone[0] => return Ok(Came::Whole),
                 Some(Event::Started(_)) => {}
-                Some(Event::Finished(_)) | None => return Ok(Came::Wrong),
+                Some(Event::Finished(_) | Event::PromptLogprobs(_)) | None => return Ok(Came::Wrong),
             }
         }
         Ok(if job.alone[0].starts_with(&tokens) { Came::Part } else { Came::Wrong })
@@ -149,6 +149,8 @@ fn short_job(random: &mut Random, cancelled: f64) -> Job {
         regex: None,
         speculation: SpeculationMode::Auto,
         n_choices: 1,
+        prompt_logprobs: None,
+        scores_alone: Vec::new(),
         alone: Vec::new(),
     };
     job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
@@ -160,7 +162,15 @@ fn short_job(random: &mut Random, cancelled: f64) -> Job {
 /// # Errors
 /// When the system does not say.
 pub fn resident_bytes() -> anyhow::Result<u64> {
-    let status = fs::read_to_string("/proc/self/status")?;
+    resident_bytes_of(std::process::id())
+}
+
+/// Bytes of a process that are in memory.
+///
+/// # Errors
+/// When the system does not say.
+pub fn resident_bytes_of(pid: u32) -> anyhow::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
     Ok(kilobytes * 1024)

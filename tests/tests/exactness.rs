@@ -8,10 +8,10 @@ use std::{
 
 use paceline_domain::TokenId;
 use paceline_tests::{
-    hash_model::{Flaw, HashModel, tokens_alone},
+    hash_model::{Flaw, HashModel},
     in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
     random::Random,
-    schedule::{Job, Mismatch, Received, Schedule, Schedules, Shape, WITHOUT_DRAFT},
+    schedule::{Alone, Job, Mismatch, Received, Schedule, Schedules, Shape, WITHOUT_DRAFT},
 };
 use paceline_wire::inference::inference_client::InferenceClient;
 use tonic::{Status, transport::Channel};
@@ -28,8 +28,8 @@ const PASS: Duration = Duration::from_micros(300);
 const CONTEXT: usize = 160;
 const END: TokenId = TokenId(N_VOCAB as u32 - 1);
 
-fn alone(job: &Job) -> Vec<TokenId> {
-    tokens_alone(N_VOCAB, &job.alone_request())
+fn alone(job: &Job) -> Alone {
+    Alone::on_hash_model(N_VOCAB, job)
 }
 
 /// Limits of a cluster, and what its requests may need.
@@ -60,6 +60,7 @@ impl Limits {
             n_vocab: N_VOCAB,
             end_token: END,
             modes: &WITHOUT_DRAFT,
+            scored: 0.2,
         };
         Self {
             flags: flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value.to_string()]).collect(),
@@ -125,7 +126,7 @@ impl Differences {
 async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     let mut differences = Differences::default();
     let (mut n_whole, mut n_cancelled, mut n_cached, mut n_copied) = (0, 0, 0, 0);
-    let (mut n_constrained, mut n_accepted) = (0, 0);
+    let (mut n_constrained, mut n_accepted, mut n_scored) = (0, 0, 0);
     for cluster_seed in 0..N_CLUSTERS {
         let limits = Limits::random(cluster_seed);
         // Where passes take no time, proposals promise nothing and are seldom made.
@@ -140,6 +141,7 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
             (n_whole, n_cancelled) = (n_whole + schedule.jobs.len() - n, n_cancelled + n);
             let received = limits.run(&schedule, &client).await;
             n_cached += received.iter().flatten().map(|received| u64::from(received.n_cached)).sum::<u64>();
+            n_scored += received.iter().flatten().map(|received| received.scores.len()).sum::<usize>();
             let constrained = schedule.jobs.iter().zip(&received).filter(|(job, _)| job.regex.is_some());
             for received in constrained.filter_map(|(_, received)| received.as_ref().ok()) {
                 n_constrained += received.n_finished;
@@ -155,6 +157,8 @@ async fn two_thousand_schedules_give_each_request_what_it_gets_alone() {
     println!(
         "{n_whole} requests to their end, {n_cancelled} cancelled, {n_cached} prompt tokens cached, {n_copied} blocks copied"
     );
+    println!("{n_scored} prompt tokens scored");
+    assert!(n_scored > 10_000, "only {n_scored} prompt tokens were scored");
     println!("{n_constrained} constrained choices to their end, {n_accepted} of their tokens were proposed");
     assert!(
         n_constrained > 1_000 && n_accepted > 0,

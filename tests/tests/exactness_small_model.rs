@@ -2,9 +2,9 @@
 
 use paceline_domain::TokenId;
 use paceline_tests::{
-    ClusterSpec, TestCluster,
+    ClusterSpec, Generation, TestCluster,
     client::generate,
-    schedule::{Job, Schedules, Shape, WITHOUT_DRAFT},
+    schedule::{Alone, Job, Schedules, Shape, WITHOUT_DRAFT, scored},
 };
 use paceline_wire::inference::inference_client::InferenceClient;
 use tokio::runtime::Handle;
@@ -19,6 +19,7 @@ const SHAPE: Shape = Shape {
     n_vocab: 49_152,
     end_token: TokenId(2),
     modes: &WITHOUT_DRAFT,
+    scored: 0.3,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -27,10 +28,14 @@ async fn schedules_on_a_real_model_give_each_request_what_it_gets_alone() {
     let client = cluster.client().await;
     let alone = |job: &Job| {
         let generation = generate_now(client.clone(), job);
-        generation.into_iter().map(TokenId).collect()
+        let tokens = generation.tokens.into_iter().map(TokenId).collect();
+        Alone { tokens, scores: generation.prompt_logprobs.iter().map(scored).collect() }
     };
     let schedules = Schedules::new(1, SHAPE, &alone);
     let schedules: Vec<_> = (0..N_SCHEDULES).map(|seed| schedules.schedule(seed)).collect();
+    let n_scored: usize =
+        schedules.iter().flat_map(|schedule| &schedule.jobs).map(|job| job.scores_alone.len()).sum();
+    assert!(n_scored > 100, "only {n_scored} prompt tokens are scored");
     cluster.stop().await;
 
     let scarce = ["--context", "160", "--max-sequences", "4", "--max-rows", "24", "--kv-blocks", "10"];
@@ -44,9 +49,9 @@ async fn schedules_on_a_real_model_give_each_request_what_it_gets_alone() {
 }
 
 /// A schedule is made outside of the runtime.
-fn generate_now(mut client: InferenceClient<Channel>, job: &Job) -> Vec<u32> {
+fn generate_now(mut client: InferenceClient<Channel>, job: &Job) -> Generation {
     let request = job.request();
     let generation =
         tokio::task::block_in_place(|| Handle::current().block_on(generate(&mut client, request)));
-    generation.expect("generates alone").tokens
+    generation.expect("generates alone")
 }

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use paceline_domain::TokenId;
 use paceline_tests::{
-    hash_model::{HashModel, tokens_alone},
+    hash_model::HashModel,
     hostile_draft::HostileDraft,
     in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
     random::Random,
-    schedule::{Job, MODES, Received, Schedules, Shape},
+    schedule::{Alone, Job, MODES, Received, Schedules, Shape},
 };
 
 /// Clusters, each with other limits; schedules that each of them runs.
@@ -21,8 +21,8 @@ const PASS: Duration = Duration::from_millis(1);
 const CONTEXT: usize = 200;
 const END: TokenId = TokenId(N_VOCAB as u32 - 1);
 
-fn alone(job: &Job) -> Vec<TokenId> {
-    tokens_alone(N_VOCAB, &job.alone_request())
+fn alone(job: &Job) -> Alone {
+    Alone::on_hash_model(N_VOCAB, job)
 }
 
 fn flags(random: &mut Random, draft: &str) -> (Vec<String>, usize) {
@@ -80,6 +80,7 @@ async fn no_proposal_from_anywhere_changes_a_token() {
             n_vocab: N_VOCAB,
             end_token: END,
             modes: &MODES,
+            scored: 0.2,
         };
         let schedules = Schedules::new(cluster_seed, shape, &alone);
         for i in 0..N_SCHEDULES {

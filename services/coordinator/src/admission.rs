@@ -76,26 +76,19 @@ impl Admission {
         if state.n_tokens == 0 {
             (state.n_released, state.busy_since) = (0, now);
         }
-        let n_of_tenant = state.by_tenant.get(tenant).copied().unwrap_or(0);
-        let max_of_tenant =
-            (self.budget.n_tokens as u128 * u128::from(self.budget.tenant_percent) / 100) as u64;
-        for (whose, n_ahead, max_tokens) in
-            [("other", state.n_tokens, self.budget.n_tokens), ("this tenant's", n_of_tenant, max_of_tenant)]
-        {
-            let excess = (n_ahead + n_tokens).saturating_sub(max_tokens);
-            if n_ahead > 0 && excess > 0 {
-                return Err(Busy {
-                    whose,
-                    n_tokens: n_ahead,
-                    max_tokens,
-                    retry_after: state.wait_for(excess, now),
-                });
-            }
-        }
+        state.check(&self.budget, tenant, n_tokens, now)?;
         let tenant: Arc<str> = tenant.into();
         state.n_tokens += n_tokens;
         *state.by_tenant.entry(tenant.clone()).or_default() += n_tokens;
         Ok(Place { admission: self.clone(), tenant, n_tokens })
+    }
+
+    /// Whether a request of so many tokens would be refused now: before work is done to find out how many it really has.
+    ///
+    /// # Errors
+    /// As [`Self::admit`].
+    pub fn check(&self, tenant: &str, n_tokens: u64, now: Instant) -> Result<(), Busy> {
+        self.lock().check(&self.budget, tenant, n_tokens, now)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -104,6 +97,21 @@ impl Admission {
 }
 
 impl State {
+    fn check(&self, budget: &Budget, tenant: &str, n_tokens: u64, now: Instant) -> Result<(), Busy> {
+        let n_of_tenant = self.by_tenant.get(tenant).copied().unwrap_or(0);
+        let max_of_tenant = (budget.n_tokens as u128 * u128::from(budget.tenant_percent) / 100) as u64;
+        for (whose, n_ahead, max_tokens) in
+            [("other", self.n_tokens, budget.n_tokens), ("this tenant's", n_of_tenant, max_of_tenant)]
+        {
+            let excess = (n_ahead + n_tokens).saturating_sub(max_tokens);
+            if n_ahead > 0 && excess > 0 {
+                let retry_after = self.wait_for(excess, now);
+                return Err(Busy { whose, n_tokens: n_ahead, max_tokens, retry_after });
+            }
+        }
+        Ok(())
+    }
+
     /// How long it takes until so many tokens have ended, at the rate so far.
     fn wait_for(&self, n_tokens: u64, now: Instant) -> Duration {
         let seconds_per_token =
@@ -147,6 +155,7 @@ mod tests {
         let busy = admission.admit("a", 60, start + Duration::from_secs(4)).unwrap_err();
         assert_eq!(busy.retry_after, Duration::from_secs(2));
         assert!(busy.to_string().contains("60 tokens of other requests"), "{busy}");
+        assert!(admission.check("a", 41, start).is_err() && admission.check("a", 40, start).is_ok());
         drop(first);
         assert!(admission.admit("a", 100, start).is_ok());
     }

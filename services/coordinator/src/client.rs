@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use paceline_domain::SequenceId;
+use paceline_telemetry::context;
 use paceline_wire::inference::{GenerateResponse, generate_response::Event};
 use tonic::Status;
 use tracing::Span;
@@ -22,6 +23,8 @@ pub struct Client {
     _place: Place,
     route: Route,
     span: Span,
+    /// Whether somebody will see the span.
+    is_traced: bool,
     /// Choices that go on.
     open: Vec<SequenceId>,
     /// Tokens of those that are over.
@@ -31,8 +34,8 @@ pub struct Client {
 impl Client {
     /// Nothing was said yet and no choice is open.
     pub fn new(reader: Reader, place: Place, route: Route, span: Span) -> Self {
-        let (open, n_completion) = (Vec::new(), 0);
-        Self { reader, next_index: 0, _place: place, route, span, open, n_completion }
+        let (is_traced, open, n_completion) = (context::is_sampled(&span), Vec::new(), 0);
+        Self { reader, next_index: 0, _place: place, route, span, is_traced, open, n_completion }
     }
 
     /// One more choice.
@@ -60,6 +63,11 @@ impl Client {
     /// The request's span.
     pub fn span(&self) -> &Span {
         &self.span
+    }
+
+    /// Whether its trace is sampled: others cost nothing in a step.
+    pub fn is_traced(&self) -> bool {
+        self.is_traced
     }
 
     /// Whether nobody reads any more.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use paceline_checkpoint::Checkpoint;
 use paceline_collectives::Solo;
 use paceline_domain::{
-    BlockId, Digest, Epoch, KvType, SamplingParams, SequenceChunk, Speculation, SpeculationOptions,
+    BlockId, Digest, Epoch, KvType, SamplingParams, Scoring, SequenceChunk, Speculation, SpeculationOptions,
     WeightType,
 };
 use paceline_draft::{
@@ -172,6 +172,7 @@ impl Group {
             n_kept_blocks: 0,
             n_sampled: n_proposed as u32 + 1,
             runs_ahead: false,
+            scoring: Scoring::default(),
         };
         let plan = StepPlan {
             epoch: Epoch(1),

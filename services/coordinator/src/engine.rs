@@ -5,6 +5,7 @@ mod ends;
 mod forming;
 mod moving;
 mod observe;
+mod tell;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,7 +16,6 @@ use paceline_domain::{Epoch, GenerateRequest, RequestId, SequenceId, StepNumber,
 use paceline_grammar::{GrammarError, Matcher};
 use paceline_speculation::StepLoad;
 use paceline_telemetry::context;
-use paceline_wire::inference::generate_response::Event as Chunk;
 use tokio::sync::mpsc;
 use tracing::Span;
 
@@ -26,10 +26,10 @@ use crate::{
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, StepEnd, sequence},
     groups::Member,
-    metrics::{Broken, GroupMetrics},
+    metrics::GroupMetrics,
     output::Output,
-    reader::{Flow, Progress},
-    scheduler::{Commit, Limits, NewSequence, Pace, Priority, Scheduler, Verified},
+    reader::Progress,
+    scheduler::{Limits, NewSequence, Pace, Priority, Scheduler, Verified},
     shard_group::{FormError, GroupSpec, RankEvent, ShardGroup},
 };
 
@@ -206,6 +206,7 @@ impl Engine {
                 is_constrained: matcher.is_some(),
                 tenant: caller.tenant.clone(),
                 priority,
+                n_prompt_logprobs: request.n_prompt_logprobs.filter(|_| choice == 0),
                 sibling: first,
             });
             self.drafter.submit(&sequence::NewSequence {
@@ -345,35 +346,12 @@ impl Engine {
         for commit in &applied.commits {
             self.drafter.committed(commit.sequence, &[commit.sampled.token]);
         }
+        applied.scores.into_iter().for_each(|scores| self.tell_scores(&scores));
         applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
         self.tell_totals();
         // So that drafting goes on while the next step is made.
         self.drafter.flush(now);
         Ok(())
-    }
-
-    /// Tokens of a step that follow the end of their request find no request any more.
-    fn commit(&mut self, commit: Commit, now: Instant) {
-        let Some(active) = self.choices.get_mut(&commit.sequence) else { return };
-        let Active { request, choice, output, constraint } = active;
-        if let Some(constraint) = constraint {
-            constraint.commit(commit.sampled.token);
-        }
-        let Some(client) = self.clients.get_mut(request) else { return };
-        let request = *request;
-        match output.clock.last_token {
-            None => self.metrics.first_token(now.saturating_duration_since(output.clock.arrived)),
-            Some(last) => self.metrics.next_token(now.saturating_duration_since(last)),
-        }
-        let pushed = output.push(&commit.sampled, now);
-        match client.push(*choice, Chunk::Delta(pushed.delta)) {
-            Flow::Open => {}
-            Flow::Stalled => self.await_reader(request),
-            Flow::Gone => return self.break_off(request, Broken::Gone),
-        }
-        if let Some(reason) = pushed.finish {
-            self.finish(commit.sequence, &reason, now);
-        }
     }
 }
 

@@ -3,7 +3,10 @@
 
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-use paceline_domain::{FinishReason, GenerateRequest, HeldBack, SampledToken, StopRules, TokenId, Usage};
+use paceline_domain::{
+    FinishReason, GenerateRequest, HeldBack, SampledToken, ScoredToken, StopRules, TokenId, TokenLogprob,
+    Usage,
+};
 use paceline_speculation::{Source, SourceCounters};
 use paceline_text::{Detokenizer, StopMatcher, Tokenizer};
 use paceline_wire::inference as proto;
@@ -102,7 +105,11 @@ impl Output {
         let delta = proto::Delta {
             text,
             token_ids: vec![sampled.token.0],
-            logprobs: sampled.logprob.map(|logprob| self.logprobs(sampled, logprob)).into_iter().collect(),
+            logprobs: sampled
+                .logprob
+                .map(|logprob| self.logprobs(&sampled.top_logprobs, logprob))
+                .into_iter()
+                .collect(),
         };
         Pushed { delta, finish }
     }
@@ -113,8 +120,14 @@ impl Output {
         output.matched.map(FinishReason::StopString)
     }
 
-    fn logprobs(&self, sampled: &SampledToken, logprob: f32) -> proto::TokenLogprobs {
-        let top = sampled.top_logprobs.iter().map(|top| proto::TopLogprob {
+    /// What the model thinks of tokens of the prompt, the first of them at this position.
+    pub fn prompt_logprobs(&self, start_pos: u32, tokens: &[ScoredToken]) -> proto::PromptLogprobs {
+        let logprobs = tokens.iter().map(|scored| self.logprobs(&scored.top_logprobs, scored.logprob));
+        proto::PromptLogprobs { start_pos, logprobs: logprobs.collect() }
+    }
+
+    fn logprobs(&self, top: &[TokenLogprob], logprob: f32) -> proto::TokenLogprobs {
+        let top = top.iter().map(|top| proto::TopLogprob {
             token_id: top.token.0,
             logprob: top.logprob,
             token: self.tokenizer.token_bytes(top.token).to_vec(),

@@ -6,6 +6,7 @@
 //! * `sequence` – one sequence: its tokens, and what of them the shards have
 //! * `waiting` – who is next: fair share among tenants, in classes
 //! * `admit` – a place and the first blocks; cached prefixes
+//! * `fairness` – what a tenant with most of the places leaves to others
 //! * `family` – sequences of one prompt: who waits for whom, what is copied
 //! * `blocks` – more blocks as sequences grow; who gives up its own
 //! * [`moving`] – sequences that go on in another group
@@ -17,6 +18,7 @@ mod admit;
 pub mod apply;
 mod blocks;
 pub mod budget;
+mod fairness;
 mod family;
 pub mod moving;
 pub mod plan;
@@ -35,7 +37,7 @@ use paceline_speculation::{Drafting, StepTimes};
 
 use crate::{ledger::BlockLedger, prefix::PrefixKey};
 
-pub use apply::{Applied, Commit, ResultMismatch, Verified};
+pub use apply::{Applied, Commit, ResultMismatch, Scores, Verified};
 pub use budget::ItlBound;
 pub use moving::Departed;
 pub use waiting::Priority;
@@ -87,6 +89,8 @@ pub struct NewSequence {
     pub tenant: String,
     /// Its class.
     pub priority: Priority,
+    /// `Some(n)`: log probabilities of its prompt's tokens are wanted, and of n alternatives to each.
+    pub n_prompt_logprobs: Option<u32>,
     /// A sequence with the same prompt, if there is one: then this one waits until that has read the prompt.
     pub sibling: Option<SequenceId>,
 }
@@ -321,6 +325,8 @@ impl Scheduler {
 
 #[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod scoring_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -3,13 +3,13 @@
 
 use std::{sync::Arc, time::Instant};
 
-use paceline_domain::{ErrorKind, Grammar, RequestId};
+use paceline_domain::{ErrorKind, Grammar, RequestId, TokenId};
 use paceline_grammar::Matcher;
 use paceline_telemetry::context;
 use paceline_text::{ControlText, SpecialTokens};
 use paceline_wire::{
     inference::{
-        DetokenizeRequest, DetokenizeResponse, GenerateRequest, GenerateResponse, ListModelsRequest,
+        DetokenizeRequest, DetokenizeResponse, Echo, GenerateRequest, GenerateResponse, ListModelsRequest,
         ListModelsResponse, Model, Started, TokenizeRequest, TokenizeResponse,
         generate_response::Event as Chunk, inference_server::Inference, tokenize_request,
     },
@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 use tracing::{Instrument as _, Span, field, info_span};
 
 use crate::{
-    admission::Admission,
+    admission::{Admission, Busy},
     caller::Caller,
     client::Client,
     constraint::Grammars,
@@ -96,7 +96,13 @@ impl InferenceService {
         })
     }
 
-    fn started(&self, request: &paceline_domain::GenerateRequest) -> Started {
+    /// The prompt as the model sees it.
+    async fn echo(&self, tokens: &[TokenId]) -> Result<Echo, Status> {
+        let text = self.text.decode(tokens.to_vec(), ControlText::Show).await.map_err(prompt_status)?;
+        Ok(Echo { token_ids: tokens.iter().map(|token| token.0).collect(), text })
+    }
+
+    fn started(&self, request: &paceline_domain::GenerateRequest, echo: Option<Echo>) -> Started {
         let seed_of = |choice| request.sampling.of_choice(choice).seed;
         Started {
             request_id: request.id.to_string(),
@@ -104,6 +110,7 @@ impl InferenceService {
             n_prompt_tokens: request.prompt.tokens().len() as u32,
             seed: request.sampling.seed,
             choice_seeds: (0..request.n_choices).map(seed_of).collect(),
+            echo,
         }
     }
 
@@ -124,9 +131,14 @@ impl InferenceService {
             stop: request.stop,
             speculation: request.speculation,
             n: request.n,
+            prompt_logprobs: request.prompt_logprobs,
             response_format: request.response_format,
         };
         let mut options = validate::options(&self.served, given, seed)?;
+        // Who has no place anyway is told so before any work is done.
+        let n_least = validate::least_tokens(&self.served, &options);
+        let refused = |refusal: Busy| busy(refusal.to_string(), refusal.retry_after);
+        self.admission.check(&caller.tenant, n_least, Instant::now()).map_err(refused)?;
         let matcher = self.matcher(options.grammar.take()).await?;
         let tokens = match validate::source(&self.served, request.input)? {
             Source::Tokens(tokens) => tokens,
@@ -135,21 +147,20 @@ impl InferenceService {
                 work.instrument(info_span!("tokenize")).await.map_err(prompt_status)?
             }
         };
+        let wants_echo = request.echo == Some(true);
         let id = RequestId(u128::from_le_bytes(random()?));
         let request = validate::request(&self.served, n_kv_blocks, id, tokens, options)?;
         let n_prompt_tokens = request.prompt.tokens().len() as u32;
         let n_tokens =
             u64::from(n_prompt_tokens) + u64::from(request.stop.max_tokens) * u64::from(request.n_choices);
-        let place = self
-            .admission
-            .admit(&caller.tenant, n_tokens, Instant::now())
-            .map_err(|refusal| busy(refusal.to_string(), refusal.retry_after))?;
+        let place = self.admission.admit(&caller.tenant, n_tokens, Instant::now()).map_err(refused)?;
         let (reader, chunks) = Reader::new(self.reader_buffer);
         let (route, span) = (self.groups.route(&request, &caller.tenant), Span::current());
         let group = route.group();
         span.record("paceline.group", group as i64);
         let mut client = Client::new(reader, place, route, span);
-        client.push(0, Chunk::Started(self.started(&request)));
+        let echo = if wants_echo { Some(self.echo(request.prompt.tokens()).await?) } else { None };
+        client.push(0, Chunk::Started(self.started(&request, echo)));
         let output = |_| Output::new(&request, self.text.tokenizer(), arrived);
         let outputs = (0..request.n_choices).map(output).collect();
         let submission = Box::new(Submission { request, outputs, matcher, client, caller, priority });

@@ -4,6 +4,7 @@ use paceline_domain::{
     GenerateRequest, Grammar, Prompt, RequestId, SamplingParams, Speculation, SpeculationOptions, StopRules,
     TokenId,
     request::{MAX_CHOICES, MAX_PROPOSAL, MAX_STOP_STRING_BYTES, MAX_STOP_STRINGS},
+    sampling::MAX_TOP_LOGPROBS,
 };
 use paceline_text::{ChatMessage, SpecialTokens};
 use paceline_wire::{inference as proto, status::bad_request};
@@ -129,6 +130,8 @@ pub struct GivenOptions {
     pub speculation: Option<proto::SpeculationOptions>,
     /// Completions.
     pub n: Option<u32>,
+    /// Alternatives to report for each prompt token.
+    pub prompt_logprobs: Option<u32>,
     /// What the text must be.
     pub response_format: Option<proto::ResponseFormat>,
 }
@@ -144,6 +147,8 @@ pub struct Options {
     pub speculation: SpeculationOptions,
     /// Completions.
     pub n_choices: u32,
+    /// Alternatives to report for each prompt token.
+    pub n_prompt_logprobs: Option<u32>,
     /// What the text must be.
     pub grammar: Option<Grammar>,
 }
@@ -172,9 +177,15 @@ pub fn options(served: &Served, given: GivenOptions, drawn_seed: u64) -> Result<
     if !(1..=MAX_CHOICES).contains(&n_choices) {
         violations.push(("n".into(), format!("n is {n_choices}; it must be from 1 to {MAX_CHOICES}")));
     }
+    let n_prompt_logprobs = given.prompt_logprobs;
+    if let Some(n) = n_prompt_logprobs.filter(|n| *n > MAX_TOP_LOGPROBS) {
+        let problem =
+            format!("prompt_logprobs asks for {n} alternatives; at most {MAX_TOP_LOGPROBS} are given");
+        violations.push(("prompt_logprobs".into(), problem));
+    }
     match speculation {
         Ok(speculation) if violations.is_empty() => {
-            Ok(Options { sampling, stop, speculation, n_choices, grammar })
+            Ok(Options { sampling, stop, speculation, n_choices, n_prompt_logprobs, grammar })
         }
         _ => Err(bad_request(&violations)),
     }
@@ -256,13 +267,19 @@ fn stop_problems(served: &Served, stop: &proto::StopOptions) -> Vec<String> {
     problems
 }
 
+/// Fewest tokens, prompt and output still allowed, that a request with these options can count as, whatever its prompt.
+pub fn least_tokens(served: &Served, options: &Options) -> u64 {
+    let context = served.context as u64;
+    options.stop.max_tokens.map_or(context, |max| context.min(1 + u64::from(max)))
+}
+
 /// Puts prompt and options together. `max_tokens` is cut to what the context leaves; the pool has `n_kv_blocks`.
 pub fn request(
     served: &Served,
     n_kv_blocks: u32,
     id: RequestId,
     tokens: Vec<TokenId>,
-    Options { sampling, stop, speculation, n_choices, .. }: Options,
+    Options { sampling, stop, speculation, n_choices, n_prompt_logprobs, .. }: Options,
 ) -> Result<GenerateRequest, Status> {
     let n_prompt = tokens.len();
     let prompt = Prompt::new(tokens).ok_or_else(|| violation("input", "the prompt has no tokens"))?;
@@ -295,7 +312,7 @@ pub fn request(
         stop_tokens: stop.token_ids.into_iter().map(TokenId).collect(),
         ignore_eos: stop.ignore_eos.unwrap_or(false),
     };
-    Ok(GenerateRequest { id, prompt, sampling, stop, speculation, n_choices })
+    Ok(GenerateRequest { id, prompt, sampling, stop, speculation, n_choices, n_prompt_logprobs })
 }
 
 #[cfg(test)]
@@ -333,6 +350,7 @@ mod tests {
             stop: Some(stop),
             speculation: Some(speculation),
             n: Some(17),
+            prompt_logprobs: Some(21),
             response_format: Some(proto::ResponseFormat::default()),
         };
         let status = options(&served(), given, 1).unwrap_err();
@@ -345,6 +363,7 @@ mod tests {
             "stop token 10",
             "33",
             "n is 17",
+            "prompt_logprobs asks for 21",
             "it has no format",
             "min_tokens is 1",
         ] {

@@ -5,9 +5,9 @@ use std::io::{self, IsTerminal as _, Write};
 
 use anyhow::{Context as _, bail};
 use paceline_wire::inference::{
-    Chat, ChatMessage, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model, ProposalCounts,
-    Timings, TokenLogprobs, Usage, generate_request::Input, generate_response::Event,
-    inference_client::InferenceClient,
+    Chat, ChatMessage, Delta, FinishReason, Finished, GenerateRequest, ListModelsRequest, Model,
+    ProposalCounts, Started, Timings, TokenLogprobs, Usage, generate_request::Input,
+    generate_response::Event, inference_client::InferenceClient,
 };
 use serde::Serialize;
 use tonic::{Request, transport::Channel};
@@ -32,6 +32,9 @@ pub enum Format {
 /// What `--json` writes.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Answer {
+    /// Number of the completion, from 0, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub choice: Option<usize>,
     /// The generated text.
     pub text: String,
     /// The generated token ids, an end token included.
@@ -39,6 +42,9 @@ pub struct Answer {
     /// One for each token when asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<LogprobsJson>,
+    /// One for each prompt token but the first when asked for; where there are several answers, the first has them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub prompt_logprobs: Vec<LogprobsJson>,
     /// "stop", "length" or "cancelled".
     pub finish_reason: &'static str,
     /// Tokens counted.
@@ -72,7 +78,7 @@ pub struct ProposalsJson {
 /// Natural logarithms of probabilities at one position, before temperature and filters.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct LogprobsJson {
-    /// Of the token that was chosen.
+    /// Of the token that is there.
     pub logprob: f32,
     /// Ids and those of the likeliest tokens, likeliest first.
     pub top: Vec<(u32, f32)>,
@@ -134,7 +140,7 @@ pub async fn served_model(
 ///
 /// # Errors
 /// When the prompt cannot be read.
-pub fn input(prompt: &PromptArgs, model: &Model) -> anyhow::Result<Input> {
+fn input(prompt: &PromptArgs, model: &Model) -> anyhow::Result<Input> {
     let text = prompt.text()?;
     if prompt.raw || !model.chat {
         return Ok(Input::Prompt(text));
@@ -144,15 +150,32 @@ pub fn input(prompt: &PromptArgs, model: &Model) -> anyhow::Result<Input> {
 }
 
 /// The request for an input.
-pub fn request(model: &Model, input: Input, sampling: &SamplingArgs) -> GenerateRequest {
-    GenerateRequest {
+///
+/// # Errors
+/// When a file that the flags name cannot be used.
+pub fn request(model: &Model, input: Input, sampling: &SamplingArgs) -> anyhow::Result<GenerateRequest> {
+    Ok(GenerateRequest {
         model: Some(model.name.clone()),
         input: Some(input),
         sampling: Some(sampling.sampling()),
         stop: Some(sampling.stop()),
         speculation: sampling.speculation(),
+        response_format: sampling.response_format.response_format()?,
         ..GenerateRequest::default()
-    }
+    })
+}
+
+/// The request for a prompt of the command line.
+///
+/// # Errors
+/// When the prompt or a file that the flags name cannot be used.
+pub fn prompt_request(
+    model: &Model,
+    prompt: &PromptArgs,
+    sampling: &SamplingArgs,
+) -> anyhow::Result<GenerateRequest> {
+    let request = request(model, input(prompt, model)?, sampling)?;
+    Ok(GenerateRequest { n: prompt.n, prompt_logprobs: prompt.prompt_logprobs, ..request })
 }
 
 /// Generates; `on_text` gets each new piece of text.
@@ -176,43 +199,90 @@ pub async fn generate_request(
     request: Request<GenerateRequest>,
     mut on_text: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Answer> {
-    let mut stream = client.generate(request).await.map_err(readable)?.into_inner();
-    let (mut text, mut tokens, mut model, mut seed) = (String::new(), Vec::new(), String::new(), 0);
-    let mut logprobs = Vec::new();
-    while let Some(chunk) = stream.message().await.map_err(readable)? {
-        match chunk.event {
-            Some(Event::Started(started)) => (model, seed) = (started.model, started.seed),
-            Some(Event::Delta(delta)) => {
-                tokens.extend(delta.token_ids);
-                logprobs.extend(delta.logprobs.iter().map(logprobs_json));
-                if !delta.text.is_empty() {
-                    on_text(&delta.text)?;
-                    text.push_str(&delta.text);
-                }
-            }
-            Some(Event::Finished(finished)) => {
-                let (usage, timings) =
-                    (finished.usage.unwrap_or_default(), finished.timings.unwrap_or_default());
-                return Ok(Answer {
-                    text,
-                    tokens,
-                    logprobs,
-                    finish_reason: finish_reason(&finished),
-                    usage: usage_json(&usage),
-                    timings: timings_json(&timings, usage.completion_tokens),
-                    speculation: finished.proposals.into_iter().map(proposals_json).collect(),
-                    model,
-                    seed,
-                });
-            }
-            // A kind of event of a later version.
-            None => {}
-        }
-    }
-    bail!("the stream ended without a finish reason after {} tokens", tokens.len())
+    Ok(generate_choices(client, request, |_, text| on_text(text)).await?.swap_remove(0))
 }
 
-/// Generates and shows: text as it arrives, or JSON at the end; a summary on standard error.
+/// All choices of a request, at least one; `on_text` gets each new piece of text and whose it is.
+///
+/// # Errors
+/// As [`generate`].
+async fn generate_choices(
+    client: &mut InferenceClient<Channel>,
+    request: Request<GenerateRequest>,
+    mut on_text: impl FnMut(usize, &str) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Answer>> {
+    let mut stream = client.generate(request).await.map_err(readable)?.into_inner();
+    let (mut started, mut prompt_logprobs) = (Started::default(), Vec::new());
+    let mut choices = vec![Choice::default()];
+    while let Some(chunk) = stream.message().await.map_err(readable)? {
+        let number = chunk.choice as usize;
+        match (chunk.event, choices.get_mut(number)) {
+            (Some(Event::Started(event)), _) => {
+                choices.resize_with(event.choice_seeds.len().max(1), Choice::default);
+                started = event;
+            }
+            (Some(Event::PromptLogprobs(part)), _) => {
+                prompt_logprobs.extend(part.logprobs.iter().map(logprobs_json));
+            }
+            (Some(Event::Delta(delta)), Some(choice)) => {
+                if !delta.text.is_empty() {
+                    on_text(number, &delta.text)?;
+                }
+                choice.take(delta);
+            }
+            (Some(Event::Finished(finished)), Some(choice)) => choice.finished = Some(finished),
+            // A kind of event of a later version.
+            _ => {}
+        }
+        if choices.iter().all(|choice| choice.finished.is_some()) {
+            let answers = choices.into_iter().enumerate().map(|(i, choice)| choice.answer(i, &started));
+            let mut answers: Vec<Answer> = answers.collect();
+            answers[0].prompt_logprobs = prompt_logprobs;
+            return Ok(answers);
+        }
+    }
+    let n_tokens: usize = choices.iter().map(|choice| choice.tokens.len()).sum();
+    bail!("the stream ended without a finish reason after {n_tokens} tokens")
+}
+
+/// What came of one choice.
+#[derive(Default)]
+struct Choice {
+    text: String,
+    tokens: Vec<u32>,
+    logprobs: Vec<LogprobsJson>,
+    finished: Option<Finished>,
+}
+
+impl Choice {
+    fn take(&mut self, delta: Delta) {
+        self.text.push_str(&delta.text);
+        self.tokens.extend(delta.token_ids);
+        self.logprobs.extend(delta.logprobs.iter().map(logprobs_json));
+    }
+
+    fn answer(self, number: usize, started: &Started) -> Answer {
+        let finished = self.finished.unwrap_or_default();
+        let (usage, timings) = (finished.usage.unwrap_or_default(), finished.timings.unwrap_or_default());
+        let several = started.choice_seeds.len() > 1;
+        Answer {
+            choice: several.then_some(number),
+            text: self.text,
+            tokens: self.tokens,
+            logprobs: self.logprobs,
+            prompt_logprobs: Vec::new(),
+            finish_reason: finish_reason(&finished),
+            usage: usage_json(&usage),
+            timings: timings_json(&timings, usage.completion_tokens),
+            speculation: finished.proposals.into_iter().map(proposals_json).collect(),
+            model: started.model.clone(),
+            seed: started.choice_seeds.get(number).copied().unwrap_or(started.seed),
+        }
+    }
+}
+
+/// Generates and shows: text as it arrives, or JSON at the end; a summary on standard error. Texts of several choices come
+/// one after the other, each under a line with its number; JSON objects of several are a line each.
 ///
 /// # Errors
 /// As [`generate`], or when standard output cannot be written.
@@ -221,17 +291,20 @@ pub async fn show(
     request: GenerateRequest,
     format: Format,
 ) -> anyhow::Result<()> {
-    let answer = generate(client, request, |text| match format {
-        Format::Text => write_stdout(text),
-        Format::Json => Ok(()),
-    })
-    .await?;
-    match format {
-        Format::Json => write_stdout(&format!("{}\n", serde_json::to_string(&answer)?))?,
-        Format::Text if io::stdout().is_terminal() => write_stdout("\n")?,
-        Format::Text => {}
+    let is_streamed = format == Format::Text && request.n.unwrap_or(1) == 1;
+    let on_text = |_, text: &str| if is_streamed { write_stdout(text) } else { Ok(()) };
+    let answers = generate_choices(client, traced(request), on_text).await?;
+    for answer in &answers {
+        match format {
+            Format::Json => write_stdout(&format!("{}\n", serde_json::to_string(answer)?))?,
+            Format::Text if !is_streamed => {
+                write_stdout(&format!("--- {} ---\n{}\n", answer.choice.unwrap_or(0), answer.text))?;
+            }
+            Format::Text if io::stdout().is_terminal() => write_stdout("\n")?,
+            Format::Text => {}
+        }
+        eprintln!("{}", summary(answer));
     }
-    eprintln!("{}", summary(&answer));
     Ok(())
 }
 
@@ -325,9 +398,11 @@ mod tests {
     fn answer() -> Answer {
         let timings = Timings { queue_us: 1_000, first_token_us: 50_000, total_us: 1_050_000 };
         Answer {
+            choice: None,
             text: "a".into(),
             tokens: vec![1; 11],
             logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
             finish_reason: "length",
             usage: usage_json(&Usage { prompt_tokens: 7, completion_tokens: 11, cached_tokens: 0 }),
             timings: timings_json(&timings, 11),

@@ -4,7 +4,7 @@
 //! # Layout
 //! * [`cli`] – the command line and its dispatch
 //! * [`commands`] – one file a command
-//! * [`options`], [`device_memory`] – options that several commands share
+//! * [`options`], [`response_format`], [`device_memory`] – options that several commands share
 //! * [`cluster`], [`draft_process`], [`process`], [`event`] – services as child processes
 //! * [`answer`] – one generation as a client sees it
 //! * [`catalogue`], [`cache`], [`pull`] – models by name, their files, fetching
@@ -29,4 +29,5 @@ pub mod options;
 pub mod process;
 pub mod progress;
 pub mod pull;
+pub mod response_format;
 pub mod wheel;

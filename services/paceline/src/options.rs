@@ -22,6 +22,7 @@ use crate::{
     interrupt::{CancelFlag, Interrupts},
     progress::Progress,
     pull::{Existing, pull},
+    response_format::ResponseFormatArgs,
 };
 
 /// Most ranks a cluster is started with when the user does not say.
@@ -267,9 +268,14 @@ pub struct SamplingArgs {
     /// Go on after the model's end token
     #[arg(long, help_heading = "Sampling")]
     pub ignore_eos: bool,
+    /// Fewest tokens to generate: until then the model's end token cannot be chosen [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    pub min_tokens: Option<u32>,
     /// Who may propose tokens that are verified several at once; never changes the text [default: auto]
     #[arg(long, value_name = "WHO", value_enum, help_heading = "Sampling")]
     pub speculate: Option<Speculate>,
+    #[command(flatten)]
+    pub(crate) response_format: ResponseFormatArgs,
 }
 
 /// Names of speculation modes.
@@ -319,6 +325,7 @@ impl SamplingArgs {
             max_tokens: Some(self.max_tokens),
             strings: self.stop.clone(),
             ignore_eos: Some(self.ignore_eos),
+            min_tokens: self.min_tokens,
             ..StopOptions::default()
         }
     }
@@ -339,6 +346,13 @@ pub struct PromptArgs {
     /// Send the prompt as it is, without the model's chat template
     #[arg(long)]
     pub raw: bool,
+    /// Completions of the prompt (1 to 16), each with a seed of its own: as text one after the other under a line with its
+    /// number, with --json one object a line [default: 1]
+    #[arg(long, value_name = "N")]
+    pub n: Option<u32>,
+    /// With --json, log probabilities of each token of the prompt but the first and of the N likeliest in its place (0 to 20)
+    #[arg(long, value_name = "N", requires = "json")]
+    pub prompt_logprobs: Option<u32>,
     /// Write one JSON object with text, tokens, finish_reason, usage and timings instead of the text
     #[arg(long)]
     pub json: bool,

@@ -67,7 +67,7 @@ fn broadcast(collective: &mut dyn Collective, bytes: &mut [u8]) -> Result<(), Co
 #[cfg(test)]
 mod tests {
     use paceline_collectives::Solo;
-    use paceline_domain::{Epoch, SampledToken, SequenceChunk, StepNumber, UNKNOWN_TOKEN};
+    use paceline_domain::{Epoch, SampledToken, Scoring, SequenceChunk, StepNumber, UNKNOWN_TOKEN};
 
     use super::*;
 
@@ -80,6 +80,7 @@ mod tests {
             n_kept_blocks: 1,
             n_sampled,
             runs_ahead: false,
+            scoring: Scoring::default(),
         }
     }
 

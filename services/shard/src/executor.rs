@@ -12,7 +12,8 @@ use paceline_collectives::{
     AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
 };
 use paceline_domain::{
-    ErrorKind, KvType, Quantization, StepMasks, StepNumber, StepPlan, StepResult, StepTimings,
+    ErrorKind, KvType, Quantization, SequenceSamples, SequenceScores, StepMasks, StepNumber, StepPlan,
+    StepResult, StepTimings,
 };
 use paceline_model::link::{Group, Route};
 use paceline_model::{
@@ -27,6 +28,7 @@ use crate::{
     ahead::LastSamples,
     masks::MaskInbox,
     sampler::Sampler,
+    scorer::Scorer,
     sequences::{PlanError, Sequences},
 };
 
@@ -186,6 +188,7 @@ struct Executor {
     decoder: Decoder,
     collective: Box<dyn Collective>,
     sequences: Sequences,
+    scorer: Scorer,
     sampler: Sampler,
     last_samples: LastSamples,
 }
@@ -246,6 +249,7 @@ impl Executor {
             decoder,
             collective,
             sequences: Sequences::new(form.n_kv_blocks),
+            scorer: Scorer::new(form.vocabulary_tokens as usize),
             sampler: Sampler::new(form.vocabulary_tokens as usize),
             last_samples: LastSamples::default(),
         })
@@ -268,7 +272,7 @@ impl Executor {
         for copy in plan.opens.iter().filter_map(|open| open.copied) {
             self.decoder.copy_block(copy.from, copy.to)?;
         }
-        let samples = self.forward_and_sample(plan, masks)?;
+        let (scores, samples) = self.forward_and_sample(plan, masks)?;
         self.last_samples.replace(plan, &samples);
         self.last_step = plan.step;
         let stats = self.collective.take_stats();
@@ -280,7 +284,7 @@ impl Executor {
         span.record("collective_wait_us", timings.collective_wait_us as i64);
         span.record("compute_us", timings.total_us.saturating_sub(timings.collective_wait_us) as i64);
         span.record("collective_bytes", timings.collective_bytes as i64);
-        Ok(StepResult { epoch: plan.epoch, step: plan.step, samples, timings })
+        Ok(StepResult { epoch: plan.epoch, step: plan.step, samples, scores, timings })
     }
 
     /// Numbers are signed because OTLP has no unsigned ones: they would go out as text.
@@ -303,9 +307,9 @@ impl Executor {
         &mut self,
         plan: &StepPlan,
         masks: &MaskInbox,
-    ) -> Result<Vec<paceline_domain::SequenceSamples>, ExecutorError> {
+    ) -> Result<(Vec<SequenceScores>, Vec<SequenceSamples>), ExecutorError> {
         if plan.chunks.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), Vec::new()));
         }
         let rows = Rows::of(plan);
         let block_tables: Vec<_> =
@@ -318,8 +322,10 @@ impl Executor {
             output_rows: &rows.output_rows,
         };
         let mut logits = self.decoder.forward(&batch, self.collective.as_mut())?;
+        let scores = self.scorer.score(plan, &mut logits, self.collective.as_mut())?;
         masks.collect(plan, &mut self.sequences)?;
-        Ok(self.sampler.sample(plan, &mut self.sequences, &mut logits, self.collective.as_mut())?)
+        let collective = self.collective.as_mut();
+        Ok((scores, self.sampler.sample(plan, &mut self.sequences, &mut logits, collective)?))
     }
 }
 
@@ -341,7 +347,7 @@ impl Rows {
             rows.positions.extend(chunk.start_pos..chunk.start_pos + n_tokens as u32);
             rows.sequence_of_row.extend(std::iter::repeat_n(chunk_idx as u32, n_tokens));
             let end = rows.tokens.len();
-            rows.output_rows.extend(end - chunk.n_sampled as usize..end);
+            rows.output_rows.extend(end - chunk.n_output_rows()..end);
         }
         rows
     }

@@ -9,6 +9,7 @@
 //! * [`ahead`] – tokens that plans leave open, because the step before samples them
 //! * [`sequences`] – what a shard knows of each sequence
 //! * [`masks`] – what constrained rows may choose, waited for
+//! * [`scorer`] – log probabilities of prompt tokens on rank 0
 //! * [`sampler`] – from logits of all ranks to tokens on rank 0
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod config;
 pub mod executor;
 pub mod masks;
 pub mod sampler;
+pub mod scorer;
 pub mod sequences;
 pub mod server;
 pub mod service;

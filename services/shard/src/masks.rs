@@ -73,8 +73,8 @@ mod tests {
     use std::sync::mpsc::sync_channel;
 
     use paceline_domain::{
-        BlockId, Epoch, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber, TokenId,
-        TokenMask,
+        BlockId, Epoch, SamplingParams, Scoring, SequenceChunk, SequenceId, SequenceOpen, StepNumber,
+        TokenId, TokenMask,
     };
 
     use super::*;
@@ -99,6 +99,7 @@ mod tests {
             n_kept_blocks: 0,
             n_sampled: sequence.0 as u32,
             runs_ahead: false,
+            scoring: Scoring::default(),
         });
         let (opens, chunks) = (opens.to_vec(), chunks.to_vec());
         StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks }

@@ -50,7 +50,7 @@ impl Sampler {
     }
 
     /// Samples every row the plan asks for and adds the plan's tokens to the histories. Rank 0 gets one entry for
-    /// each chunk with sampled rows, every other rank none. `logits` has the sampled rows in plan order.
+    /// each chunk with sampled rows, every other rank none. `logits` has the plan's output rows in order.
     ///
     /// # Errors
     /// When the gather or the device fails.
@@ -90,6 +90,7 @@ impl Sampler {
             let sequence = sequences.get(chunk.sequence);
             let Sequence { sampling, history, .. } = sequence;
             let is_whole = travels_whole(sampling, n_ranks);
+            row += chunk.scoring.tokens.len();
             for i in 0..chunk.n_sampled as usize {
                 let position = position(chunk, i);
                 let restriction = Restriction::of(sequence, position, i);
@@ -235,7 +236,9 @@ fn first_sampled(chunk: &SequenceChunk) -> usize {
 #[cfg(test)]
 mod tests {
     use paceline_collectives::Solo;
-    use paceline_domain::{BlockId, Epoch, SamplingParams, SequenceId, SequenceOpen, StepNumber, TokenId};
+    use paceline_domain::{
+        BlockId, Epoch, SamplingParams, Scoring, SequenceId, SequenceOpen, StepNumber, TokenId,
+    };
     use paceline_model::logits::LogitRows;
     use paceline_sampling::TokenHistory;
 
@@ -265,12 +268,15 @@ mod tests {
             n_kept_blocks: 0,
             n_sampled,
             runs_ahead: false,
+            scoring: Scoring::default(),
         }
     }
 
     /// Samples of three sequences whose rows prefer these tokens: a verification, a prompt, another verification.
     fn sampled(n_logprobs: Option<u32>) -> Vec<Vec<TokenId>> {
-        let chunks = vec![chunk(1, &[1, 5, 6], 3), chunk(2, &[1, 2, 3], 1), chunk(3, &[4, 2], 2)];
+        let mut chunks = vec![chunk(1, &[1, 5, 6], 3), chunk(2, &[1, 2, 3], 1), chunk(3, &[4, 2], 2)];
+        // Its first rows are scored; they are not sampled.
+        chunks[1].scoring = Scoring { tokens: tokens(&[2, 3]), n_top: 0 };
         let opens = chunks.iter().map(|chunk| SequenceOpen {
             sequence: chunk.sequence,
             // The last sequence always takes the other way through the gather.
@@ -287,11 +293,11 @@ mod tests {
         });
         let opens = opens.collect();
         let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
-        let mut rows = Rows(vec![vec![0.0; N_VOCAB]; 6]);
-        for (row, best) in [5, 7, 3, 4, 2, 6].into_iter().enumerate() {
+        let mut rows = Rows(vec![vec![0.0; N_VOCAB]; 8]);
+        for (row, best) in [5, 7, 3, 1, 1, 4, 2, 6].into_iter().enumerate() {
             rows.0[row][best] = 1.0;
         }
-        let mut logits = Logits::new(&mut rows, 6, 0..N_VOCAB);
+        let mut logits = Logits::new(&mut rows, 8, 0..N_VOCAB);
         let mut sequences = Sequences::new(8);
         sequences.begin(&plan).unwrap();
         let mut sampler = Sampler::new(N_VOCAB);

@@ -159,7 +159,7 @@ fn unknown(sequence: SequenceId) -> PlanError {
 
 #[cfg(test)]
 mod tests {
-    use paceline_domain::{BlockCopy, Epoch, StepNumber, TokenId};
+    use paceline_domain::{BlockCopy, Epoch, Scoring, StepNumber, TokenId};
 
     use super::*;
 
@@ -209,6 +209,7 @@ mod tests {
             n_kept_blocks,
             n_sampled: 1,
             runs_ahead: false,
+            scoring: Scoring::default(),
         }
     }
 

@@ -35,9 +35,9 @@ pub use reduce_tree::ReduceTree;
 pub use request::{
     FinishReason, GenerateRequest, Grammar, Prompt, Speculation, SpeculationOptions, StopRules, Usage,
 };
-pub use sampling::{SampledToken, SamplingParams, TokenLogprob};
+pub use sampling::{SampledToken, SamplingParams, ScoredToken, TokenLogprob};
 pub use step::{
-    BlockCopy, HeldBack, SequenceChunk, SequenceMasks, SequenceOpen, SequenceSamples, StepMasks, StepPlan,
-    StepResult, StepTimings, UNKNOWN_TOKEN,
+    BlockCopy, HeldBack, Scoring, SequenceChunk, SequenceMasks, SequenceOpen, SequenceSamples,
+    SequenceScores, StepMasks, StepPlan, StepResult, StepTimings, UNKNOWN_TOKEN,
 };
 pub use weight_type::WeightType;

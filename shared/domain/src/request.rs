@@ -102,6 +102,8 @@ pub struct GenerateRequest {
     pub speculation: SpeculationOptions,
     /// Completions, each with a seed of its own; see [`SamplingParams::of_choice`].
     pub n_choices: u32,
+    /// `Some(n)`: report the log probability of each prompt token but the first, and of the n likeliest in its place.
+    pub n_prompt_logprobs: Option<u32>,
 }
 
 /// Why a generation ended.

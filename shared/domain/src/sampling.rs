@@ -122,6 +122,15 @@ pub struct TokenLogprob {
     pub logprob: f32,
 }
 
+/// What the model thinks of a token that is there already: before penalties, bias, temperature and filters.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ScoredToken {
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The likeliest tokens in its place, likeliest first, as many as asked for.
+    pub top_logprobs: Vec<TokenLogprob>,
+}
+
 /// What one sampled row gives.
 #[derive(Clone, PartialEq, Debug)]
 pub struct SampledToken {

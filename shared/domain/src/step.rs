@@ -1,7 +1,9 @@
 //! One step of a group: the plan every rank executes alike, and what rank 0 reports. Plain decode, verification
 //! of proposals and prefill chunks are the same thing here: tokens from a start position, some rows sampled.
 
-use crate::{BlockId, Epoch, SampledToken, SamplingParams, SequenceId, StepNumber, TokenId, TokenMask};
+use crate::{
+    BlockId, Epoch, SampledToken, SamplingParams, ScoredToken, SequenceId, StepNumber, TokenId, TokenMask,
+};
 
 /// Tells the ranks of a sequence they will see chunks of.
 #[derive(Clone, PartialEq, Debug)]
@@ -61,6 +63,25 @@ pub struct SequenceChunk {
     /// The chunk's only token is the one that the step before samples for this sequence; the plan was made before it
     /// was known, and `tokens` has [`UNKNOWN_TOKEN`] in its place.
     pub runs_ahead: bool,
+    /// Prompt tokens whose log probabilities are wanted.
+    pub scoring: Scoring,
+}
+
+impl SequenceChunk {
+    /// Rows whose logits are wanted, the last ones of the chunk: first those that are scored, then those that sample.
+    pub fn n_output_rows(&self) -> usize {
+        self.scoring.tokens.len() + self.n_sampled as usize
+    }
+}
+
+/// Log probabilities of prompt tokens, read off the rows before them.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Scoring {
+    /// The tokens that follow the chunk's rows: the last of them is the one after the last row that does not sample, the
+    /// others come just before it.
+    pub tokens: Vec<TokenId>,
+    /// Alternatives to report for each.
+    pub n_top: u32,
 }
 
 /// Stands for a token that only the ranks know.
@@ -118,6 +139,15 @@ pub struct SequenceSamples {
     pub tokens: Vec<SampledToken>,
 }
 
+/// What rank 0 has read off for one chunk.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SequenceScores {
+    /// Whose tokens.
+    pub sequence: SequenceId,
+    /// One for each token of the chunk's [`Scoring`], in order.
+    pub tokens: Vec<ScoredToken>,
+}
+
 /// Where the time of a step went on one rank.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct StepTimings {
@@ -129,7 +159,7 @@ pub struct StepTimings {
     pub collective_bytes: u64,
 }
 
-/// One rank's answer to a plan. Only rank 0 has samples.
+/// One rank's answer to a plan. Only rank 0 has samples and scores.
 #[derive(Clone, PartialEq, Debug)]
 pub struct StepResult {
     /// Echo.
@@ -138,6 +168,8 @@ pub struct StepResult {
     pub step: StepNumber,
     /// In plan order, one for each chunk with `n_sampled > 0`; empty on other ranks.
     pub samples: Vec<SequenceSamples>,
+    /// In plan order, one for each chunk that scores tokens; empty on other ranks.
+    pub scores: Vec<SequenceScores>,
     /// This rank's time.
     pub timings: StepTimings,
 }

@@ -14,6 +14,7 @@
 //! * [`verify()`] – sample and match
 //! * [`history`] – token counts as a function of the token log
 //! * [`noise`] – the counter-based generator and Gumbel noise
+//! * `score` – log probabilities
 //! * `adjust` – penalties and bias
 //! * `restrict` – tokens that must not be chosen
 //! * `filter` – top-k, top-p and min-p as one cut in the order of tokens
@@ -28,6 +29,7 @@ mod math;
 pub mod noise;
 mod restrict;
 pub mod sample;
+mod score;
 pub mod verify;
 
 pub use adjust::has_penalty;
@@ -37,4 +39,5 @@ pub use restrict::{allow_only, forbid};
 pub use sample::{
     Candidate, has_filter, is_plain, local_best, merge, needs_full_row, plain_best, sample_row,
 };
+pub use score::score_row;
 pub use verify::verify;

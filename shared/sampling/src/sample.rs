@@ -1,11 +1,11 @@
 //! The token of a row: for a whole row, or for slices of the vocabulary whose best tokens are merged.
 
 use crate::adjust::{adjust, has_penalty};
-use crate::filter::{Cut, below, cut, row_max, top};
+use crate::filter::{Cut, cut, row_max};
 use crate::history::TokenHistory;
-use crate::math;
 use crate::noise::{GROUP, MAX_NOISE, gumbel_group};
-use paceline_domain::{SampledToken, SamplingParams, TokenId, TokenLogprob};
+use crate::score::Logprobs;
+use paceline_domain::{SampledToken, SamplingParams, TokenId};
 
 /// The best token of a slice of the vocabulary.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -111,16 +111,8 @@ fn sample_row_with(
     let Some(n_logprobs) = params.n_logprobs else {
         return SampledToken { token, logprob: None, top_logprobs: Vec::new() };
     };
-    let max = row_max(logits);
-    let log_sum = math::ln(math::sum_lanes(logits.len(), |i| math::exp(below(logits[i], max))) as f32);
-    let logprob = |logit: f32| {
-        if logit == f32::NEG_INFINITY { f32::NEG_INFINITY } else { below(logit, max) - log_sum }
-    };
-    let top_logprobs = top(logits, n_logprobs as usize)
-        .into_iter()
-        .map(|(logit, token)| TokenLogprob { token: TokenId(token), logprob: logprob(logit) })
-        .collect();
-    SampledToken { token, logprob: logits.get(token.idx()).map(|logit| logprob(*logit)), top_logprobs }
+    let row = Logprobs::new(logits);
+    SampledToken { token, logprob: row.of(token), top_logprobs: row.top(n_logprobs as usize) }
 }
 
 /// argmax of `logit + temperature * noise` over kept tokens; the lowest id when all are -inf. Noise is only made

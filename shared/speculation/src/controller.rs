@@ -334,13 +334,20 @@ pub fn promise(
     let plain_ms = cost.step_ms(load.n_rows);
     let mut tokens = load.n_tokens as f64;
     let mut best: Option<Promise> = None;
-    // Step times have cliffs, so all counts are looked at, not only those up to the first that is worse.
-    for (i, (probability, _)) in ranked(acceptance, load.n_spare_rows).iter().enumerate() {
+    let ranked = ranked(acceptance, load.n_spare_rows);
+    let all: f64 = tokens + ranked.iter().map(|(probability, _)| probability).sum::<f64>();
+    // Step times have cliffs, so counts are looked at beyond the first that is worse.
+    for (i, (probability, _)) in ranked.iter().enumerate() {
         tokens += probability;
         let step_ms = cost.step_ms(load.n_rows + i + 1);
-        let found = Promise { n_rows: i + 1, tokens, ms: step_ms + before_ms };
+        let ms = step_ms + before_ms;
+        let found = Promise { n_rows: i + 1, tokens, ms };
         if step_ms - plain_ms <= most_ms && best.is_none_or(|best| found.rate() > best.rate()) {
             best = Some(found);
+        }
+        // More rows never take less time: were they all accepted, they would not do better.
+        if best.is_some_and(|best| all / ms <= best.rate()) {
+            break;
         }
     }
     best

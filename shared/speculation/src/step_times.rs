@@ -84,6 +84,10 @@ struct Class {
 #[derive(Clone, Debug)]
 pub struct StepTimes {
     classes: [Class; N_CLASSES],
+    /// What predictions are read off: rows and milliseconds without attention of each class that was seen, and what a key
+    /// adds. It follows from the rest, and changes with each measurement only.
+    curve: Vec<(f64, f64)>,
+    ms_per_key: f64,
     /// Sums over deviations from the means of a class: keys times milliseconds, and keys squared.
     keys_ms: f64,
     keys_keys: f64,
@@ -93,7 +97,14 @@ pub struct StepTimes {
 
 impl Default for StepTimes {
     fn default() -> Self {
-        Self { classes: [Class::default(); N_CLASSES], keys_ms: 0.0, keys_keys: 0.0, slowness: 1.0 }
+        Self {
+            classes: [Class::default(); N_CLASSES],
+            curve: Vec::with_capacity(N_CLASSES),
+            ms_per_key: 0.0,
+            keys_ms: 0.0,
+            keys_keys: 0.0,
+            slowness: 1.0,
+        }
     }
 }
 
@@ -140,6 +151,7 @@ impl StepTimes {
         class.n_rows += (load.n_rows as f64 - class.n_rows) / class.n_seen;
         class.n_keys += more_keys / class.n_seen;
         class.ms += more_ms / class.n_seen;
+        self.draw();
     }
 
     /// Whether a step of about so many rows was measured.
@@ -166,35 +178,32 @@ impl StepTimes {
     /// Milliseconds a step will take while nobody drafts; `None` before the first measurement. Never less for more rows or
     /// keys.
     pub fn predict(&self, load: Load) -> Option<f64> {
-        let ms_per_key = self.ms_per_key();
         let n_rows = load.n_rows as f64;
-        let (mut below, mut rows_ms) = (None, None);
-        for (class, ms) in
-            self.classes.iter().zip(self.without_keys(ms_per_key)).filter(|(class, _)| class.n_seen > 0.0)
-        {
-            let here = (class.n_rows, ms);
-            if class.n_rows >= n_rows {
-                rows_ms = Some(below.map_or(ms, |below| between(below, here, n_rows)));
-                break;
-            }
-            below = Some(here);
-        }
-        // Beyond what was measured every row costs as much as the mean of those that were.
-        let rows_ms = rows_ms.or_else(|| below.map(|(rows, ms)| ms * n_rows / rows))?;
-        Some(rows_ms + ms_per_key * load.n_keys as f64)
+        let place = self.curve.partition_point(|(rows, _)| *rows < n_rows);
+        let below = place.checked_sub(1).map(|below| self.curve[below]);
+        let rows_ms = match (below, self.curve.get(place)) {
+            (Some(below), Some(here)) => between(below, *here, n_rows),
+            (None, Some((_, ms))) => *ms,
+            // Beyond what was measured every row costs as much as the mean of those that were.
+            (Some((rows, ms)), None) => ms * n_rows / rows,
+            (None, None) => return None,
+        };
+        Some(rows_ms + self.ms_per_key * load.n_keys as f64)
     }
 
     /// Milliseconds of each class without attention. A disturbance only ever makes a step slower, so no class takes
     /// longer than one of more rows.
-    fn without_keys(&self, ms_per_key: f64) -> [f64; N_CLASSES] {
+    fn draw(&mut self) {
+        self.ms_per_key = self.ms_per_key();
+        self.curve.clear();
         let mut least = f64::INFINITY;
-        let mut all = [f64::INFINITY; N_CLASSES];
-        for (class, ms) in self.classes.iter().zip(&mut all).rev().filter(|(class, _)| class.n_seen > 0.0) {
-            let without_keys = (class.ms - ms_per_key * class.n_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
+        for class in self.classes.iter().rev().filter(|class| class.n_seen > 0.0) {
+            let without_keys =
+                (class.ms - self.ms_per_key * class.n_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
             least = least.min(without_keys);
-            *ms = least;
+            self.curve.push((class.n_rows, least));
         }
-        all
+        self.curve.reverse();
     }
 
     fn ms_per_key(&self) -> f64 {

@@ -7,7 +7,10 @@
 //! [`MAX_REFRESHED`] states, which keeps a text of one repeated token linear. Beyond it a state's last place may be an
 //! earlier one; it is a true occurrence all the same.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, Hasher, RandomState},
+};
 
 use paceline_domain::TokenId;
 
@@ -16,6 +19,8 @@ pub const MAX_REFRESHED: usize = 64;
 
 const ROOT: u32 = 0;
 const NONE: u32 = u32::MAX;
+/// The golden ratio, as a fraction of 2^64; odd.
+const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A substring of the text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,12 +52,49 @@ struct Edge {
     next: u32,
 }
 
+/// A hash of two numbers by one long multiplication, with a secret seed: texts are others', and each token asks for
+/// several entries.
+#[derive(Clone, Debug)]
+struct Seeded(u64);
+
+/// A hash on its way.
+struct Folded(u64);
+
+impl Seeded {
+    fn new() -> Self {
+        Self(RandomState::new().hash_one(0))
+    }
+}
+
+impl BuildHasher for Seeded {
+    type Hasher = Folded;
+
+    fn build_hasher(&self) -> Folded {
+        Folded(self.0)
+    }
+}
+
+impl Hasher for Folded {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u32(u32::from(*byte)));
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        let product = u128::from(self.0 ^ u64::from(value)) * u128::from(MULTIPLIER);
+        self.0 = product as u64 ^ (product >> 64) as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// All substrings of a growing text.
 #[derive(Clone, Debug)]
 pub struct SuffixAutomaton {
     states: Vec<State>,
     edges: Vec<Edge>,
-    transitions: HashMap<(u32, TokenId), u32>,
+    transitions: HashMap<(u32, TokenId), u32, Seeded>,
     last: u32,
     n_tokens: usize,
     suffix: Option<Match>,
@@ -64,7 +106,7 @@ impl Default for SuffixAutomaton {
         Self {
             states: vec![root],
             edges: Vec::new(),
-            transitions: HashMap::new(),
+            transitions: HashMap::with_hasher(Seeded::new()),
             last: ROOT,
             n_tokens: 0,
             suffix: None,

@@ -69,6 +69,12 @@ pub fn adopt_headers(span: &Span, traceparent: &str, tracestate: &str) {
     set_parent(span, global::get_text_map_propagator(|propagator| propagator.extract(&headers)));
 }
 
+/// Whether anybody will see the span: what belongs to one that is sampled out need not be recorded.
+pub fn is_sampled(span: &Span) -> bool {
+    use opentelemetry::trace::TraceContextExt as _;
+    span.context().span().span_context().is_sampled()
+}
+
 /// Links `span` to the trace of `other`: a batch is linked to each request it serves.
 pub fn link(span: &Span, other: &Span) {
     use opentelemetry::trace::TraceContextExt as _;

@@ -1,8 +1,9 @@
 //! Step plans and results between protobuf and the domain. Shape is checked here; meaning is the shard's matter.
 
 use paceline_domain::{
-    BlockCopy, BlockId, Epoch, HeldBack, SampledToken, SamplingParams, SequenceChunk, SequenceId,
-    SequenceOpen, SequenceSamples, StepNumber, StepPlan, StepResult, StepTimings, TokenId, TokenLogprob,
+    BlockCopy, BlockId, Epoch, HeldBack, SampledToken, SamplingParams, ScoredToken, Scoring, SequenceChunk,
+    SequenceId, SequenceOpen, SequenceSamples, SequenceScores, StepNumber, StepPlan, StepResult, StepTimings,
+    TokenId, TokenLogprob,
 };
 
 use crate::{ProtocolError, shard};
@@ -111,8 +112,14 @@ impl From<&SequenceChunk> for shard::SequenceChunk {
             new_blocks: blocks(&chunk.new_blocks),
             n_sampled: chunk.n_sampled,
             runs_ahead: chunk.runs_ahead,
+            scoring: scoring(&chunk.scoring),
         }
     }
+}
+
+fn scoring(scoring: &Scoring) -> Option<shard::Scoring> {
+    let is_asked = !scoring.tokens.is_empty();
+    is_asked.then(|| shard::Scoring { tokens: tokens(&scoring.tokens), n_top: scoring.n_top })
 }
 
 impl TryFrom<shard::SequenceChunk> for SequenceChunk {
@@ -132,6 +139,16 @@ impl TryFrom<shard::SequenceChunk> for SequenceChunk {
                 chunk.sequence
             )));
         }
+        let scoring = chunk.scoring.unwrap_or_default();
+        let scoring = Scoring { tokens: token_ids(scoring.tokens), n_top: scoring.n_top };
+        if scoring.tokens.len() > n_tokens - n_sampled {
+            return Err(ProtocolError(format!(
+                "sequence {}: {} tokens cannot be scored by {} rows",
+                chunk.sequence,
+                scoring.tokens.len(),
+                n_tokens - n_sampled
+            )));
+        }
         Ok(Self {
             sequence: SequenceId(chunk.sequence),
             start_pos: chunk.start_pos,
@@ -140,6 +157,7 @@ impl TryFrom<shard::SequenceChunk> for SequenceChunk {
             new_blocks: block_ids(chunk.new_blocks),
             n_sampled: chunk.n_sampled,
             runs_ahead: chunk.runs_ahead,
+            scoring,
         })
     }
 }
@@ -188,21 +206,44 @@ impl TryFrom<shard::SampledToken> for SampledToken {
     type Error = ProtocolError;
 
     fn try_from(sampled: shard::SampledToken) -> Result<Self, ProtocolError> {
-        if sampled.top_tokens.len() != sampled.top_logprobs.len() {
-            return Err(ProtocolError(format!(
-                "{} top tokens with {} log probabilities",
-                sampled.top_tokens.len(),
-                sampled.top_logprobs.len()
-            )));
-        }
-        let top = sampled.top_tokens.into_iter().zip(sampled.top_logprobs);
         Ok(Self {
             token: TokenId(sampled.token),
             logprob: sampled.logprob,
-            top_logprobs: top
-                .map(|(token, logprob)| TokenLogprob { token: TokenId(token), logprob })
-                .collect(),
+            top_logprobs: top_logprobs(sampled.top_tokens, sampled.top_logprobs)?,
         })
+    }
+}
+
+fn top_logprobs(tokens: Vec<u32>, logprobs: Vec<f32>) -> Result<Vec<TokenLogprob>, ProtocolError> {
+    let (n_tokens, n_logprobs) = (tokens.len(), logprobs.len());
+    if n_tokens != n_logprobs {
+        return Err(ProtocolError(format!("{n_tokens} top tokens with {n_logprobs} log probabilities")));
+    }
+    let top = tokens.into_iter().zip(logprobs);
+    Ok(top.map(|(token, logprob)| TokenLogprob { token: TokenId(token), logprob }).collect())
+}
+
+impl From<&SequenceScores> for shard::Scores {
+    fn from(scores: &SequenceScores) -> Self {
+        let token = |scored: &ScoredToken| shard::ScoredToken {
+            logprob: scored.logprob,
+            top_tokens: scored.top_logprobs.iter().map(|top| top.token.0).collect(),
+            top_logprobs: scored.top_logprobs.iter().map(|top| top.logprob).collect(),
+        };
+        Self { sequence: scores.sequence.0, tokens: scores.tokens.iter().map(token).collect() }
+    }
+}
+
+impl TryFrom<shard::Scores> for SequenceScores {
+    type Error = ProtocolError;
+
+    fn try_from(scores: shard::Scores) -> Result<Self, ProtocolError> {
+        let token = |scored: shard::ScoredToken| {
+            let top_logprobs = top_logprobs(scored.top_tokens, scored.top_logprobs)?;
+            Ok(ScoredToken { logprob: scored.logprob, top_logprobs })
+        };
+        let tokens = scores.tokens.into_iter().map(token).collect::<Result<_, _>>()?;
+        Ok(Self { sequence: SequenceId(scores.sequence), tokens })
     }
 }
 
@@ -219,6 +260,7 @@ impl From<&StepResult> for shard::Result {
             total_us: result.timings.total_us,
             collective_wait_us: result.timings.collective_wait_us,
             collective_bytes: result.timings.collective_bytes,
+            scores: result.scores.iter().map(Into::into).collect(),
         }
     }
 }
@@ -240,6 +282,7 @@ impl TryFrom<shard::Result> for StepResult {
             epoch: Epoch(result.epoch),
             step: StepNumber(result.step),
             samples: samples.collect::<Result<_, _>>()?,
+            scores: result.scores.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             timings: StepTimings {
                 total_us: result.total_us,
                 collective_wait_us: result.collective_wait_us,
@@ -284,6 +327,7 @@ mod tests {
                 new_blocks: vec![BlockId(8)],
                 n_sampled: 1,
                 runs_ahead: false,
+                scoring: Scoring { tokens: vec![TokenId(7)], n_top: 2 },
             }],
         }
     }
@@ -293,6 +337,7 @@ mod tests {
         assert_eq!(StepPlan::try_from(shard::Plan::from(&plan())), Ok(plan()));
         let mut ahead = plan();
         (ahead.chunks[0].tokens, ahead.chunks[0].runs_ahead) = (vec![UNKNOWN_TOKEN], true);
+        ahead.chunks[0].scoring = Scoring::default();
         assert_eq!(StepPlan::try_from(shard::Plan::from(&ahead)), Ok(ahead));
     }
 
@@ -306,6 +351,10 @@ mod tests {
         let result = StepResult {
             epoch: Epoch(7),
             step: StepNumber(9),
+            scores: vec![SequenceScores {
+                sequence: SequenceId(3),
+                tokens: vec![ScoredToken { logprob: -1.5, top_logprobs: token.top_logprobs.clone() }],
+            }],
             samples: vec![SequenceSamples { sequence: SequenceId(2), tokens: vec![token] }],
             timings: StepTimings { total_us: 1, collective_wait_us: 2, collective_bytes: 3 },
         };
@@ -322,6 +371,10 @@ mod tests {
         wire.chunks[0].runs_ahead = true;
         let error = StepPlan::try_from(wire).expect_err("2 tokens ahead");
         assert!(error.0.contains("2 tokens in place"), "{error}");
+        let mut wire = shard::Plan::from(&plan());
+        wire.chunks[0].n_sampled = 2;
+        let error = StepPlan::try_from(wire).expect_err("both rows sample");
+        assert!(error.0.contains("1 tokens cannot be scored by 0 rows"), "{error}");
     }
 
     #[test]

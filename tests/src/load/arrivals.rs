@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{
     Options,
+    options::TenantRate,
     prompts::{Prompts, Text},
 };
 use crate::random::Random;
@@ -18,6 +19,8 @@ pub struct Planned {
     pub max_tokens: u32,
     /// The client goes away after so many chunks with text.
     pub cancelled_after: Option<u32>,
+    /// Whose it is, as an index among the options' tenants; none where there are none.
+    pub tenant: Option<usize>,
     /// When it is sent, from the start of the run; zero without a rate.
     pub sent_at: Duration,
 }
@@ -31,10 +34,11 @@ pub fn plan(options: &Options, prompts: &Prompts, first: usize, n: usize) -> Vec
         let max_tokens = options.max_tokens.unwrap_or(pattern.max_tokens);
         let is_cancelled = random.happens(options.cancel_fraction);
         let place = random.within(0..max_tokens as usize) as u32;
-        if let Some(rate) = options.rate {
+        if let Some(rate) = options.total_rate() {
             sent_at += gap(rate, random.unit());
         }
         Planned {
+            tenant: tenant(options, &mut random),
             text: pattern.fill(first + i, &mut random),
             max_tokens,
             cancelled_after: is_cancelled.then_some(place),
@@ -42,6 +46,17 @@ pub fn plan(options: &Options, prompts: &Prompts, first: usize, n: usize) -> Vec
         }
     };
     (0..n).map(&mut planned).collect()
+}
+
+/// Poisson processes laid over each other are one, of which each arrival belongs to one of them by chance.
+fn tenant(options: &Options, random: &mut Random) -> Option<usize> {
+    let last = options.tenants.len().checked_sub(1)?;
+    let mut left = random.unit() * options.total_rate()?;
+    let is_taken = |tenant: &TenantRate| {
+        left -= tenant.rate;
+        left < 0.0
+    };
+    Some(options.tenants.iter().position(is_taken).unwrap_or(last))
 }
 
 /// The time to the next arrival of a Poisson process, by inversion of the exponential distribution.
@@ -73,6 +88,16 @@ mod tests {
         assert!((0.34..0.40).contains(&above), "{above} above 20 ms");
         assert_eq!(gap(50.0, 0.0), Duration::ZERO);
         assert!(planned(&[], 9).iter().all(|request| request.sent_at == Duration::ZERO));
+    }
+
+    #[test]
+    fn each_tenant_has_its_share_of_the_arrivals() {
+        let requests = planned(&["--tenants", "light=1,flood=9"], 5000);
+        let n_light = requests.iter().filter(|request| request.tenant == Some(0)).count();
+        assert!((430..570).contains(&n_light), "{n_light} of 5000");
+        let seconds = requests[4999].sent_at.as_secs_f64();
+        assert!((450.0..550.0).contains(&seconds), "{seconds} s for 5000 requests at 10 a second");
+        assert!(planned(&["--rate", "9"], 9).iter().all(|request| request.tenant.is_none()));
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub async fn run(options: &Options) -> anyhow::Result<(Figures, Interrupted)> {
     });
     // Numbers of the warm-up lie behind all others, so that it fills no cache for them.
     let warm_up = plan(
-        &Options { cancel_fraction: 0.0, rate: None, ..options.clone() },
+        &Options { cancel_fraction: 0.0, rate: None, tenants: Vec::new(), ..options.clone() },
         &prompts,
         options.requests,
         options.warmup,
@@ -66,7 +66,7 @@ pub async fn run(options: &Options) -> anyhow::Result<(Figures, Interrupted)> {
     }
     let started = Instant::now();
     let progress = tokio::spawn(load.clone().show_progress());
-    let answers = match options.rate {
+    let answers = match options.total_rate() {
         None => load.clone().closed(options.clients).await,
         Some(_) => load.clone().open(started).await,
     };
@@ -99,7 +99,7 @@ impl Load {
     }
 
     async fn one(&self, client: usize, planned: &Planned) -> Answer {
-        let mut answer = Answer::new(Instant::now());
+        let mut answer = Answer { tenant: planned.tenant, ..Answer::new(Instant::now()) };
         let mut interrupted = self.interrupted.clone();
         tokio::select! {
             () = self.target.send(client, planned, &mut answer) => {}

@@ -49,8 +49,48 @@ pub struct Figures {
     pub itl_p50_ms: Option<f64>,
     /// The same that 99 of 100 chunks keep to.
     pub itl_p99_ms: Option<f64>,
+    /// Tokens of requests with their whole answer, by seconds.
+    pub goodput_tokens_per_s: f64,
+    /// Milliseconds to a refusal, median.
+    pub refused_p50_ms: Option<f64>,
+    /// The same that 99 of 100 refusals keep to.
+    pub refused_p99_ms: Option<f64>,
+    /// Of each tenant, where there are some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tenants: Vec<TenantFigures>,
     /// Why requests failed, and how many of them.
     pub failures: Vec<(String, usize)>,
+}
+
+/// What one tenant's requests met; as in [`Figures`].
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct TenantFigures {
+    pub name: String,
+    pub requests: usize,
+    pub finished: usize,
+    pub refused: usize,
+    pub tokens: u64,
+    pub ttft_p50_ms: Option<f64>,
+    pub ttft_p99_ms: Option<f64>,
+    pub refused_p99_ms: Option<f64>,
+}
+
+impl TenantFigures {
+    fn new(name: &str, answers: &[&Answer]) -> Self {
+        let count = |outcome: &Outcome| answers.iter().filter(|answer| answer.outcome == *outcome).count();
+        let (first, refused) = (first_ms(answers.iter().copied()), refused_ms(answers.iter().copied()));
+        Self {
+            name: name.into(),
+            requests: answers.len(),
+            finished: count(&Outcome::Finished),
+            refused: count(&Outcome::Refused),
+            tokens: answers.iter().map(|answer| answer.n_tokens).sum(),
+            ttft_p50_ms: percentile(&first, 50.0).map(rounded),
+            ttft_p99_ms: percentile(&first, 99.0).map(rounded),
+            refused_p99_ms: percentile(&refused, 99.0).map(rounded),
+        }
+    }
 }
 
 impl Figures {
@@ -59,19 +99,22 @@ impl Figures {
         let count = |outcome: &Outcome| answers.iter().filter(|answer| answer.outcome == *outcome).count();
         let (finished, refused, cancelled) =
             (count(&Outcome::Finished), count(&Outcome::Refused), count(&Outcome::Cancelled));
-        let first: Vec<f64> = answers
-            .iter()
-            .filter_map(|answer| Some(milliseconds(answer.sent, *answer.chunks.first()?)))
-            .collect();
+        let (first, refusals) = (first_ms(answers), refused_ms(answers));
         let gaps = |answer: &Answer| -> Vec<f64> {
             answer.chunks.windows(2).map(|pair| milliseconds(pair[0], pair[1])).collect()
         };
         let between: Vec<f64> = answers.iter().flat_map(gaps).collect();
         let (tokens, seconds) = (answers.iter().map(|answer| answer.n_tokens).sum(), seconds(answers));
+        let whole = answers.iter().filter(|answer| answer.outcome == Outcome::Finished);
+        let n_whole: u64 = whole.map(|answer| answer.n_tokens).sum();
+        let a_second = |n: u64| rounded(if seconds > 0.0 { n as f64 / seconds } else { 0.0 });
+        let of_tenant =
+            |i: usize| answers.iter().filter(|answer| answer.tenant == Some(i)).collect::<Vec<_>>();
+        let tenants = options.tenants.iter().enumerate();
         let cached: Vec<u64> = answers.iter().filter_map(|answer| answer.n_cached).collect();
         Self {
-            clients: if options.rate.is_some() { most_at_once(answers) } else { options.clients },
-            rate: options.rate,
+            clients: if options.total_rate().is_some() { most_at_once(answers) } else { options.clients },
+            rate: options.total_rate(),
             requests: answers.len(),
             finished,
             failed: answers.len() - finished - refused - cancelled,
@@ -80,7 +123,11 @@ impl Figures {
             tokens,
             cached_tokens: (!cached.is_empty()).then(|| cached.iter().sum()),
             seconds: rounded(seconds),
-            tokens_per_s: rounded(if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }),
+            tokens_per_s: a_second(tokens),
+            goodput_tokens_per_s: a_second(n_whole),
+            refused_p50_ms: percentile(&refusals, 50.0).map(rounded),
+            refused_p99_ms: percentile(&refusals, 99.0).map(rounded),
+            tenants: tenants.map(|(i, tenant)| TenantFigures::new(&tenant.name, &of_tenant(i))).collect(),
             ttft_p50_ms: percentile(&first, 50.0).map(rounded),
             ttft_p99_ms: percentile(&first, 99.0).map(rounded),
             itl_p50_ms: percentile(&between, 50.0).map(rounded),
@@ -111,6 +158,18 @@ impl fmt::Display for Figures {
         for (name, p50, p99) in rows {
             writeln!(formatter, "{name:<22} {:>10}   p99 {}", milliseconds(p50), milliseconds(p99))?;
         }
+        if *refused > 0 {
+            let (p50, p99) = (milliseconds(self.refused_p50_ms), milliseconds(self.refused_p99_ms));
+            writeln!(formatter, "refusal, ms            {p50:>10}   p99 {p99}")?;
+        }
+        for tenant in &self.tenants {
+            let TenantFigures { name, requests, finished, refused, .. } = tenant;
+            let (p50, p99) = (milliseconds(tenant.ttft_p50_ms), milliseconds(tenant.ttft_p99_ms));
+            writeln!(
+                formatter,
+                "tenant {name:<15} {requests:>10}   {finished} finished, {refused} refused, first token {p50} ms, p99 {p99}"
+            )?;
+        }
         for (reason, n) in &self.failures {
             writeln!(formatter, "{n} failed: {reason}")?;
         }
@@ -124,6 +183,16 @@ pub fn percentile(values: &[f64], percent: f64) -> Option<f64> {
     sorted.sort_by(f64::total_cmp);
     let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.max(1) - 1).copied()
+}
+
+fn first_ms<'a>(answers: impl IntoIterator<Item = &'a Answer>) -> Vec<f64> {
+    let first = |answer: &Answer| Some(milliseconds(answer.sent, *answer.chunks.first()?));
+    answers.into_iter().filter_map(first).collect()
+}
+
+fn refused_ms<'a>(answers: impl IntoIterator<Item = &'a Answer>) -> Vec<f64> {
+    let refused = answers.into_iter().filter(|answer| answer.outcome == Outcome::Refused);
+    refused.map(|answer| milliseconds(answer.sent, answer.ended)).collect()
 }
 
 fn milliseconds(from: Instant, to: Instant) -> f64 {
@@ -194,7 +263,8 @@ mod tests {
     fn answer(start: Instant, moments: &[u64], outcome: Outcome) -> Answer {
         let at = |ms: &u64| start + Duration::from_millis(*ms);
         let chunks: Vec<Instant> = moments[1..].iter().map(at).collect();
-        Answer { n_tokens: chunks.len() as u64, chunks, outcome, ..Answer::new(at(&moments[0])) }
+        let ended = chunks.last().copied().unwrap_or_else(|| at(&moments[0]) + Duration::from_millis(7));
+        Answer { n_tokens: chunks.len() as u64, chunks, outcome, ended, ..Answer::new(at(&moments[0])) }
     }
 
     #[test]
@@ -214,9 +284,31 @@ mod tests {
         assert_eq!((figures.tokens, figures.seconds, figures.tokens_per_s), (5, 1.0, 5.0));
         assert_eq!((figures.ttft_p50_ms, figures.ttft_p99_ms), (Some(100.0), Some(200.0)));
         assert_eq!((figures.itl_p50_ms, figures.itl_p99_ms), (Some(20.0), Some(750.0)));
+        assert_eq!((figures.goodput_tokens_per_s, figures.refused_p99_ms), (3.0, Some(7.0)));
         assert_eq!((&figures.failures, figures.cached_tokens), (&vec![("it broke".into(), 2)], None));
         let at_a_rate = Figures::new(&Options::parse_from(["load", "--rate", "9"]), &answers);
         assert_eq!((at_a_rate.clients, at_a_rate.rate), (2, Some(9.0)));
+    }
+
+    #[test]
+    fn tenants_are_counted_apart() {
+        let start = Instant::now();
+        let of = |tenant, moments: &[u64], outcome| Answer {
+            tenant: Some(tenant),
+            ..answer(start, moments, outcome)
+        };
+        let answers = [
+            of(0, &[0, 20, 30], Outcome::Finished),
+            of(1, &[0, 400], Outcome::Finished),
+            of(1, &[0], Outcome::Refused),
+        ];
+        let options = Options::parse_from(["load", "--tenants", "light=1,flood=100"]);
+        let figures = Figures::new(&options, &answers);
+        let [light, flood] = figures.tenants.as_slice() else { panic!("two tenants") };
+        assert_eq!((light.ttft_p99_ms, light.tokens, light.refused), (Some(20.0), 2, 0));
+        assert_eq!((flood.ttft_p99_ms, flood.refused, flood.refused_p99_ms), (Some(400.0), 1, Some(7.0)));
+        let text = figures.to_string();
+        assert!(text.contains("tenant light") && text.contains("refusal, ms"), "{text}");
     }
 
     #[test]

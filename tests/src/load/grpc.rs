@@ -7,7 +7,7 @@ use paceline_wire::inference::{
     Chat, ChatMessage, GenerateRequest, SamplingOptions, StopOptions, generate_request::Input,
     generate_response::Event, inference_client::InferenceClient,
 };
-use tonic::{Code, transport::Channel};
+use tonic::{Code, Request, metadata::AsciiMetadataValue, transport::Channel};
 
 use super::{
     Options,
@@ -26,6 +26,8 @@ pub struct Grpc {
     model: String,
     sampling: SamplingOptions,
     ignore_eos: Option<bool>,
+    /// As they are in metadata.
+    tenants: Vec<AsciiMetadataValue>,
 }
 
 impl Grpc {
@@ -35,13 +37,15 @@ impl Grpc {
     /// When nobody answers, or the model is not there.
     pub async fn connect(options: &Options) -> anyhow::Result<Self> {
         let address = format!("http://{}", options.address().context("no address")?);
-        let n_clients = if options.rate.is_some() { MAX_CONNECTIONS } else { options.clients };
+        let n_clients = if options.total_rate().is_some() { MAX_CONNECTIONS } else { options.clients };
         let connections = (0..n_clients.min(MAX_CONNECTIONS)).map(|_| connect(&address));
         let mut clients = try_join_all(connections).await?;
         let model = served_model(&mut clients[0], options.model.as_deref()).await?.name;
         let sampling =
             SamplingOptions { temperature: Some(options.temperature), ..SamplingOptions::default() };
-        Ok(Self { clients, model, sampling, ignore_eos: options.ignore_eos.then_some(true) })
+        let tenants = options.tenants.iter().map(|tenant| tenant.name.parse().context("a tenant's name"));
+        let (tenants, ignore_eos) = (tenants.collect::<Result<_, _>>()?, options.ignore_eos.then_some(true));
+        Ok(Self { clients, model, sampling, ignore_eos, tenants })
     }
 
     fn request(&self, planned: &Planned) -> GenerateRequest {
@@ -81,7 +85,11 @@ impl Grpc {
         answer: &mut Answer,
     ) -> anyhow::Result<Outcome> {
         let mut client = self.clients[client % self.clients.len()].clone();
-        let mut stream = match client.generate(self.request(planned)).await {
+        let mut request = Request::new(self.request(planned));
+        if let Some(tenant) = planned.tenant {
+            request.metadata_mut().insert("x-tenant", self.tenants[tenant].clone());
+        }
+        let mut stream = match client.generate(request).await {
             Ok(response) => response.into_inner(),
             Err(status) if status.code() == Code::ResourceExhausted => return Ok(Outcome::Refused),
             Err(status) => bail!("{:?}: {}", status.code(), status.message()),

@@ -1,6 +1,6 @@
 //! The command line of the load generator. All problems are reported together.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, str::FromStr};
 
 use clap::{Parser, ValueEnum};
 
@@ -29,6 +29,9 @@ pub struct Options {
     /// Requests that come in a second, on average; --clients does not matter then
     #[arg(long)]
     pub rate: Option<f64>,
+    /// Whose requests (metadata x-tenant) come at which rate, separated by commas; instead of --rate
+    #[arg(long, value_name = "NAME=RATE,...", value_delimiter = ',', conflicts_with = "rate")]
+    pub tenants: Vec<TenantRate>,
     /// Prompts with their output lengths, one JSON object a line [default: tests/load/prompts.jsonl of this source]
     #[arg(long)]
     pub prompts: Option<PathBuf>,
@@ -58,6 +61,31 @@ pub struct Options {
     pub json: bool,
 }
 
+/// A tenant and its requests a second.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TenantRate {
+    /// Name in the metadata.
+    pub name: String,
+    /// Requests a second, on average.
+    pub rate: f64,
+}
+
+impl FromStr for TenantRate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.split_once('=').and_then(|(name, rate)| Some((name, rate.parse().ok()?)));
+        match parsed {
+            Some((name, rate)) if !name.is_empty() && is_rate(rate) => Ok(Self { name: name.into(), rate }),
+            _ => Err(format!("{text:?} is not like light=0.5, with a rate above 0 and at most 100000")),
+        }
+    }
+}
+
+fn is_rate(rate: f64) -> bool {
+    rate > 0.0 && rate <= 1e5
+}
+
 /// What a server speaks.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Protocol {
@@ -80,11 +108,14 @@ impl Options {
         if !(1..=10_000_000).contains(&self.requests) {
             problems.push(format!("--requests is {}; it must be from 1 to 10000000", self.requests));
         }
-        if self.rate.is_some_and(|rate| !(rate > 0.0 && rate <= 1e5)) {
+        if self.rate.is_some_and(|rate| !is_rate(rate)) {
             problems.push(format!("--rate is {:?}; it must be above 0 and at most 100000", self.rate));
         }
         if !(0.0..=1.0).contains(&self.cancel_fraction) {
             problems.push(format!("--cancel-fraction is {}; it must be from 0 to 1", self.cancel_fraction));
+        }
+        if !self.tenants.is_empty() && self.protocol == Protocol::Openai {
+            problems.push("--tenants are metadata of gRPC; there are none with --protocol openai".into());
         }
         if self.max_tokens == Some(0) {
             problems.push("--max-tokens is 0; it must be at least 1".into());
@@ -95,6 +126,12 @@ impl Options {
         }
         anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
         Ok(())
+    }
+
+    /// Requests a second of all tenants; nothing where each client waits for its answer.
+    pub fn total_rate(&self) -> Option<f64> {
+        let of_tenants = || self.tenants.iter().map(|tenant| tenant.rate).sum();
+        self.rate.or_else(|| (!self.tenants.is_empty()).then(of_tenants))
     }
 
     /// `host:port` of the endpoint.
@@ -149,5 +186,17 @@ mod tests {
         }
         options(&[]).check().expect("the defaults are good");
         assert!(options(&["--rate=NaN"]).check().is_err());
+        assert!(options(&["--tenants=a=1", "--protocol=openai"]).check().is_err());
+    }
+
+    #[test]
+    fn tenants_have_names_and_rates_that_add_up() {
+        let both = options(&["--tenants", "light=0.5,flood=50"]);
+        assert_eq!((both.tenants[1].name.as_str(), both.total_rate()), ("flood", Some(50.5)));
+        for wrong in ["light", "=1", "a=0", "a=x", "a=1e9"] {
+            assert!(Options::try_parse_from(["load", "--tenants", wrong]).is_err(), "{wrong}");
+        }
+        assert!(Options::try_parse_from(["load", "--tenants", "a=1", "--rate", "1"]).is_err());
+        assert_eq!((options(&[]).total_rate(), options(&["--rate=2"]).total_rate()), (None, Some(2.0)));
     }
 }

@@ -38,15 +38,19 @@ pub struct Answer {
     pub n_tokens: u64,
     /// Tokens of the prompt that the server had in its cache, where it says so.
     pub n_cached: Option<u64>,
-    /// How it ended.
+    /// How it ended, and when.
     pub outcome: Outcome,
+    /// See `outcome`.
+    pub ended: Instant,
+    /// As [`Planned::tenant`].
+    pub tenant: Option<usize>,
 }
 
 impl Answer {
     /// Nothing came yet.
     pub fn new(sent: Instant) -> Self {
         let outcome = Outcome::Failed("broken off by the user".into());
-        Self { sent, chunks: Vec::new(), n_tokens: 0, n_cached: None, outcome }
+        Self { sent, chunks: Vec::new(), n_tokens: 0, n_cached: None, outcome, ended: sent, tenant: None }
     }
 
     /// A chunk with text came.
@@ -80,6 +84,7 @@ impl Target {
             Self::Grpc(target) => target.send(client, planned, answer).await,
             Self::OpenAi(target) => target.send(planned, answer).await,
         };
+        answer.ended = Instant::now();
         answer.outcome = outcome.unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")));
     }
 }

@@ -95,6 +95,10 @@ impl Drafter {
 
     /// A draft on a machine of its own costs no time, but steps must wait for the tokens it has to know, and rows cost.
     fn decide_ahead(&mut self, view: &View<'_>) {
+        // Nobody would draft; what is drafted for whom is decided anew when somebody can.
+        if self.connection.is_none() {
+            return;
+        }
         let expected = |(id, own): (&SequenceId, &Vec<f64>)| {
             let mut drafted = self.sequences[id].expected_of_draft(&self.table);
             // What is drafted too late is worth nothing.

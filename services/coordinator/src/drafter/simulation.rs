@@ -244,6 +244,7 @@ impl World {
             sampling: sampling.clone(),
             held_back: None,
             is_constrained: false,
+            n_prompt_logprobs: None,
             tenant: self.n_texts.to_string(),
             priority: Priority::Normal,
             sibling: None,
@@ -333,6 +334,7 @@ impl World {
             SequenceSamples { sequence: chunk.sequence, tokens }
         });
         let timings = StepTimings { total_us: compute.as_micros() as u64, ..StepTimings::default() };
-        StepResult { epoch: plan.epoch, step: plan.step, samples: samples.collect(), timings }
+        let (samples, scores) = (samples.collect(), Vec::new());
+        StepResult { epoch: plan.epoch, step: plan.step, samples, scores, timings }
     }
 }

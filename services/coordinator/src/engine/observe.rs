@@ -85,17 +85,21 @@ pub(super) fn draft_span(
     span
 }
 
-/// The clients of these sequences, each once.
+/// The clients of these sequences whose traces somebody will see, each once.
 fn clients_of<'a>(
     choices: &HashMap<SequenceId, Active>,
     clients: &'a HashMap<RequestId, Client>,
     sequences: impl Iterator<Item = SequenceId>,
 ) -> Vec<&'a Client> {
+    if !clients.values().any(Client::is_traced) {
+        return Vec::new();
+    }
     let mut requests: Vec<RequestId> = Vec::new();
     for choice in sequences.filter_map(|sequence| choices.get(&sequence)) {
         if !requests.contains(&choice.request) {
             requests.push(choice.request);
         }
     }
-    requests.iter().filter_map(|request| clients.get(request)).collect()
+    let clients = requests.iter().filter_map(|request| clients.get(request));
+    clients.filter(|client| client.is_traced()).collect()
 }

@@ -14,7 +14,8 @@ struct FirstBlocks {
 impl Scheduler {
     /// Gives waiting sequences their place, in order, while there are places and blocks.
     pub(super) fn admit(&mut self) {
-        while self.running.len() < self.limits.max_sequences {
+        while self.running.len() < self.limits.max_sequences && !self.waiting.is_empty() {
+            self.waiting.pass_over(self.crowding());
             let Some(id) = self.waiting.front() else { break };
             let Some(FirstBlocks { blocks, n_cached }) = self.first_blocks(id) else { break };
             self.waiting.pop();
@@ -26,6 +27,7 @@ impl Scheduler {
             let age = *sequence.age.get_or_insert(next_age);
             let tenant = sequence.tenant.clone();
             self.waiting.charge(&tenant, n_read, 0);
+            self.waiting.placed(tenant);
             self.next_age = next_age.max(age + 1);
             let place = self.running.partition_point(|other| self.sequences[other].age < Some(age));
             self.running.insert(place, id);

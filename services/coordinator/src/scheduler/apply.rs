@@ -1,7 +1,7 @@
 //! What a step's result changes: tokens are committed, full blocks of them become known to the prefix cache.
 
 use paceline_domain::{
-    SampledToken, SequenceChunk, SequenceId, SequenceSamples, StepNumber, StepPlan, StepResult,
+    SampledToken, ScoredToken, SequenceChunk, SequenceId, SequenceSamples, StepNumber, StepPlan, StepResult,
 };
 
 use super::Scheduler;
@@ -26,6 +26,17 @@ pub struct Verified {
     pub n_accepted: usize,
 }
 
+/// Log probabilities of tokens of a prompt. Those of one sequence come in order, each once.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Scores {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// Position of the first.
+    pub start_pos: u32,
+    /// The numbers.
+    pub tokens: Vec<ScoredToken>,
+}
+
 /// What a result has changed.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Applied {
@@ -33,6 +44,14 @@ pub struct Applied {
     pub commits: Vec<Commit>,
     /// One for each sequence with proposals that is still there.
     pub verified: Vec<Verified>,
+    /// Log probabilities of prompts.
+    pub scores: Vec<Scores>,
+}
+
+/// What came for one chunk.
+struct Answer {
+    sampled: Vec<SampledToken>,
+    scored: Vec<ScoredToken>,
 }
 
 /// A result that does not answer the oldest plan in flight: the group is beyond use.
@@ -58,12 +77,16 @@ impl Scheduler {
         };
         check(&in_flight.plan, &result)?;
         self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3, in_flight.drafting);
-        let mut samples = result.samples.into_iter();
+        let (mut samples, mut scores) = (result.samples.into_iter(), result.scores.into_iter());
         let mut applied = Applied::default();
         for chunk in &in_flight.plan.chunks {
-            let tokens =
-                if chunk.n_sampled > 0 { samples.next().map(|samples| samples.tokens) } else { None };
-            self.settle(in_flight.plan.step, chunk, tokens.unwrap_or_default(), &mut applied);
+            let sampled = if chunk.n_sampled > 0 { samples.next() } else { None };
+            let scored = if chunk.scoring.tokens.is_empty() { None } else { scores.next() };
+            let answer = Answer {
+                sampled: sampled.map(|samples| samples.tokens).unwrap_or_default(),
+                scored: scored.map(|scores| scores.tokens).unwrap_or_default(),
+            };
+            self.settle(in_flight.plan.step, chunk, answer, &mut applied);
         }
         Ok(applied)
     }
@@ -72,11 +95,15 @@ impl Scheduler {
         &mut self,
         step: StepNumber,
         chunk: &SequenceChunk,
-        sampled: Vec<SampledToken>,
+        Answer { sampled, scored }: Answer,
         applied: &mut Applied,
     ) {
         let id = chunk.sequence;
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if !scored.is_empty() {
+            let start_pos = sequence.tell(scored.len());
+            applied.scores.push(Scores { sequence: id, start_pos, tokens: scored });
+        }
         if chunk.n_sampled > 0 {
             let n_known = chunk.start_pos as usize + chunk.tokens.len() - chunk.n_sampled as usize + 1;
             assert_eq!(sequence.tokens.len(), n_known, "invariant: steps are answered in order");
@@ -111,23 +138,40 @@ impl Scheduler {
     }
 }
 
-/// Whether the result answers the plan: the same step, and for each chunk with sampled rows the proposals that were
-/// sampled and at most one more.
+/// Whether the result answers the plan: the same step, for each chunk with sampled rows the proposals that were
+/// sampled and at most one more, and the scores that were asked for.
 fn check(plan: &StepPlan, result: &StepResult) -> Result<(), ResultMismatch> {
-    let sampling: Vec<_> = plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).collect();
-    let wanted: Vec<_> = sampling.iter().map(|chunk| (chunk.sequence, chunk.n_sampled)).collect();
-    let found: Vec<_> =
-        result.samples.iter().map(|samples| (samples.sequence, samples.tokens.len())).collect();
+    let sampling = || plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0);
     let is_answer = (plan.epoch, plan.step) == (result.epoch, result.step)
-        && sampling.len() == result.samples.len()
-        && sampling.iter().zip(&result.samples).all(|(chunk, samples)| answers(chunk, samples));
-    if is_answer {
+        && sampling().count() == result.samples.len()
+        && sampling().zip(&result.samples).all(|(chunk, samples)| answers(chunk, samples));
+    let (n_wanted, n_found) = n_scores(plan, result);
+    if is_answer && n_wanted == n_found {
         return Ok(());
     }
+    let wanted: Vec<_> = sampling().map(|chunk| (chunk.sequence, chunk.n_sampled)).collect();
+    let found: Vec<_> =
+        result.samples.iter().map(|samples| (samples.sequence, samples.tokens.len())).collect();
     Err(ResultMismatch {
-        wanted: format!("epoch {} step {} samples of {wanted:?}", plan.epoch, plan.step),
-        found: format!("epoch {} step {} samples of {found:?}", result.epoch, result.step),
+        wanted: format!(
+            "epoch {} step {} samples of {wanted:?}, scores of {n_wanted:?}",
+            plan.epoch, plan.step
+        ),
+        found: format!(
+            "epoch {} step {} samples of {found:?}, scores of {n_found:?}",
+            result.epoch, result.step
+        ),
     })
+}
+
+/// Sequences with scores and how many.
+type ScoreCounts = Vec<(SequenceId, usize)>;
+
+/// Those that are wanted and those that came.
+fn n_scores(plan: &StepPlan, result: &StepResult) -> (ScoreCounts, ScoreCounts) {
+    let wanted = plan.chunks.iter().map(|chunk| (chunk.sequence, chunk.scoring.tokens.len()));
+    let found = result.scores.iter().map(|scores| (scores.sequence, scores.tokens.len()));
+    (wanted.filter(|(_, n)| *n > 0).collect(), found.collect())
 }
 
 fn answers(chunk: &SequenceChunk, samples: &SequenceSamples) -> bool {

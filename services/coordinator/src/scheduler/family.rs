@@ -51,7 +51,9 @@ impl Scheduler {
     fn partial_block(&self, id: SequenceId) -> Option<(usize, usize)> {
         let sequence = &self.sequences[&id];
         let n_needed = sequence.n_prompt - 1;
-        let is_fresh = sequence.opened_at.is_none() && sequence.tokens.len() == sequence.n_prompt;
+        let is_fresh = sequence.opened_at.is_none()
+            && sequence.tokens.len() == sequence.n_prompt
+            && !sequence.is_scoring();
         let has_part = !n_needed.is_multiple_of(BLOCK_POSITIONS);
         (self.copies_blocks && is_fresh && has_part).then_some((n_needed / BLOCK_POSITIONS, n_needed))
     }

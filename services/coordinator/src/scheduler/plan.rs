@@ -6,6 +6,7 @@ use paceline_speculation::{Drafting, Load};
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
     budget::{ROWS_FOR_PROMPTS, prefill_rows, share},
+    fairness::favour,
     sequence::Next,
 };
 
@@ -24,6 +25,8 @@ struct Draft {
     opens: Vec<SequenceOpen>,
     chunks: Vec<SequenceChunk>,
     load: Load,
+    /// Rows whose logits are wanted.
+    n_output_rows: usize,
 }
 
 impl Scheduler {
@@ -79,8 +82,11 @@ impl Scheduler {
         }
         let n_reserved = decoding.len() + if has_prompts { ROWS_FOR_PROMPTS } else { 0 };
         let n_rows_left = (self.limits.max_rows as usize).saturating_sub(n_reserved);
-        // Each running sequence may have one sampled row anyway.
-        let n_sampled_left = self.limits.max_sampled_rows as usize - self.running.len();
+        // Each running sequence may have one sampled row anyway; who reads log probabilities off its prompt needs more.
+        let mut n_sampled_left = self.limits.max_sampled_rows as usize - self.running.len();
+        if self.running.iter().any(|id| self.sequences[id].is_scoring()) {
+            n_sampled_left /= 2;
+        }
         let mut n_left = n_rows_left.min(n_sampled_left);
         for id in decoding {
             let mut proposals = std::mem::take(&mut self.sequence(id).proposals);
@@ -120,10 +126,20 @@ impl Scheduler {
             Some(_) => 1,
             None => self.sequences[id].tokens.len() - self.sequences[id].n_planned,
         };
-        let wanted: Vec<usize> = prompts.iter().map(pending).collect();
+        // One is kept for each, because it may sample.
+        let mut n_spare = self.limits.max_sampled_rows as usize - draft.n_output_rows - prompts.len();
+        let mut wanted: Vec<usize> = prompts.iter().map(pending).collect();
+        for (id, wanted) in prompts.iter().zip(&mut wanted).filter(|(id, _)| self.sequences[id].is_scoring())
+        {
+            *wanted = self.sequences[id].n_scorable(*wanted, n_spare + 1);
+            n_spare -= n_spare.min(*wanted);
+        }
         let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
         let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, start, n_rows_left);
-        for (id, n) in prompts.into_iter().zip(share(n_rows, &wanted)).filter(|(_, n)| *n > 0) {
+        let mut granted = share(n_rows, &wanted);
+        let n_unused = n_rows_left - granted.iter().sum::<usize>();
+        favour(&mut granted, &wanted, &self.are_light(&prompts), n_unused);
+        for (id, n) in prompts.into_iter().zip(granted).filter(|(_, n)| *n > 0) {
             let open = self.open(id);
             let chunk = self.sequence(id).chunk(id, n);
             draft.add(open, chunk);
@@ -148,6 +164,7 @@ impl Scheduler {
 impl Draft {
     fn add(&mut self, open: Option<SequenceOpen>, chunk: SequenceChunk) {
         self.load = self.load.and(Load::rows(chunk.start_pos as usize, chunk.tokens.len()));
+        self.n_output_rows += chunk.n_output_rows();
         self.opens.extend(open);
         self.chunks.push(chunk);
     }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use paceline_domain::{BlockId, StepPlan};
+use paceline_domain::{BlockId, SequenceChunk, StepPlan};
 use paceline_speculation::Load;
 use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 
 use super::*;
-use crate::scheduler::toy_group::{N_VOCAB, ToyGroup, next_alone};
+use crate::scheduler::toy_group::{N_VOCAB, ToyGroup, next_alone, score_alone};
 
 #[derive(Clone, Debug)]
 enum Event {
@@ -19,6 +19,7 @@ enum Event {
         priority: Priority,
         /// Further sequences with the same prompt.
         n_siblings: u64,
+        is_scored: bool,
     },
     /// Proposals for all that can have some; `misled` of eight are wrong from a random place on.
     Propose {
@@ -52,14 +53,16 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     // Around the ends of blocks, or anything.
     let n_prompt = prop_oneof![Just(15usize), Just(16), Just(17), Just(31), Just(32), Just(33), 1usize..70];
     let n_siblings = prop_oneof![3 => Just(0u64), 1 => 1u64..4];
-    let submit = (0u32..3, n_prompt, 1u32..40, 0u8..2, priority(), n_siblings).prop_map(
-        |(family, n_prompt, max_tokens, tenant, priority, n_siblings)| Event::Submit {
+    let is_scored = prop::bool::weighted(0.3);
+    let submit = (0u32..3, n_prompt, 1u32..40, 0u8..2, priority(), n_siblings, is_scored).prop_map(
+        |(family, n_prompt, max_tokens, tenant, priority, n_siblings, is_scored)| Event::Submit {
             family,
             n_prompt,
             max_tokens,
             tenant,
             priority,
             n_siblings,
+            is_scored,
         },
     );
     let pace = prop_oneof![Just(Pace::RunAhead), Just(Pace::StepByStep)];
@@ -83,11 +86,14 @@ fn priority() -> impl Strategy<Value = Priority> {
 }
 
 fn limits() -> impl Strategy<Value = (Limits, u32)> {
-    let sizes = (3u32..40, 0u32..8, 1usize..4, prop_oneof![Just(7u32), Just(8), 9u32..30]);
+    // With eight places one may be kept from a tenant that has the others.
+    let max_sequences = prop_oneof![4 => 1usize..4, 1 => Just(8)];
+    let sizes = (3u32..40, 0u32..8, max_sequences, prop_oneof![Just(7u32), Just(8), 9u32..30]);
     let bound = prop_oneof![Just(ItlBound::Twice), Just(ItlBound::Millis(1e9)), Just(ItlBound::Millis(5.0))];
     let ahead = prop_oneof![Just(Duration::ZERO), Just(Duration::from_secs(9))];
     (sizes, bound, ahead).prop_map(
         |((max_rows, n_more, max_sequences, n_blocks), itl_bound, run_ahead_below)| {
+            let max_sequences = max_sequences.min(max_rows as usize);
             let max_sampled_rows = (max_sequences as u32 + n_more).min(max_rows);
             let model = Digest([7; 32]);
             let limits = Limits {
@@ -118,6 +124,8 @@ struct World {
     plans: VecDeque<StepPlan>,
     /// Prompt and noise of each live sequence.
     live: BTreeMap<SequenceId, (Vec<TokenId>, u64)>,
+    /// Scores that came for those whose prompt is scored.
+    n_scores: BTreeMap<SequenceId, usize>,
     n_epochs: u64,
     /// All plans there were.
     log: Vec<StepPlan>,
@@ -137,6 +145,7 @@ impl World {
             group: ToyGroup::new(n_blocks),
             plans: VecDeque::new(),
             live: BTreeMap::new(),
+            n_scores: BTreeMap::new(),
             n_epochs: 1,
             log: Vec::new(),
         };
@@ -153,7 +162,7 @@ impl World {
 
     fn happen(&mut self, event: &Event) {
         match *event {
-            Event::Submit { family, n_prompt, max_tokens, tenant, priority, n_siblings } => {
+            Event::Submit { family, n_prompt, max_tokens, tenant, priority, n_siblings, is_scored } => {
                 let seed = u64::from(family) * 31 + n_prompt as u64;
                 let sampling = SamplingParams { seed, ..SamplingParams::greedy() };
                 let (prompt, tenant) = (prompt(family, n_prompt), tenant.to_string());
@@ -166,8 +175,10 @@ impl World {
                     sibling: None,
                     held_back: None,
                     is_constrained: false,
+                    n_prompt_logprobs: is_scored.then_some(0),
                 };
                 let sibling = self.submit(new.clone());
+                let new = NewSequence { n_prompt_logprobs: None, ..new };
                 for i in 1..n_siblings + 1 {
                     let sampling = SamplingParams { seed: seed + 1000 * i, ..new.sampling.clone() };
                     self.submit(NewSequence { sampling, sibling, ..new.clone() });
@@ -234,7 +245,9 @@ impl World {
             return None;
         }
         let expected = (new.prompt.clone(), new.sampling.seed);
+        let is_scored = new.n_prompt_logprobs.is_some();
         let id = self.scheduler.submit(new);
+        self.n_scores.extend(is_scored.then_some((id, 0)));
         self.live.insert(id, expected);
         Some(id)
     }
@@ -263,9 +276,9 @@ impl World {
             );
             return;
         };
-        let n_sampled: u32 = plan.chunks.iter().map(|chunk| chunk.n_sampled).sum();
+        let n_outputs: usize = plan.chunks.iter().map(SequenceChunk::n_output_rows).sum();
         assert!(plan.n_rows() <= self.limits.max_rows as usize, "{} rows", plan.n_rows());
-        assert!(n_sampled <= self.limits.max_sampled_rows, "{n_sampled} sampled rows");
+        assert!(n_outputs <= self.limits.max_sampled_rows as usize, "{n_outputs} rows with logits");
         assert!(n_in_flight < MAX_STEPS_IN_FLIGHT && plan.chunks.len() <= self.limits.max_sequences);
         if n_in_flight == 0
             && let Some(oldest) = self.scheduler.running.first()
@@ -287,10 +300,18 @@ impl World {
     fn answer(&mut self) {
         let Some(plan) = self.plans.pop_front() else { return };
         let applied = self.scheduler.apply(self.group.step(&plan)).expect("the answer to the plan");
+        for scores in &applied.scores {
+            self.check_scores(scores);
+        }
         for commit in applied.commits {
             let id = commit.sequence;
             // Like the engine, this drops what follows the end.
             let Some((_, seed)) = self.live.get(&id) else { continue };
+            let n_prompt = self.live[&id].0.len();
+            assert!(
+                self.n_scores.get(&id).is_none_or(|n| n + 1 == n_prompt),
+                "{id} is not scored as a whole"
+            );
             let tokens = self.scheduler.tokens(id).expect("it is live");
             let n_after = tokens.len();
             // Tokens of one step come together: each is what follows all before it.
@@ -301,6 +322,17 @@ impl World {
                 self.live.remove(&id);
                 self.scheduler.finish(id);
             }
+        }
+    }
+
+    /// Each token but the first once, in order, with what it has alone.
+    fn check_scores(&mut self, scores: &Scores) {
+        let Some((prompt, _)) = self.live.get(&scores.sequence) else { return };
+        let n = self.n_scores.get_mut(&scores.sequence).expect("its prompt is scored");
+        assert_eq!(scores.start_pos as usize, *n + 1);
+        for scored in &scores.tokens {
+            *n += 1;
+            assert_eq!(*scored, score_alone(&prompt[..=*n]), "{} at {n}", scores.sequence);
         }
     }
 
@@ -376,6 +408,7 @@ proptest! {
 #[test]
 fn random_events_meet_hits_preemption_and_running_ahead() {
     let (mut n_cached, mut n_preemptions, mut n_ahead, mut n_verified, mut n_copied) = (0, 0, 0, 0, 0);
+    let mut n_scored_again = 0;
     let mut runner = TestRunner::deterministic();
     for _ in 0..200 {
         let (limits, n_blocks) = limits().new_tree(&mut runner).expect("limits").current();
@@ -388,10 +421,14 @@ fn random_events_meet_hits_preemption_and_running_ahead() {
         let chunks = || world.log.iter().flat_map(|plan| &plan.chunks);
         n_ahead += chunks().filter(|chunk| chunk.runs_ahead).count();
         n_verified += chunks().filter(|chunk| chunk.n_sampled > 1).count();
+        // Chunks whose first rows were scored before their sequence lost its place.
+        n_scored_again += chunks()
+            .filter(|chunk| !chunk.scoring.tokens.is_empty() && chunk.n_output_rows() < chunk.tokens.len())
+            .count();
         n_copied +=
             world.log.iter().flat_map(|plan| &plan.opens).filter(|open| open.copied.is_some()).count();
     }
-    let met = (n_cached, n_preemptions, n_ahead, n_verified, n_copied);
+    let met = (n_cached, n_preemptions, n_ahead, n_verified, n_copied, n_scored_again);
     assert!(n_cached > 1000 && n_preemptions > 10 && n_ahead > 1000, "{met:?}");
-    assert!(n_verified > 100 && n_copied > 50, "{met:?}");
+    assert!(n_verified > 100 && n_copied > 50 && n_scored_again > 0, "{met:?}");
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use paceline_domain::{
-    BlockCopy, BlockId, HeldBack, SamplingParams, SequenceChunk, SequenceId, SequenceOpen, StepNumber,
-    TokenId, UNKNOWN_TOKEN,
+    BlockCopy, BlockId, HeldBack, SamplingParams, Scoring, SequenceChunk, SequenceId, SequenceOpen,
+    StepNumber, TokenId, UNKNOWN_TOKEN,
 };
 
 use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, Priority, blocks_for};
@@ -20,6 +20,11 @@ pub(super) struct Sequence {
     pub(super) sampling: SamplingParams,
     held_back: Option<HeldBack>,
     is_constrained: bool,
+    /// Alternatives to report for each prompt token, if their log probabilities are wanted.
+    n_prompt_logprobs: Option<u32>,
+    /// Prompt tokens after the first that plans have scored, and those of them whose scores came.
+    n_scored: usize,
+    n_told: usize,
     pub(super) pace: Pace,
     /// Whose it is.
     pub(super) tenant: Arc<str>,
@@ -77,6 +82,9 @@ impl Sequence {
             sampling: new.sampling,
             held_back: new.held_back,
             is_constrained: new.is_constrained,
+            n_prompt_logprobs: new.n_prompt_logprobs,
+            n_scored: 0,
+            n_told: 0,
             pace: Pace::default(),
             tenant: new.tenant.into(),
             priority: new.priority,
@@ -138,11 +146,45 @@ impl Sequence {
         blocks_for(self.n_limit)
     }
 
-    /// Keys of the blocks that a cached prefix may cover: at least one token is left to run.
+    /// Keys of the blocks that a cached prefix may cover: at least one token is left to run, and so are all whose rows
+    /// are still to be scored.
     pub(super) fn cacheable_keys(&mut self) -> &[PrefixKey] {
         let n_blocks = (self.tokens.len() - 1) / BLOCK_POSITIONS;
         extend_keys(&mut self.keys, self.root, &self.tokens, n_blocks);
-        &self.keys[..n_blocks]
+        let n_most = if self.is_scoring() { self.n_scored / BLOCK_POSITIONS } else { n_blocks };
+        &self.keys[..n_blocks.min(n_most)]
+    }
+
+    /// Whether some of its prompt's tokens are still to be scored.
+    pub(super) fn is_scoring(&self) -> bool {
+        self.n_prompt_logprobs.is_some() && self.n_scored + 1 < self.n_prompt
+    }
+
+    /// As many of its next `n` tokens as can run with so many output rows; they sample or are scored, but for those that
+    /// run again.
+    pub(super) fn n_scorable(&self, n: usize, n_output_rows: usize) -> usize {
+        if !self.is_scoring() {
+            return n;
+        }
+        n.min(self.n_scored.saturating_sub(self.n_planned) + n_output_rows)
+    }
+
+    /// The scores of its rows from `start` to `end` that no plan has asked for; a row scores the token after it.
+    fn score(&mut self, start: usize, end: usize) -> Scoring {
+        let Some(n_top) = self.n_prompt_logprobs.filter(|_| self.is_scoring()) else {
+            return Scoring::default();
+        };
+        assert!(start <= self.n_scored, "invariant: no row is passed over before it is scored");
+        let end = end.min(self.n_prompt - 1).max(self.n_scored);
+        let tokens = self.tokens[self.n_scored + 1..end + 1].to_vec();
+        self.n_scored = end;
+        Scoring { tokens, n_top }
+    }
+
+    /// So many scores came; the position of the first.
+    pub(super) fn tell(&mut self, n: usize) -> u32 {
+        self.n_told += n;
+        (self.n_told - n + 1) as u32
     }
 
     /// Blocks that are full of computed tokens and were not offered to the cache yet, with their keys.
@@ -183,6 +225,7 @@ impl Sequence {
     pub(super) fn forget_epoch(&mut self) {
         self.lose_place();
         self.n_unknown = 0;
+        self.n_scored = self.n_told;
     }
 
     /// What the shards must know before its first chunk. With a copy all but the last token of its prompt are there.
@@ -217,6 +260,7 @@ impl Sequence {
         let runs_ahead = start == self.tokens.len();
         let tokens = if runs_ahead { vec![UNKNOWN_TOKEN] } else { self.tokens[start..start + n].to_vec() };
         let n_sampled = u32::from(runs_ahead || start + n == self.tokens.len());
+        let scoring = self.score(start, start + tokens.len() - n_sampled as usize);
         self.n_planned += tokens.len();
         self.n_unknown += n_sampled as usize;
         let new_blocks = self.blocks[self.n_sent_blocks..].to_vec();
@@ -229,6 +273,7 @@ impl Sequence {
             n_kept_blocks,
             n_sampled,
             runs_ahead,
+            scoring,
         }
     }
 

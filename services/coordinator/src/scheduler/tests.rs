@@ -6,8 +6,8 @@ use paceline_speculation::Load;
 use super::*;
 use crate::scheduler::toy_group::ToyGroup;
 
-const N_KV_BLOCKS: u32 = 8;
-const LIMITS: Limits = Limits {
+pub(super) const N_KV_BLOCKS: u32 = 8;
+pub(super) const LIMITS: Limits = Limits {
     max_rows: 20,
     max_sampled_rows: 10,
     max_sequences: 3,
@@ -18,7 +18,7 @@ const LIMITS: Limits = Limits {
 };
 
 /// Every step was measured once, so that prompts are read from the start.
-fn scheduler(limits: Limits, n_kv_blocks: u32) -> Scheduler {
+pub(super) fn scheduler(limits: Limits, n_kv_blocks: u32) -> Scheduler {
     let mut scheduler = Scheduler::new(limits);
     scheduler.begin_epoch(Epoch(1), n_kv_blocks);
     for n_rows in 1..=limits.max_rows as usize {
@@ -31,7 +31,7 @@ fn ahead() -> Limits {
     Limits { run_ahead_below: Duration::from_secs(9), ..LIMITS }
 }
 
-fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
+pub(super) fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
     let prompt = (0..n_prompt as u32).map(TokenId).collect();
     NewSequence {
         prompt,
@@ -42,6 +42,7 @@ fn sequence(n_prompt: usize, max_tokens: u32) -> NewSequence {
         sibling: None,
         held_back: None,
         is_constrained: false,
+        n_prompt_logprobs: None,
     }
 }
 
@@ -51,7 +52,7 @@ fn stranger(name: &str, n_prompt: usize, max_tokens: u32) -> NewSequence {
 }
 
 /// Rank 0's answer when every chunk samples these tokens, as many as it can take.
-fn answer(plan: &StepPlan, tokens: &[u32]) -> StepResult {
+pub(super) fn answer(plan: &StepPlan, tokens: &[u32]) -> StepResult {
     let sampled =
         |token: &u32| SampledToken { token: TokenId(*token), logprob: None, top_logprobs: Vec::new() };
     let samples = plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).map(|chunk| SequenceSamples {
@@ -59,8 +60,8 @@ fn answer(plan: &StepPlan, tokens: &[u32]) -> StepResult {
         tokens: tokens.iter().take(chunk.n_sampled as usize).map(sampled).collect(),
     });
     let timings = StepTimings { total_us: 1_000 * plan.n_rows() as u64, ..StepTimings::default() };
-    let samples = samples.collect();
-    StepResult { epoch: plan.epoch, step: plan.step, samples, timings }
+    let (samples, scores) = (samples.collect(), Vec::new());
+    StepResult { epoch: plan.epoch, step: plan.step, samples, scores, timings }
 }
 
 /// (sequence, start, tokens, sampled) of each chunk.

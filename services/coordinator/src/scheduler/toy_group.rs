@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 
 use paceline_domain::{
-    BlockId, SampledToken, SequenceChunk, SequenceId, SequenceSamples, StepPlan, StepResult, StepTimings,
-    TokenId, group::BLOCK_POSITIONS,
+    BlockId, SampledToken, ScoredToken, SequenceChunk, SequenceId, SequenceSamples, SequenceScores, StepPlan,
+    StepResult, StepTimings, TokenId, group::BLOCK_POSITIONS,
 };
 
 /// Few tokens, so that guesses are often right.
@@ -42,6 +42,17 @@ fn next(seed: u64, entries: impl Iterator<Item = u64>) -> TokenId {
     TokenId((entries.fold(seed, mix) % u64::from(N_VOCAB)) as u32)
 }
 
+fn score(token: TokenId, entries: impl Iterator<Item = u64>) -> ScoredToken {
+    let hash = entries.fold(mix(2, u64::from(token.0)), mix);
+    ScoredToken { logprob: (hash >> 44) as f32, top_logprobs: Vec::new() }
+}
+
+/// What the last of these is scored with when those before are all there is.
+pub(super) fn score_alone(tokens: &[TokenId]) -> ScoredToken {
+    let (token, before) = tokens.split_last().expect("a token to score");
+    score(*token, before.iter().enumerate().map(|(position, token)| entry(*token, position)))
+}
+
 /// The token that follows these when they are all there is.
 pub(super) fn next_alone(seed: u64, tokens: &[TokenId]) -> TokenId {
     next(seed, tokens.iter().enumerate().map(|(position, token)| entry(*token, position)))
@@ -74,9 +85,14 @@ impl ToyGroup {
         }
         let chunks: Vec<SequenceChunk> = plan.chunks.iter().map(|chunk| self.resolved(chunk)).collect();
         self.last.clear();
-        let samples = chunks.iter().filter_map(|chunk| self.run(chunk)).collect();
+        let (mut samples, mut scores) = (Vec::new(), Vec::new());
+        for chunk in &chunks {
+            let (sampled, scored) = self.run(chunk);
+            samples.extend(sampled);
+            scores.extend(scored);
+        }
         let timings = StepTimings { total_us: 1_000 * plan.n_rows() as u64, ..StepTimings::default() };
-        StepResult { epoch: plan.epoch, step: plan.step, samples, timings }
+        StepResult { epoch: plan.epoch, step: plan.step, samples, scores, timings }
     }
 
     fn resolved(&self, chunk: &SequenceChunk) -> SequenceChunk {
@@ -89,7 +105,8 @@ impl ToyGroup {
         chunk
     }
 
-    fn run(&mut self, chunk: &SequenceChunk) -> Option<SequenceSamples> {
+    fn run(&mut self, chunk: &SequenceChunk) -> (Option<SequenceSamples>, Option<SequenceScores>) {
+        let id = chunk.sequence;
         let sequence = self.sequences.get_mut(&chunk.sequence).expect("an open sequence");
         let start = chunk.start_pos as usize;
         assert!(start <= sequence.n_tokens, "starts at {start} of {}", sequence.n_tokens);
@@ -105,15 +122,22 @@ impl ToyGroup {
             self.memory[slot(start + i)] = entry(*token, start + i);
         }
         let first = chunk.tokens.len() - chunk.n_sampled as usize;
+        let scored = chunk.scoring.tokens.iter().zip(first - chunk.scoring.tokens.len()..);
+        let scored = scored
+            .map(|(token, row)| score(*token, (0..=start + row).map(|position| self.memory[slot(position)])));
+        let scored: Vec<ScoredToken> = scored.collect();
         let mut tokens = Vec::new();
         for row in first..chunk.tokens.len() {
             let token = next(sequence.seed, (0..=start + row).map(|position| self.memory[slot(position)]));
             tokens.push(SampledToken { token, logprob: None, top_logprobs: Vec::new() });
-            self.last.insert(chunk.sequence, ((start + row + 1) as u32, token));
+            self.last.insert(id, ((start + row + 1) as u32, token));
             if chunk.tokens.get(row + 1) != Some(&token) {
                 break;
             }
         }
-        (!tokens.is_empty()).then_some(SequenceSamples { sequence: chunk.sequence, tokens })
+        (
+            (!tokens.is_empty()).then_some(SequenceSamples { sequence: id, tokens }),
+            (!scored.is_empty()).then_some(SequenceScores { sequence: id, tokens: scored }),
+        )
     }
 }

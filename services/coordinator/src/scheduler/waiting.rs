@@ -20,6 +20,8 @@ const OUTPUT_WEIGHT: u64 = 2;
 /// Tenants that do not wait and whose counters are kept.
 const MAX_IDLE_TENANTS: usize = 1024;
 const N_CLASSES: usize = 3;
+/// Places among whose tenants others are looked for.
+const N_RECENT: usize = 64;
 
 /// How urgent a sequence is, most urgent first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
@@ -46,6 +48,10 @@ pub(super) struct Waiting {
     /// Whoever stopped waiting last; its counter stands for all when nobody waits.
     last_to_leave: Option<Arc<str>>,
     next_ticket: u64,
+    /// It gets no place now.
+    passed_over: Option<Arc<str>>,
+    /// Whose the last places were.
+    recent: VecDeque<Arc<str>>,
 }
 
 /// Sequences of one priority. No queue is empty.
@@ -73,7 +79,27 @@ impl Waiting {
             counters: BTreeMap::new(),
             last_to_leave: None,
             next_ticket: 0,
+            passed_over: None,
+            recent: VecDeque::with_capacity(N_RECENT),
         }
+    }
+
+    /// From now on this tenant, or nobody, is not next, unless it had a place or continues a prompt.
+    pub(super) fn pass_over(&mut self, tenant: Option<Arc<str>>) {
+        self.passed_over = tenant;
+    }
+
+    /// A tenant got a place.
+    pub(super) fn placed(&mut self, tenant: Arc<str>) {
+        if self.recent.len() == N_RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(tenant);
+    }
+
+    /// Whether one of the last places was another tenant's.
+    pub(super) fn saw_others(&self, tenant: &Arc<str>) -> bool {
+        self.recent.iter().any(|other| other != tenant)
     }
 
     /// At the end of its tenant's queue.
@@ -154,6 +180,11 @@ impl Waiting {
         }
     }
 
+    /// Whether nobody waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.returned.is_empty() && self.classes.iter().all(|class| class.queues.is_empty())
+    }
+
     /// How many wait.
     pub(super) fn len(&self) -> usize {
         self.returned.len() + self.queues().map(|(_, queue)| queue.len()).sum::<usize>()
@@ -175,14 +206,16 @@ impl Waiting {
 
     /// Class and tenant that are next.
     fn next_queue(&self) -> Option<(usize, &Arc<str>)> {
-        let waiting = || (0..N_CLASSES).filter(|class| !self.classes[*class].queues.is_empty());
+        let may_be_next = |tenant: &Arc<str>| self.passed_over.as_ref() != Some(tenant);
+        let waiting = || (0..N_CLASSES).filter(|class| self.classes[*class].queues.keys().any(may_be_next));
         let n_passed = |class: &usize| self.classes[*class].n_passed;
         let due = waiting().filter(|class| n_passed(class) >= self.promote_after).max_by_key(n_passed);
         let class = due.or_else(|| waiting().next())?;
         let served = |(tenant, queue): &(&Arc<str>, &VecDeque<Ticket>)| {
             (self.counters[*tenant], queue.front().map(|ticket| ticket.number))
         };
-        let (tenant, _) = self.classes[class].queues.iter().min_by_key(served)?;
+        let queues = self.classes[class].queues.iter().filter(|(tenant, _)| may_be_next(tenant));
+        let (tenant, _) = queues.min_by_key(served)?;
         Some((class, tenant))
     }
 

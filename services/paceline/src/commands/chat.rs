@@ -65,8 +65,8 @@ async fn converse(args: &ChatArgs) -> anyhow::Result<()> {
             turn => {
                 messages.push(message("user", turn.into()));
                 let input = Input::Chat(Chat { messages: messages.clone() });
-                let answer =
-                    generate(&mut client, request(&model, input, &args.sampling), write_stdout).await?;
+                let request = request(&model, input, &args.sampling)?;
+                let answer = generate(&mut client, request, write_stdout).await?;
                 write_stdout("\n")?;
                 messages.push(message("assistant", answer.text));
             }

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use crate::{
-    answer::{connect, input, request, served_model, show},
+    answer::{connect, prompt_request, served_model, show},
     interrupt::Interrupts,
     options::{PromptArgs, SamplingArgs, server_url},
 };
@@ -23,7 +23,10 @@ pub struct ServerArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   paceline generate \"Name three prime numbers.\"
-  paceline generate --server http://10.0.0.7:50051 --temperature 0 --json \"Once upon a time\"")]
+  paceline generate --server http://10.0.0.7:50051 --temperature 0 --json \"Once upon a time\"
+  paceline generate --n 3 --regex \"[A-Z][a-z]+\" \"Name a city in Italy.\"
+  paceline generate --json-schema person.json --json \"Invent a person.\"
+  paceline generate --raw --prompt-logprobs 2 --max-tokens 1 --json \"Colorless green ideas sleep furiously\"")]
 pub struct GenerateArgs {
     #[command(flatten)]
     prompt: PromptArgs,
@@ -49,6 +52,6 @@ pub async fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
 async fn answer(args: &GenerateArgs) -> anyhow::Result<()> {
     let mut client = connect(&server_url(&args.server.server)?).await?;
     let model = served_model(&mut client, args.server.model.as_deref()).await?;
-    let request = request(&model, input(&args.prompt, &model)?, &args.sampling);
+    let request = prompt_request(&model, &args.prompt, &args.sampling)?;
     show(&mut client, request, args.prompt.format()).await
 }

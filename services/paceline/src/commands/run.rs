@@ -3,7 +3,7 @@
 use clap::Args;
 
 use crate::{
-    answer::{connect, input, request, served_model, show},
+    answer::{connect, prompt_request, served_model, show},
     commands::up::{embedded_spec, start},
     interrupt::Interrupts,
     options::{ClusterOptions, ModelPlaces, PromptArgs, SamplingArgs},
@@ -61,6 +61,6 @@ pub async fn run(args: &RunArgs, places: &ModelPlaces) -> anyhow::Result<()> {
 async fn answer(args: &RunArgs, address: &str) -> anyhow::Result<()> {
     let mut client = connect(address).await?;
     let model = served_model(&mut client, None).await?;
-    let request = request(&model, input(&args.prompt, &model)?, &args.sampling);
+    let request = prompt_request(&model, &args.prompt, &args.sampling)?;
     show(&mut client, request, args.prompt.format()).await
 }

@@ -152,9 +152,11 @@ mod tests {
             accepted_tokens_per_pos: accepted.to_vec(),
         };
         Answer {
+            choice: None,
             text: String::new(),
             tokens: tokens.to_vec(),
             logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
             finish_reason: "stop",
             usage: UsageJson { prompt_tokens: 1, completion_tokens: tokens.len() as u32, cached_tokens: 0 },
             timings: TimingsJson { queue_us: 0, first_token_us, total_us, decode_tokens_per_second: None },
