@@ -3,6 +3,7 @@
 use paceline_domain::{
     SampledToken, SequenceChunk, SequenceId, SequenceSamples, StepNumber, StepPlan, StepResult,
 };
+use paceline_speculation::Drafting;
 
 use super::Scheduler;
 
@@ -33,6 +34,8 @@ pub struct Applied {
     pub commits: Vec<Commit>,
     /// One for each sequence with proposals that is still there.
     pub verified: Vec<Verified>,
+    /// What the draft service did during the step.
+    pub drafting: Drafting,
 }
 
 /// A result that does not answer the oldest plan in flight: the group is beyond use.
@@ -59,7 +62,7 @@ impl Scheduler {
         check(&in_flight.plan, &result)?;
         self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3, in_flight.drafting);
         let mut samples = result.samples.into_iter();
-        let mut applied = Applied::default();
+        let mut applied = Applied { drafting: in_flight.drafting, ..Applied::default() };
         for chunk in &in_flight.plan.chunks {
             let tokens =
                 if chunk.n_sampled > 0 { samples.next().map(|samples| samples.tokens) } else { None };
