@@ -9,6 +9,8 @@
 //! * [`in_process`] – the services inside this process, on a model that takes no time
 //! * [`hash_model`] – that model: its tokens tell whether the KV cache is right
 //! * [`hostile_draft`] – a draft service of that model that is good, wrong, silent, dying or talks nonsense
+//! * [`draft_load`] – requests without a pause while something happens to a draft service
+//! * [`corrupting_proxy`] – what a draft service says, with some bytes changed
 //! * [`constrained`] – grammars over its vocabulary
 //! * [`schedule`] – random requests, and what each gets when it runs alone
 //! * [`soak`] – thousands of short requests, and what the process looks like after them
@@ -19,6 +21,8 @@
 pub mod client;
 pub mod cluster;
 pub mod constrained;
+pub mod corrupting_proxy;
+pub mod draft_load;
 pub mod hash_model;
 pub mod hostile_draft;
 pub mod in_process;

@@ -12,7 +12,7 @@ use paceline_tests::{
     hash_model::{HashModel, tokens_alone},
     in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
     random::Random,
-    schedule::{Job, Schedule, Schedules, Shape, WITHOUT_DRAFT},
+    schedule::{Alone, Job, Schedule, Schedules, Shape, WITHOUT_DRAFT},
 };
 use paceline_wire::inference::{SpeculationMode, inference_client::InferenceClient};
 use tokio::task::JoinHandle;
@@ -53,6 +53,8 @@ fn job(text: usize, n_prompt: usize, max_tokens: usize) -> Job {
         regex: None,
         speculation: SpeculationMode::Off,
         n_choices: 1,
+        prompt_logprobs: None,
+        scores_alone: Vec::new(),
         alone: Vec::new(),
     };
     job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
@@ -194,7 +196,7 @@ async fn harm(devices: &[HashModel; 2], random: &mut Random) -> Infallible {
 
 #[tokio::test]
 async fn schedules_on_groups_that_break_and_are_repaired_have_the_tokens_they_have_alone() {
-    let alone = |job: &Job| tokens_alone(N_VOCAB, &job.alone_request());
+    let alone = |job: &Job| Alone::on_hash_model(N_VOCAB, job);
     let (mut n_lost, mut n_requests) = (0, 0);
     for seed in 0..6 {
         let mut random = Random::new(seed);
@@ -210,6 +212,7 @@ async fn schedules_on_groups_that_break_and_are_repaired_have_the_tokens_they_ha
             n_vocab: N_VOCAB,
             end_token: TokenId(N_VOCAB as u32 - 1),
             modes: &WITHOUT_DRAFT,
+            scored: 0.2,
         };
         let schedules = Schedules::new(seed, shape, &alone);
         for i in 0..6 {

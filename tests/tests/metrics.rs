@@ -50,7 +50,7 @@ async fn metrics_count_what_was_done() {
         ("paceline_prefix_cache_queried_tokens_total", 4.0 * n_prompt),
         ("paceline_prefix_cache_hit_tokens_total", f64::from(n_cached)),
         ("paceline_prefix_cache_hit_ratio", f64::from(n_cached) / (4.0 * n_prompt)),
-        ("paceline_speculation_proposed_tokens_total{source=\"ngram\"}", proposed as f64),
+        ("paceline_speculation_draft_tokens_total{source=\"ngram\"}", proposed as f64),
         ("paceline_preemptions_total", 0.0),
         ("paceline_groups_formed_total", 1.0),
         ("paceline_queue_length", 0.0),

@@ -166,6 +166,14 @@ async fn waiting_for_the_draft_service_is_a_span_of_its_request() {
         assert_eq!(by_id[draft.span.parent_span_id.as_slice()].name, "generate test-model");
         assert_eq!(number(&draft.span.attributes, "n_sequences"), Some(1));
     }
+    let forwards: Vec<&Received> =
+        received.iter().filter(|received| received.service == "paceline-draft").collect();
+    assert!(!forwards.is_empty(), "the draft service drafted untraced");
+    for forward in forwards {
+        assert_eq!((forward.span.name.as_str(), hex(&forward.span.trace_id).as_str()), ("forward", TRACE));
+        assert_eq!(by_id[forward.span.parent_span_id.as_slice()].name, "generate test-model");
+        assert!(number(&forward.span.attributes, "n_rows") > Some(0));
+    }
 }
 
 #[tokio::test]

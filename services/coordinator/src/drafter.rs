@@ -77,13 +77,14 @@ struct InFlight {
     load: Load,
     n_plain_tokens: usize,
     proposed: Option<Proposed>,
-    drafting: Drafting,
 }
 
 /// Proposes for all sequences of one group.
 #[derive(Debug)]
 pub struct Drafter {
     config: DrafterConfig,
+    /// As configured, until steps show otherwise.
+    placement: Placement,
     link: Option<Link>,
     connection: Option<Connection>,
     breaker: Breaker,
@@ -117,6 +118,7 @@ impl Drafter {
     pub fn new(config: DrafterConfig) -> Self {
         let link = config.service.clone().map(|service| Link::start(service, config.target.clone()));
         Self {
+            placement: config.placement,
             config,
             link,
             connection: None,
@@ -242,7 +244,7 @@ impl Drafter {
         self.owes_since = None;
         self.turns.forget();
         self.farewells = DraftControl::default();
-        self.sequences.values_mut().for_each(|sequence| sequence.remote.forget());
+        self.sequences.values_mut().for_each(Sequence::forget_session);
     }
 
     fn note(&mut self, problem: String) {
@@ -355,13 +357,17 @@ impl Drafter {
             load: Load::of(plan),
             n_plain_tokens: plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).count(),
             proposed: self.next.take(),
-            drafting: self.drafting(),
         });
+    }
+
+    /// Whether the draft service is at work beside steps, on what is said to be a machine of its own.
+    pub fn drafts_ahead(&self) -> bool {
+        self.placement == Placement::Apart && self.drafting() == Drafting::Busy
     }
 
     /// Whether the draft service is at work now.
     pub fn drafting(&self) -> Drafting {
-        let is_busy = self.sequences.values().any(|sequence| match self.config.placement {
+        let is_busy = self.sequences.values().any(|sequence| match self.placement {
             Placement::Apart => sequence.remote.is_drafting(),
             Placement::Together => sequence.remote.waiting().is_some(),
         });
@@ -378,7 +384,7 @@ impl Drafter {
     pub fn step_done(&mut self, step: StepNumber, outcomes: &[Outcome], end: &StepEnd, times: &StepTimes) {
         let Some(at) = self.in_flight.iter().position(|in_flight| in_flight.step == step) else { return };
         let in_flight = self.in_flight.drain(..=at).next_back().expect("invariant: it is there");
-        let InFlight { load, n_plain_tokens, proposed, drafting, .. } = in_flight;
+        let InFlight { load, n_plain_tokens, proposed, .. } = in_flight;
         let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
         let waited = proposed.as_ref().map_or(Duration::ZERO, |proposed| proposed.waited);
         let proposals = |outcome: &Outcome| {
@@ -395,7 +401,7 @@ impl Drafter {
             compute_ms: millis(end.compute),
             waited_ms: millis(waited),
             ran_ahead: end.ran_ahead,
-            drafting,
+            drafting: end.drafting,
             has_drafted: verified.into_iter().any(|proposed| proposed.source == Source::Draft),
         };
         let choice = proposed.as_ref().and_then(|proposed| proposed.choice.as_ref());

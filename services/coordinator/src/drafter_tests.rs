@@ -141,6 +141,7 @@ impl Group {
             sampling,
             max_tokens: truth.len(),
             options: SpeculationOptions { mode, max_tokens: 4 },
+            trace: Default::default(),
         });
         Self {
             drafter,
@@ -189,7 +190,8 @@ impl Group {
         // A row more costs a twentieth: what is measured is made up, so that nothing depends on this machine.
         let elapsed = Duration::from_millis(100 + 5 * n_proposed as u64);
         self.times.observe(Load::of(&plan), elapsed.as_secs_f64() * 1e3, drafting);
-        let end = StepEnd { n_tokens, elapsed, compute: elapsed, ran_ahead: false };
+        let drafting = self.drafter.drafting();
+        let end = StepEnd { n_tokens, elapsed, compute: elapsed, ran_ahead: false, drafting };
         self.drafter.step_done(plan.step, &outcomes, &end, &self.times);
         self.drafter.committed(ID, &expected[..n_tokens]);
         self.n_done += n_tokens;

@@ -215,6 +215,7 @@ impl Engine {
                 sampling: &sampling,
                 max_tokens: request.stop.max_tokens as usize,
                 options: request.speculation,
+                trace: context::sampled_headers(client.span()),
             });
             first.get_or_insert(id);
             client.opens(id);
@@ -232,6 +233,9 @@ impl Engine {
         while self.group.is_some() {
             self.propose().await;
             self.scheduler.set_drafting(self.drafter.drafting());
+            if self.drafter.drafts_ahead() {
+                self.scheduler.drafts_ahead();
+            }
             let Some(plan) = self.scheduler.plan() else { break };
             self.drafter.planned(&plan);
             self.send(&plan);
@@ -341,7 +345,8 @@ impl Engine {
         self.metrics.step(done.n_rows, elapsed);
         let applied = self.scheduler.apply(result).map_err(|error| error.to_string())?;
         let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
-        let end = StepEnd { n_tokens: applied.commits.len(), elapsed, compute, ran_ahead };
+        let (n_tokens, drafting) = (applied.commits.len(), applied.drafting);
+        let end = StepEnd { n_tokens, elapsed, compute, ran_ahead, drafting };
         self.drafter.step_done(step, &outcomes, &end, self.scheduler.step_times());
         for commit in &applied.commits {
             self.drafter.committed(commit.sequence, &[commit.sampled.token]);

@@ -1,15 +1,19 @@
 //! The numbers of a coordinator, for Prometheus. Names and buckets are those of OpenTelemetry's GenAI conventions where
 //! these have one (`gen_ai_server_*`); all others begin with `paceline_`. No prompt, output, tenant or request is in them.
 
+mod speculation;
+
 use std::time::Duration;
 
 use paceline_domain::FinishReason;
-use paceline_speculation::{Source, SourceCounters};
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
     core::Collector,
 };
 use tonic::Code;
+
+use self::speculation::Speculation;
+use crate::drafter::DrafterStats;
 
 /// What a response with [`Metrics::text`] says it is.
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -72,8 +76,6 @@ pub struct Totals {
     pub n_cached_tokens: u64,
     /// Places lost to older sequences.
     pub n_preemptions: u64,
-    /// What became of proposals.
-    pub proposals: [SourceCounters; Source::ALL.len()],
 }
 
 /// All numbers, each of which may be told at any time from any thread.
@@ -100,13 +102,6 @@ pub struct GroupMetrics {
     step_rows: IntCounter,
     speculation: Speculation,
     times: Times,
-}
-
-/// What became of proposals, by source.
-struct Speculation {
-    proposals: IntCounterVec,
-    proposed_tokens: IntCounterVec,
-    accepted_tokens: IntCounterVec,
 }
 
 /// How long things take, in seconds.
@@ -149,28 +144,6 @@ impl Maker {
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
         let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
         self.add(Histogram::with_opts(opts)?)
-    }
-}
-
-impl Speculation {
-    fn new(new: &Maker) -> Result<Self, prometheus::Error> {
-        Ok(Self {
-            proposals: new.counters(
-                "paceline_speculation_proposals_total",
-                "Proposals that were verified",
-                "source",
-            )?,
-            proposed_tokens: new.counters(
-                "paceline_speculation_proposed_tokens_total",
-                "Tokens of verified proposals",
-                "source",
-            )?,
-            accepted_tokens: new.counters(
-                "paceline_speculation_accepted_tokens_total",
-                "Tokens of proposals that were accepted",
-                "source",
-            )?,
-        })
     }
 }
 
@@ -300,12 +273,11 @@ impl GroupMetrics {
         if totals.n_opened_tokens > 0 {
             self.hit_ratio.set(totals.n_cached_tokens as f64 / totals.n_opened_tokens as f64);
         }
-        for (source, counters) in Source::ALL.into_iter().zip(&totals.proposals) {
-            let label = [source.name()];
-            raise(&self.speculation.proposals.with_label_values(&label), counters.drafts);
-            raise(&self.speculation.proposed_tokens.with_label_values(&label), counters.draft_tokens);
-            raise(&self.speculation.accepted_tokens.with_label_values(&label), counters.accepted_tokens);
-        }
+    }
+
+    /// What speculation came to, and how the draft service is now.
+    pub fn drafter(&self, stats: &DrafterStats) {
+        self.speculation.tell(stats);
     }
 
     /// A request was accepted.
@@ -368,6 +340,8 @@ fn raise(counter: &IntCounter, to: u64) {
 
 #[cfg(test)]
 mod tests {
+    use paceline_speculation::Source;
+
     use super::*;
 
     #[test]
@@ -377,10 +351,15 @@ mod tests {
         let other = all.group(1).expect("the label differs");
         assert!(all.group(1).is_err(), "a group is there once");
         metrics.levels(&Levels { n_waiting: 1, n_running: 2, n_used_blocks: 3, n_free_blocks: 4 });
-        let mut totals = Totals { n_opened_tokens: 8, n_cached_tokens: 2, ..Totals::default() };
-        totals.proposals[Source::Ngram.idx()].accepted_tokens = 5;
+        let totals = Totals { n_opened_tokens: 8, n_cached_tokens: 2, ..Totals::default() };
         metrics.totals(&totals);
         metrics.totals(&totals);
+        let mut stats = DrafterStats { n_breaker_opened: 2, is_in_use: true, ..DrafterStats::default() };
+        (stats.waited_ms, stats.forecast.expected_tokens) = (250.0, 9.5);
+        let ngram = &mut stats.sources[Source::Ngram.idx()];
+        (ngram.accepted_tokens, ngram.accepted_per_position[1]) = (5, 3);
+        metrics.drafter(&stats);
+        metrics.drafter(&stats);
         all.rejected(Code::ResourceExhausted);
         metrics.first_token(Duration::from_millis(30));
         metrics.next_token(Duration::from_millis(3));
@@ -394,6 +373,11 @@ mod tests {
             "paceline_prefix_cache_hit_tokens_total{group=\"0\"} 2",
             "paceline_prefix_cache_hit_ratio{group=\"0\"} 0.25",
             "paceline_speculation_accepted_tokens_total{group=\"0\",source=\"ngram\"} 5",
+            "paceline_speculation_accepted_tokens_per_pos_total{group=\"0\",position=\"1\",source=\"ngram\"} 3",
+            "paceline_speculation_expected_tokens_total{group=\"0\"} 9.5",
+            "paceline_draft_wait_seconds_total{group=\"0\"} 0.25",
+            "paceline_draft_breaker_opened_total{group=\"0\"} 2",
+            "paceline_draft_in_use{group=\"0\"} 1",
             "paceline_rejected_total{reason=\"busy\"} 1",
             "gen_ai_server_time_to_first_token_seconds_bucket{group=\"0\",le=\"0.02\"} 0",
             "gen_ai_server_time_to_first_token_seconds_bucket{group=\"0\",le=\"0.04\"} 1",

@@ -194,6 +194,7 @@ pub fn proposal_counts(counters: [SourceCounters; Source::ALL.len()]) -> Vec<pro
         draft_tokens: counters.draft_tokens,
         accepted_tokens: counters.accepted_tokens,
         accepted_tokens_per_pos: counters.accepted_per_position.to_vec(),
+        draft_tokens_per_pos: counters.drafted_per_position.to_vec(),
     });
     counts.collect()
 }

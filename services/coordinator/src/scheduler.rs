@@ -130,6 +130,8 @@ pub struct Scheduler {
     times: StepTimes,
     /// Whether the draft service is at work during the next step.
     drafting: Drafting,
+    /// It was told to stop, and may be in the middle of a pass.
+    may_draft_on: bool,
     epoch: Epoch,
     next_step: StepNumber,
     next_sequence: u64,
@@ -159,6 +161,7 @@ impl Scheduler {
             ledger: BlockLedger::new(0),
             times: StepTimes::default(),
             drafting: Drafting::Quiet,
+            may_draft_on: false,
             epoch: Epoch(0),
             next_step: StepNumber(1),
             next_sequence: 1,
@@ -311,6 +314,12 @@ impl Scheduler {
     /// Tells whether the draft service is at work during the next steps: they may take longer then.
     pub fn set_drafting(&mut self, drafting: Drafting) {
         self.drafting = drafting;
+    }
+
+    /// It drafts ahead, so that steps in flight may take longer too.
+    pub fn drafts_ahead(&mut self) {
+        self.in_flight.iter_mut().for_each(|in_flight| in_flight.drafting = Drafting::Busy);
+        self.may_draft_on = true;
     }
 
     /// What happened so far.

@@ -5,14 +5,16 @@ use std::{collections::BTreeMap, io, thread};
 
 use paceline_domain::{DraftControl, ErrorKind};
 use paceline_model::ModelError;
+use paceline_telemetry::context;
 use paceline_wire::{draft::ProposalFrame, draft_frames::Malformed, status::status};
 use tokio::sync::mpsc;
 use tonic::Status;
+use tracing::{Span, info_span};
 
 use crate::{
     model::{DraftModel, Drafted},
     planner::{Chunk, PassLimits, plan},
-    sessions::{Sessions, StreamId},
+    sessions::{Session, Sessions, StreamId},
 };
 
 /// Commands that may wait for the thread.
@@ -127,6 +129,7 @@ impl Drafting {
     }
 
     fn attempt(&mut self, chunks: &[Chunk]) -> Result<(), ModelError> {
+        let _pass = self.span(chunks).entered();
         let drafted = self.model.run(chunks, &self.sessions)?;
         chunks.iter().for_each(|chunk| self.sessions.computed(chunk.key, chunk.end()));
         let last = chunks.iter().filter(|chunk| chunk.is_last);
@@ -134,6 +137,23 @@ impl Drafting {
             self.sessions.drafted(chunk.key, token, confidence);
         }
         Ok(())
+    }
+
+    /// Child of the span of the first request that is traced, linked to the others'; none when none is. Numbers are signed
+    /// because OTLP has no unsigned ones.
+    fn span(&self, chunks: &[Chunk]) -> Span {
+        let sessions = chunks.iter().filter_map(|chunk| self.sessions.get(chunk.key));
+        let mut traces = sessions.map(Session::trace).filter(|(traceparent, _)| !traceparent.is_empty());
+        let Some(first) = traces.next() else { return Span::none() };
+        let span = info_span!(
+            "forward",
+            n_rows = chunks.iter().map(|chunk| chunk.tokens.len()).sum::<usize>() as i64,
+            n_sequences = chunks.len() as i64,
+            n_drafted = chunks.iter().filter(|chunk| chunk.is_last).count() as i64,
+        );
+        context::adopt_headers(&span, &first.0, &first.1);
+        traces.for_each(|trace| context::link_headers(&span, &trace.0, &trace.1));
+        span
     }
 
     fn answer(&mut self) {

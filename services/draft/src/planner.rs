@@ -96,6 +96,7 @@ mod tests {
             n_prompt: 1,
             sampling: SamplingParams::greedy(),
             budget: 2,
+            trace: Default::default(),
         };
         sessions.control(StreamId(0), DraftControl { opens: vec![open], ..DraftControl::default() });
     }

@@ -56,6 +56,7 @@ pub struct Session {
     blocks: Vec<BlockId>,
     budget: usize,
     last_used: u64,
+    trace: (String, String),
 }
 
 #[derive(Clone, Debug)]
@@ -102,6 +103,11 @@ impl Session {
     /// Tokens drafted ahead.
     pub fn n_ahead(&self) -> usize {
         self.history.len() - self.n_committed
+    }
+
+    /// W3C `traceparent` and `tracestate` of the request; empty when it is not traced.
+    pub fn trace(&self) -> &(String, String) {
+        &self.trace
     }
 
     /// KV blocks.
@@ -227,6 +233,7 @@ impl Sessions {
             blocks: Vec::new(),
             budget: open.budget.min(self.limits.max_ahead) as usize,
             last_used: self.tick(),
+            trace: open.trace,
         };
         self.entries.insert(key, Entry::Live(Box::new(session)));
     }

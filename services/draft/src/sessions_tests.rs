@@ -19,6 +19,7 @@ fn open(session: u64, generation: u32, tokens: &[u32]) -> DraftControl {
         n_prompt: 1,
         sampling: SamplingParams::greedy(),
         budget: 3,
+        trace: Default::default(),
     };
     DraftControl { opens: vec![open], ..DraftControl::default() }
 }

@@ -73,6 +73,8 @@ pub struct ProposalsJson {
     pub accepted_tokens: u64,
     /// The same by position in the proposal.
     pub accepted_tokens_per_pos: Vec<u64>,
+    /// Proposed tokens by position in the proposal.
+    pub draft_tokens_per_pos: Vec<u64>,
 }
 
 /// Natural logarithms of probabilities at one position, before temperature and filters.
@@ -369,6 +371,7 @@ fn proposals_json(counts: ProposalCounts) -> ProposalsJson {
         draft_tokens: counts.draft_tokens,
         accepted_tokens: counts.accepted_tokens,
         accepted_tokens_per_pos: counts.accepted_tokens_per_pos,
+        draft_tokens_per_pos: counts.draft_tokens_per_pos,
     }
 }
 

@@ -18,6 +18,8 @@ pub struct DraftOpen {
     pub sampling: SamplingParams,
     /// Most tokens to propose beyond the committed ones.
     pub budget: u32,
+    /// W3C `traceparent` and `tracestate` of the request; empty when it is not traced.
+    pub trace: (String, String),
 }
 
 /// Tokens that were verified.

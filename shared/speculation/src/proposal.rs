@@ -50,6 +50,8 @@ pub struct SourceCounters {
     pub drafts: u64,
     /// Their tokens.
     pub draft_tokens: u64,
+    /// The same by position in the proposal.
+    pub drafted_per_position: [u64; MAX_POSITIONS],
     /// Tokens of them that were accepted; the free token after them is not counted.
     pub accepted_tokens: u64,
     /// The same by position in the proposal.
@@ -60,13 +62,16 @@ impl SourceCounters {
     /// Counts the tokens of this source in a proposal of which the first `n_accepted` were accepted.
     pub fn add(&mut self, source: Source, proposal: &[ProposedToken], n_accepted: usize) {
         let mine = |(_, proposed): &(usize, &ProposedToken)| proposed.source == source;
-        let n_tokens = proposal.iter().enumerate().filter(mine).count();
-        self.drafts += u64::from(n_tokens > 0);
-        self.draft_tokens += n_tokens as u64;
-        for (position, _) in proposal.iter().take(n_accepted).enumerate().filter(mine) {
-            self.accepted_tokens += 1;
-            self.accepted_per_position[position.min(MAX_POSITIONS - 1)] += 1;
+        let n_before = self.draft_tokens;
+        for (position, _) in proposal.iter().enumerate().filter(mine) {
+            let is_accepted = u64::from(position < n_accepted);
+            let position = position.min(MAX_POSITIONS - 1);
+            self.draft_tokens += 1;
+            self.drafted_per_position[position] += 1;
+            self.accepted_tokens += is_accepted;
+            self.accepted_per_position[position] += is_accepted;
         }
+        self.drafts += u64::from(self.draft_tokens > n_before);
     }
 
     /// Accepted of proposed tokens, 0 to 1; 0 when there were none.
@@ -90,6 +95,7 @@ mod tests {
         }
         let [draft, ngram] = counters;
         assert_eq!((draft.drafts, draft.draft_tokens, draft.accepted_tokens), (2, 4, 3));
+        assert_eq!(draft.drafted_per_position[..3], [2, 2, 0]);
         assert_eq!(draft.accepted_per_position[..3], [2, 1, 0]);
         assert_eq!((ngram.drafts, ngram.draft_tokens, ngram.accepted_tokens), (2, 2, 1));
         assert_eq!(ngram.accepted_per_position[..3], [0, 0, 1]);

@@ -23,9 +23,12 @@ const LEAST_SHARE_OF_ROWS: f64 = 0.25;
 const FORGETTING: f64 = 0.99;
 /// What a further row is thought to cost of a step before so many rows were measured: little, so that it is tried.
 const ASSUMED_SLOPE: f64 = 0.1;
-/// How fast the slowness beside a draft service is learnt, and its bounds.
+/// How fast the slowness beside a draft service is learnt at least, and its bounds.
 const SLOWNESS_RATE: f64 = 0.1;
 const SLOWNESS: (f64, f64) = (1.0, 4.0);
+/// Steps beside a draft service, and the slowness of them, that show that it computes on the same cores: two who want all of
+/// them take at least twice as long.
+const SHARED: (u32, f64) = (6, 1.7);
 
 /// Whether the draft service is at work during a step, perhaps on the same machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -93,6 +96,7 @@ pub struct StepTimes {
     keys_keys: f64,
     /// What steps take while somebody drafts, beside what they take else.
     slowness: f64,
+    n_busy: u32,
 }
 
 impl Default for StepTimes {
@@ -104,6 +108,7 @@ impl Default for StepTimes {
             keys_ms: 0.0,
             keys_keys: 0.0,
             slowness: 1.0,
+            n_busy: 0,
         }
     }
 }
@@ -127,7 +132,10 @@ impl StepTimes {
         match self.predict(load).filter(|_| self.knows(load.n_rows)) {
             Some(quiet_ms) if drafting == Drafting::Busy => {
                 let seen = (ms / quiet_ms).clamp(1.0 / SLOWNESS.1, SLOWNESS.1);
-                let slowness = self.slowness + SLOWNESS_RATE * (seen - self.slowness);
+                // The first ones count more: until it is known, what drafting costs is not.
+                let rate = SLOWNESS_RATE.max(1.0 / f64::from(self.n_busy + 2));
+                let slowness = self.slowness + rate * (seen - self.slowness);
+                self.n_busy = self.n_busy.saturating_add(1);
                 self.slowness = slowness.clamp(SLOWNESS.0, SLOWNESS.1);
             }
             None if drafting == Drafting::Busy => self.observe_quiet(load, ms / self.slowness),
@@ -162,6 +170,11 @@ impl StepTimes {
     /// What steps take while somebody drafts, beside what they take else; at least 1.
     pub fn slowness(&self, drafting: Drafting) -> f64 {
         if drafting == Drafting::Busy { self.slowness } else { 1.0 }
+    }
+
+    /// Whether who drafts evidently computes on the same cores.
+    pub fn shows_shared_cores(&self) -> bool {
+        self.n_busy >= SHARED.0 && self.slowness >= SHARED.1
     }
 
     /// Milliseconds of a step with `n_more` rows beside those of `load`. Where as many rows were never measured they are
@@ -312,6 +325,20 @@ mod tests {
         times.observe(load(8, 0), 30.0, Drafting::Busy);
         let eight = times.predict(load(8, 0)).unwrap();
         assert!((eight - 20.0).abs() < 0.2, "{eight}");
+        assert!(!times.shows_shared_cores());
+    }
+
+    #[test]
+    fn a_draft_on_the_same_cores_is_found_out_soon() {
+        let mut times = StepTimes::default();
+        (0..4).for_each(|_| times.observe(load(1, 0), 10.0, Drafting::Quiet));
+        times.observe(load(1, 0), 24.0, Drafting::Busy);
+        assert!(
+            times.slowness(Drafting::Busy) > 1.6 && !times.shows_shared_cores(),
+            "once may be an accident"
+        );
+        (0..5).for_each(|_| times.observe(load(1, 0), 24.0, Drafting::Busy));
+        assert!(times.shows_shared_cores());
     }
 
     proptest! {

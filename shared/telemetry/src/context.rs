@@ -59,14 +59,32 @@ pub fn to_headers(span: &Span) -> (String, String) {
     (take("traceparent"), take("tracestate"))
 }
 
+/// As [`to_headers`], but both empty as well when the trace is not sampled: who gets them need not look.
+pub fn sampled_headers(span: &Span) -> (String, String) {
+    use opentelemetry::trace::TraceContextExt as _;
+    if span.context().span().span_context().is_sampled() { to_headers(span) } else { Default::default() }
+}
+
 /// Makes the context in the two headers the parent of `span`. Empty or malformed headers leave it a root.
 pub fn adopt_headers(span: &Span, traceparent: &str, tracestate: &str) {
-    if traceparent.is_empty() {
-        return;
+    if !traceparent.is_empty() {
+        set_parent(span, from_headers(traceparent, tracestate));
     }
+}
+
+/// Links `span` to the span in the two headers, if they have one.
+pub fn link_headers(span: &Span, traceparent: &str, tracestate: &str) {
+    use opentelemetry::trace::TraceContextExt as _;
+    let context = from_headers(traceparent, tracestate).span().span_context().clone();
+    if context.is_valid() {
+        span.add_link(context);
+    }
+}
+
+fn from_headers(traceparent: &str, tracestate: &str) -> opentelemetry::Context {
     let headers: HashMap<String, String> =
         [("traceparent".into(), traceparent.into()), ("tracestate".into(), tracestate.into())].into();
-    set_parent(span, global::get_text_map_propagator(|propagator| propagator.extract(&headers)));
+    global::get_text_map_propagator(|propagator| propagator.extract(&headers))
 }
 
 /// Whether anybody will see the span: what belongs to one that is sampled out need not be recorded.

@@ -77,6 +77,8 @@ impl From<&DraftOpen> for draft::Open {
             n_prompt: open.n_prompt,
             sampling: Some((&open.sampling).into()),
             budget: open.budget,
+            traceparent: open.trace.0.clone(),
+            tracestate: open.trace.1.clone(),
         }
     }
 }
@@ -102,6 +104,7 @@ impl TryFrom<draft::Open> for DraftOpen {
             n_prompt: open.n_prompt,
             sampling: sampling.into(),
             budget: open.budget,
+            trace: (open.traceparent, open.tracestate),
         })
     }
 }
@@ -216,6 +219,7 @@ mod tests {
             n_prompt: 1,
             sampling: SamplingParams { seed: u64::MAX, ..SamplingParams::greedy() },
             budget: 4,
+            trace: ("00-1-2-01".into(), "a=b".into()),
         }
     }
 

@@ -26,7 +26,7 @@ impl Drafter {
             return;
         }
         let mut frame = std::mem::take(&mut self.farewells);
-        match self.config.placement {
+        match self.placement {
             Placement::Apart => self.fill(&mut frame, now),
             Placement::Together if !self.breaker.is_closed() => self.ask_one(&mut frame, now),
             Placement::Together => {}
@@ -112,7 +112,7 @@ impl Drafter {
         if was_owing {
             self.note_turn(times, now);
         }
-        if self.config.placement == Placement::Together {
+        if self.placement == Placement::Together {
             self.ask_turn(open, now);
         }
         self.waited = Duration::ZERO;
@@ -151,7 +151,7 @@ impl Drafter {
 
     /// Tokens that are waited for: of a turn, or the first of each sequence.
     fn n_missing(&self, open: &[Open]) -> usize {
-        match self.config.placement {
+        match self.placement {
             Placement::Apart => open.iter().filter(|(id, _)| self.is_awaited(*id)).count(),
             Placement::Together => {
                 let missing = |(id, n): &(SequenceId, usize)| {
@@ -169,7 +169,7 @@ impl Drafter {
 
     /// How long to wait: for a turn; or for a first token, if one that comes as quickly as usual would raise the rate.
     fn patience(&self, open: &[Open], times: &StepTimes) -> Duration {
-        if self.config.placement == Placement::Together {
+        if self.placement == Placement::Together {
             return self.turns.patience(times);
         }
         let (Some(latency_ms), n) = (self.latency_ms, open.len()) else { return Duration::ZERO };

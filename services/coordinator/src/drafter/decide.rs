@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use paceline_domain::SequenceId;
-use paceline_speculation::{Promise, Source, StepLoad, StepTimes, Turn};
+use paceline_speculation::{Drafting, Promise, Source, StepLoad, StepTimes, Turn};
 
 use super::{
     Drafter, Placement, WORTH_A_SESSION,
@@ -51,13 +51,27 @@ impl Drafter {
             return;
         }
         self.sequences.values_mut().for_each(|sequence| sequence.needs_each_token = false);
+        self.check_placement(times);
         let Some(view) = self.view(times) else {
             self.turns.n_tokens = 0;
             return;
         };
-        match self.config.placement {
+        match self.placement {
             Placement::Apart => self.decide_ahead(&view),
             Placement::Together => self.decide_turn(&view, times, now),
+        }
+    }
+
+    /// A draft that is said to have a machine of its own and makes steps take twice as long has none: it takes turns from
+    /// then on.
+    fn check_placement(&mut self, times: &StepTimes) {
+        if self.placement == Placement::Apart && times.shows_shared_cores() {
+            let slowness = times.slowness(Drafting::Busy);
+            tracing::warn!(
+                slowness,
+                "the draft service shares the cores of shards: they take turns from now on"
+            );
+            self.placement = Placement::Together;
         }
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use paceline_domain::SequenceId;
-use paceline_speculation::{Source, SourceCounters, controller::Forecast};
+use paceline_speculation::{Drafting, Source, SourceCounters, controller::Forecast};
 use tonic::transport::Uri;
 
 use super::link::Target;
@@ -44,6 +44,8 @@ pub struct StepEnd {
     pub compute: Duration,
     /// Whether it was sent before the step before was done.
     pub ran_ahead: bool,
+    /// What the draft service did meanwhile.
+    pub drafting: Drafting,
 }
 
 /// What became of a sequence's proposals in a step.

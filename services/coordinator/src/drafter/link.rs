@@ -19,7 +19,7 @@ use tonic::{
 /// How long the service may take to accept a connection and to say what it is.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Pauses between attempts to connect.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 /// Frames that may wait to be sent; more wait only when the service does not read.
 const OUTBOX: usize = 8;
 /// Events that may wait for the drafter.

@@ -233,6 +233,7 @@ impl Remote {
             n_prompt: known.n_prompt as u32,
             sampling: SamplingParams { n_logprobs: None, ..known.sampling.clone() },
             budget,
+            trace: known.trace.clone(),
         });
         self.told(known.tokens.len(), budget, now);
     }
@@ -262,6 +263,8 @@ pub struct Known<'a> {
     pub n_prompt: usize,
     /// How tokens are chosen.
     pub sampling: &'a SamplingParams,
+    /// W3C `traceparent` and `tracestate` of its request; empty when it is not traced.
+    pub trace: &'a (String, String),
 }
 
 #[cfg(test)]
@@ -282,7 +285,8 @@ mod tests {
     fn tell(remote: &mut Remote, tokens: &[TokenId], budget: u32) -> DraftControl {
         let mut frame = DraftControl::default();
         let sampling = SamplingParams::greedy();
-        let known = Known { tokens, n_prompt: 2, sampling: &sampling };
+        let trace = Default::default();
+        let known = Known { tokens, n_prompt: 2, sampling: &sampling, trace: &trace };
         remote.tell(&known, budget, Instant::now(), &mut frame);
         frame
     }
@@ -374,7 +378,8 @@ mod tests {
     fn a_session_that_was_given_up_is_opened_again_after_a_pause() {
         let (mut remote, tokens, now) = (opened(&ids(&[1, 2])), ids(&[1, 2]), Instant::now());
         let sampling = SamplingParams::greedy();
-        let known = Known { tokens: &tokens, n_prompt: 2, sampling: &sampling };
+        let trace = Default::default();
+        let known = Known { tokens: &tokens, n_prompt: 2, sampling: &sampling, trace: &trace };
         let tell = |remote: &mut Remote, after_ms: u64| {
             let mut frame = DraftControl::default();
             remote.tell(&known, 4, now + Duration::from_millis(after_ms), &mut frame);

@@ -35,6 +35,8 @@ pub struct NewSequence<'a> {
     pub max_tokens: usize,
     /// What it wants.
     pub options: SpeculationOptions,
+    /// W3C `traceparent` and `tracestate` of its request; empty when it is not traced.
+    pub trace: (String, String),
 }
 
 /// One sequence.
@@ -44,6 +46,7 @@ pub struct Sequence {
     n_prompt: usize,
     n_limit: usize,
     sampling: SamplingParams,
+    trace: (String, String),
     /// Keeps the tokens, too.
     ngram: NgramProposer,
     is_indexed: bool,
@@ -76,6 +79,7 @@ impl Sequence {
             n_prompt: new.prompt.len(),
             n_limit: new.prompt.len() + new.max_tokens,
             sampling: new.sampling.clone(),
+            trace: new.trace.clone(),
             ngram,
             is_indexed: false,
             acceptance: SequenceAcceptance::default(),
@@ -98,7 +102,8 @@ impl Sequence {
 
     /// What the service must know of it.
     pub fn tell(&mut self, budget: u32, now: Instant, frame: &mut DraftControl) {
-        let known = Known { tokens: self.ngram.tokens(), n_prompt: self.n_prompt, sampling: &self.sampling };
+        let (tokens, n_prompt) = (self.ngram.tokens(), self.n_prompt);
+        let known = Known { tokens, n_prompt, sampling: &self.sampling, trace: &self.trace };
         self.remote.tell(&known, budget, now, frame);
     }
 
@@ -122,6 +127,12 @@ impl Sequence {
             self.reconsidered_at = self.n_generated() + RECONSIDERED_AFTER;
         }
         is_due
+    }
+
+    /// The connection is gone; with the next one it is asked at once whether a session is worth its prompt.
+    pub fn forget_session(&mut self) {
+        self.remote.forget();
+        self.reconsidered_at = 1;
     }
 
     /// A turn has cost something, or saved it.

@@ -250,8 +250,14 @@ impl World {
             sibling: None,
         });
         let options = SpeculationOptions { mode: request.mode, ..SpeculationOptions::default() };
-        let new =
-            NewSequence { id, prompt: &prompt, sampling: &sampling, max_tokens: request.n_tokens, options };
+        let new = NewSequence {
+            id,
+            prompt: &prompt,
+            sampling: &sampling,
+            max_tokens: request.n_tokens,
+            options,
+            trace: Default::default(),
+        };
         self.drafter.submit(&new);
         self.truth.lock().expect("no task panicked").insert(id.0, (text, request.alpha));
         self.n_left.insert(id, request.n_tokens);
@@ -273,6 +279,9 @@ impl World {
                 self.scheduler.propose(id, tokens);
             }
             self.scheduler.set_drafting(self.drafter.drafting());
+            if self.drafter.drafts_ahead() {
+                self.scheduler.drafts_ahead();
+            }
             let Some(plan) = self.scheduler.plan() else { return };
             self.drafter.planned(&plan);
             self.in_flight.push_back((plan, clock()));
@@ -301,7 +310,8 @@ impl World {
             n_accepted: verified.n_accepted,
         };
         let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
-        let end = StepEnd { n_tokens: applied.commits.len(), elapsed, compute, ran_ahead };
+        let (n_tokens, drafting) = (applied.commits.len(), applied.drafting);
+        let end = StepEnd { n_tokens, elapsed, compute, ran_ahead, drafting };
         self.drafter.step_done(step, &outcomes, &end, self.scheduler.step_times());
         for commit in &applied.commits {
             self.drafter.committed(commit.sequence, &[commit.sampled.token]);

@@ -104,6 +104,22 @@ async fn what_does_not_pay_is_found_out_once_and_costs_little() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_draft_that_is_said_to_be_elsewhere_and_is_not_costs_as_little() {
+    let wrong = Hardware { placement: Placement::Apart, ..hardware(Placement::Together) };
+    for alpha in [0.0, 0.3, 0.5, 0.7, 0.9] {
+        for n in [1, 2, 4, 16] {
+            let runs = vec![vec![request(alpha, Speculation::Auto); n]; 5];
+            let (speeds, stats) = speeds(&wrong, &runs).await;
+            println!("{n} of {alpha}: {speeds:.3?}, {stats:?}");
+            assert!(speeds[0] >= 0.85, "{n} of {alpha}: the first finds it out {speeds:.3?}");
+            assert!(speeds[1..].iter().all(|speed| *speed >= 0.93), "{n} of {alpha}: {speeds:.3?}");
+            let mean = speeds[1..].iter().sum::<f64>() / 4.0;
+            assert!(mean >= if alpha > 0.8 && n == 1 { 1.3 } else { 0.97 }, "{n} of {alpha}: {speeds:.3?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn good_and_bad_texts_in_turn_are_told_apart() {
     let kinds = [0.85, 0.2].map(|alpha| vec![request(alpha, Speculation::Auto)]);
     let runs: Vec<_> = kinds.iter().cycle().take(10).cloned().collect();

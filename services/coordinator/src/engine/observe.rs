@@ -21,6 +21,7 @@ impl Engine {
         let (n_blocks, n_free_blocks) = (self.scheduler.n_blocks(), self.scheduler.n_free_blocks());
         let n_used_blocks = n_blocks - n_free_blocks;
         self.metrics.levels(&Levels { n_waiting, n_running, n_used_blocks, n_free_blocks });
+        self.metrics.drafter(&self.drafter.stats());
     }
 
     /// After each step.
@@ -30,7 +31,6 @@ impl Engine {
             n_opened_tokens: counters.n_opened_tokens,
             n_cached_tokens: counters.n_cached_tokens,
             n_preemptions: counters.n_preemptions,
-            proposals: self.drafter.stats().sources,
         });
     }
 

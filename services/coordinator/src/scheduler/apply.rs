@@ -3,6 +3,7 @@
 use paceline_domain::{
     SampledToken, ScoredToken, SequenceChunk, SequenceId, SequenceSamples, StepNumber, StepPlan, StepResult,
 };
+use paceline_speculation::Drafting;
 
 use super::Scheduler;
 
@@ -46,6 +47,8 @@ pub struct Applied {
     pub verified: Vec<Verified>,
     /// Log probabilities of prompts.
     pub scores: Vec<Scores>,
+    /// What the draft service did during the step.
+    pub drafting: Drafting,
 }
 
 /// What came for one chunk.
@@ -78,7 +81,7 @@ impl Scheduler {
         check(&in_flight.plan, &result)?;
         self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3, in_flight.drafting);
         let (mut samples, mut scores) = (result.samples.into_iter(), result.scores.into_iter());
-        let mut applied = Applied::default();
+        let mut applied = Applied { drafting: in_flight.drafting, ..Applied::default() };
         for chunk in &in_flight.plan.chunks {
             let sampled = if chunk.n_sampled > 0 { samples.next() } else { None };
             let scored = if chunk.scoring.tokens.is_empty() { None } else { scores.next() };

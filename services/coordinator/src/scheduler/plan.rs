@@ -53,9 +53,15 @@ impl Scheduler {
         };
         self.next_step = StepNumber(self.next_step.0 + 1);
         let predicted_ms = self.times.predict(draft.load);
-        let (load, drafting) = (draft.load, self.drafting);
+        let (load, drafting) = (draft.load, self.drafting_during_next());
         self.in_flight.push_back(InFlight { plan: plan.clone(), load, drafting, predicted_ms });
         Some(plan)
+    }
+
+    /// A pass of the draft model that is not over when the service is told to stop runs on into the next step.
+    fn drafting_during_next(&mut self) -> Drafting {
+        let may_draft_on = self.drafting == Drafting::Quiet && std::mem::take(&mut self.may_draft_on);
+        if may_draft_on { Drafting::Busy } else { self.drafting }
     }
 
     fn may_plan(&self) -> bool {

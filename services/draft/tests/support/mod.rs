@@ -199,5 +199,6 @@ pub fn open(session: u64, tokens: &[TokenId], sampling: &SamplingParams, budget:
         n_prompt: tokens.len() as u32,
         sampling: sampling.clone(),
         budget,
+        trace: Default::default(),
     }
 }

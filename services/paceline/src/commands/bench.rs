@@ -3,6 +3,7 @@
 
 mod engine;
 mod machine;
+mod proposals;
 mod shape;
 mod speculation;
 mod spread;

@@ -16,7 +16,10 @@ use serde::Deserialize;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
-use super::tally::{HEADING, Tally};
+use super::{
+    proposals,
+    tally::{HEADING, Tally},
+};
 use crate::{
     answer::{Answer, connect, generate_request, served_model, traced, write_stdout},
     commands::up::{embedded_spec, start},
@@ -188,12 +191,13 @@ impl Comparison {
         if self.format == Format::Table {
             write_stdout(HEADING)?;
         }
-        let mut is_identical = true;
+        let (mut is_identical, mut by_position) = (true, proposals::heading());
         for batch in args.batch.iter().map(|batch| batch.get()) {
             let mut all = BTreeMap::new();
             for (class, prompts) in classes {
                 let tallies = self.class(prompts, batch).await?;
                 self.write(class, batch, &tallies)?;
+                by_position += &self.by_position(class, batch, &tallies);
                 for (i, tally) in tallies.iter().enumerate() {
                     all.entry(i).or_insert_with(Tally::default).merge(tally);
                 }
@@ -203,6 +207,9 @@ impl Comparison {
             if self.format == Format::Table && classes.len() > 1 {
                 self.write("all", batch, &all)?;
             }
+        }
+        if self.format == Format::Table {
+            write_stdout(&by_position)?;
         }
         ensure!(is_identical, "speculation changed tokens: this is a bug");
         Ok(())
@@ -220,6 +227,11 @@ impl Comparison {
             write_stdout(&line)?;
         }
         Ok(())
+    }
+
+    fn by_position(&self, class: &str, batch: usize, tallies: &[Tally]) -> String {
+        let rows = self.modes.iter().zip(tallies);
+        rows.map(|(mode, tally)| tally.proposals().rows((class, batch, &name(*mode)))).collect()
     }
 
     /// All modes in turn with each group of prompts, another one first each time.

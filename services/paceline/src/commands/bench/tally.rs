@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::proposals::Proposals;
 use crate::answer::Answer;
 
 /// Tokens and seconds of some requests.
@@ -14,10 +15,7 @@ pub struct Tally {
     decode_s: f64,
     /// With the prompts.
     total_s: f64,
-    drafts: u64,
-    draft_tokens: u64,
-    accepted: u64,
-    accepted_per_position: Vec<u64>,
+    proposals: Proposals,
     n_different: usize,
 }
 
@@ -34,16 +32,7 @@ impl Tally {
             self.n_tokens += answer.tokens.len() as u64;
             self.n_decoded += answer.tokens.len().saturating_sub(1) as u64;
             self.n_different += usize::from(answer.tokens != expected.tokens);
-            for proposals in &answer.speculation {
-                self.drafts += proposals.drafts;
-                self.draft_tokens += proposals.draft_tokens;
-                self.accepted += proposals.accepted_tokens;
-                let n_positions =
-                    self.accepted_per_position.len().max(proposals.accepted_tokens_per_pos.len());
-                self.accepted_per_position.resize(n_positions, 0);
-                let sums = self.accepted_per_position.iter_mut();
-                sums.zip(&proposals.accepted_tokens_per_pos).for_each(|(sum, n)| *sum += n);
-            }
+            answer.speculation.iter().for_each(|source| self.proposals.add(source));
         }
     }
 
@@ -54,9 +43,7 @@ impl Tally {
         self.n_decoded += other.n_decoded;
         self.decode_s += other.decode_s;
         self.total_s += other.total_s;
-        self.drafts += other.drafts;
-        self.draft_tokens += other.draft_tokens;
-        self.accepted += other.accepted;
+        self.proposals.merge(&other.proposals);
         self.n_different += other.n_different;
     }
 
@@ -77,22 +64,19 @@ impl Tally {
 
     /// Share of proposed tokens that were accepted; none when nothing was proposed.
     pub fn acceptance(&self) -> Option<f64> {
-        (self.draft_tokens > 0).then(|| self.accepted as f64 / self.draft_tokens as f64)
+        let (n_accepted, n_drafted) = (self.proposals.n_accepted(), self.proposals.n_drafted());
+        (n_drafted > 0).then(|| n_accepted as f64 / n_drafted as f64)
     }
 
     /// Tokens that a sequence got from a pass, on average.
     pub fn tokens_per_pass(&self) -> f64 {
-        self.n_tokens as f64 / self.n_tokens.saturating_sub(self.accepted).max(1) as f64
+        let n_accepted = self.proposals.n_accepted();
+        self.n_tokens as f64 / self.n_tokens.saturating_sub(n_accepted).max(1) as f64
     }
 
-    /// Of proposals, the share whose token at a position was accepted, from the first position on.
-    fn acceptance_per_position(&self) -> Vec<f64> {
-        let of = |n: &u64| rounded(*n as f64 / self.drafts.max(1) as f64, 3);
-        let mut shares: Vec<f64> = self.accepted_per_position.iter().map(of).collect();
-        while shares.last().is_some_and(|share| *share == 0.0) {
-            shares.pop();
-        }
-        shares
+    /// What became of proposals, by source and position.
+    pub fn proposals(&self) -> &Proposals {
+        &self.proposals
     }
 
     /// One object of `--json`; `off` is what the same requests came to without speculation.
@@ -109,8 +93,8 @@ impl Tally {
             "identical": self.is_identical(),
             "requests": self.n_requests,
             "tokens": self.n_tokens,
-            "draft_tokens": self.draft_tokens,
-            "acceptance_per_position": self.acceptance_per_position(),
+            "draft_tokens": self.proposals.n_drafted(),
+            "proposals": self.proposals.json(),
         })
     }
 
@@ -150,6 +134,7 @@ mod tests {
             draft_tokens: 4,
             accepted_tokens: n_accepted,
             accepted_tokens_per_pos: accepted.to_vec(),
+            draft_tokens_per_pos: vec![2, 2],
         };
         Answer {
             choice: None,
@@ -183,7 +168,7 @@ mod tests {
         assert_eq!(object["total_speedup_vs_off"], 1.667);
         assert_eq!((&object["acceptance"], &object["identical"]), (&json!(0.75), &json!(true)));
         assert_eq!(object["tokens_per_pass"], 1.75, "seven tokens in four passes");
-        assert_eq!(object["acceptance_per_position"], json!([1.0, 0.5]));
+        assert_eq!(object["proposals"][0]["accepted_tokens_per_pos"], json!([2, 1]));
         assert_eq!(plain.json(("code", 2, "off"), &plain)["acceptance"], Value::Null);
     }
 

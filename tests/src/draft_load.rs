@@ -1,0 +1,170 @@
+//! Requests without a pause while something happens to the draft service: whether their tokens are the right ones, and the
+//! times between their chunks. It harms nothing itself.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use paceline_wire::inference::{
+    GenerateRequest, GenerateResponse, SpeculationMode, SpeculationOptions, generate_response::Event,
+    inference_client::InferenceClient,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
+use tonic::transport::Channel;
+
+/// A request with the tokens it must get.
+#[derive(Clone, Debug)]
+pub struct Known {
+    request: GenerateRequest,
+    tokens: Vec<u32>,
+}
+
+/// What clients saw.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// Requests that ended.
+    pub n_requests: usize,
+    /// Those of them with other tokens than expected.
+    pub n_different: usize,
+    /// Milliseconds between chunks with tokens.
+    pub gaps_ms: Vec<f64>,
+}
+
+impl Seen {
+    /// The gap that 99 of 100 do not exceed.
+    pub fn p99_ms(&self) -> f64 {
+        let mut gaps = self.gaps_ms.clone();
+        gaps.sort_by(f64::total_cmp);
+        let at = (gaps.len() * 99).div_ceil(100).saturating_sub(1);
+        gaps.get(at).copied().unwrap_or(f64::NAN)
+    }
+
+    fn merge(&mut self, other: Self) {
+        self.n_requests += other.n_requests;
+        self.n_different += other.n_different;
+        self.gaps_ms.extend(other.gaps_ms);
+    }
+}
+
+/// Requests with what they get without speculation.
+///
+/// # Errors
+/// The status that the server answers.
+pub async fn known(
+    client: &InferenceClient<Channel>,
+    requests: Vec<GenerateRequest>,
+) -> Result<Vec<Known>, tonic::Status> {
+    let mut known = Vec::new();
+    for request in requests {
+        let (tokens, _) = ask(client.clone(), with(&request, SpeculationMode::Off)).await?;
+        known.push(Known { request, tokens });
+    }
+    Ok(known)
+}
+
+/// Runs `what` while `n_clients` ask, each one request after the other; and what they saw. Every client ends the request it
+/// is at.
+///
+/// # Errors
+/// The status that the server answers to a request.
+pub async fn during<T>(
+    client: &InferenceClient<Channel>,
+    (known, mode): (&[Known], SpeculationMode),
+    n_clients: usize,
+    what: impl Future<Output = T>,
+) -> Result<(T, Seen), tonic::Status> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut clients = JoinSet::new();
+    for first in 0..n_clients {
+        let (client, known, stop) = (client.clone(), known.to_vec(), stop.clone());
+        clients.spawn(keep_asking(client, (known, mode), first, stop));
+    }
+    let came_of_it = what.await;
+    stop.store(true, Ordering::Relaxed);
+    let mut all = Seen::default();
+    while let Some(seen) = clients.join_next().await {
+        all.merge(seen.expect("invariant: clients do not panic")?);
+    }
+    Ok((came_of_it, all))
+}
+
+async fn keep_asking(
+    client: InferenceClient<Channel>,
+    (known, mode): (Vec<Known>, SpeculationMode),
+    first: usize,
+    stop: Arc<AtomicBool>,
+) -> Result<Seen, tonic::Status> {
+    let mut seen = Seen::default();
+    for known in known.iter().cycle().skip(first) {
+        let (tokens, gaps_ms) = ask(client.clone(), with(&known.request, mode)).await?;
+        seen.n_requests += 1;
+        seen.n_different += usize::from(tokens != known.tokens);
+        seen.gaps_ms.extend(gaps_ms);
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    Ok(seen)
+}
+
+fn with(request: &GenerateRequest, mode: SpeculationMode) -> GenerateRequest {
+    let options = SpeculationOptions { mode: Some(mode.into()), max_tokens: None };
+    GenerateRequest { speculation: Some(options), ..request.clone() }
+}
+
+/// Tokens of a request, and milliseconds between its chunks.
+async fn ask(
+    mut client: InferenceClient<Channel>,
+    request: GenerateRequest,
+) -> Result<(Vec<u32>, Vec<f64>), tonic::Status> {
+    let mut stream = client.generate(request).await?.into_inner();
+    let (mut tokens, mut gaps_ms, mut last) = (Vec::new(), Vec::new(), None::<Instant>);
+    while let Some(GenerateResponse { event, .. }) = stream.message().await? {
+        let Some(Event::Delta(delta)) = event else { continue };
+        let now = Instant::now();
+        gaps_ms.extend(last.map(|last| (now - last).as_secs_f64() * 1e3));
+        last = Some(now);
+        tokens.extend(delta.token_ids);
+    }
+    Ok((tokens, gaps_ms))
+}
+
+/// A number of the coordinator's metrics; 0 when it is not there.
+///
+/// # Errors
+/// When nobody answers.
+pub async fn metric(http: &str, name: &str) -> std::io::Result<f64> {
+    let mut stream = TcpStream::connect(http).await?;
+    let request = format!("GET /metrics HTTP/1.1\r\nhost: {http}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    Ok(line.and_then(|value| value.parse().ok()).unwrap_or(0.0))
+}
+
+/// The tokens of the draft model that were verified so far.
+pub const DRAFT_TOKENS: &str = "paceline_speculation_draft_tokens_total{source=\"draft\"}";
+
+/// Waits until more tokens of the draft model are verified than now; after `deadline` it gives up. How long that took.
+///
+/// # Errors
+/// When nobody answers.
+pub async fn until_drafted(http: &str, deadline: Duration) -> std::io::Result<Option<Duration>> {
+    let (start, before) = (Instant::now(), metric(http, DRAFT_TOKENS).await?);
+    while start.elapsed() < deadline {
+        if metric(http, DRAFT_TOKENS).await? > before {
+            return Ok(Some(start.elapsed()));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(None)
+}
