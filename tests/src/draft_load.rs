@@ -13,12 +13,10 @@ use paceline_wire::inference::{
     GenerateRequest, GenerateResponse, SpeculationMode, SpeculationOptions, generate_response::Event,
     inference_client::InferenceClient,
 };
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    task::JoinSet,
-};
+use tokio::task::JoinSet;
 use tonic::transport::Channel;
+
+use crate::scrape::metric;
 
 /// A request with the tokens it must get.
 #[derive(Clone, Debug)]
@@ -137,34 +135,20 @@ async fn ask(
     Ok((tokens, gaps_ms))
 }
 
-/// A number of the coordinator's metrics; 0 when it is not there.
-///
-/// # Errors
-/// When nobody answers.
-pub async fn metric(http: &str, name: &str) -> std::io::Result<f64> {
-    let mut stream = TcpStream::connect(http).await?;
-    let request = format!("GET /metrics HTTP/1.1\r\nhost: {http}\r\nconnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await?;
-    let line = answer.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    Ok(line.and_then(|value| value.parse().ok()).unwrap_or(0.0))
-}
-
 /// The tokens of the draft model that were verified so far.
 pub const DRAFT_TOKENS: &str = "paceline_speculation_draft_tokens_total{source=\"draft\"}";
 
 /// Waits until more tokens of the draft model are verified than now; after `deadline` it gives up. How long that took.
 ///
-/// # Errors
+/// # Panics
 /// When nobody answers.
-pub async fn until_drafted(http: &str, deadline: Duration) -> std::io::Result<Option<Duration>> {
-    let (start, before) = (Instant::now(), metric(http, DRAFT_TOKENS).await?);
+pub async fn until_drafted(http: &str, deadline: Duration) -> Option<Duration> {
+    let (start, before) = (Instant::now(), metric(http, DRAFT_TOKENS).await);
     while start.elapsed() < deadline {
-        if metric(http, DRAFT_TOKENS).await? > before {
-            return Ok(Some(start.elapsed()));
+        if metric(http, DRAFT_TOKENS).await > before {
+            return Some(start.elapsed());
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    Ok(None)
+    None
 }

@@ -10,7 +10,6 @@
 //! * [`hash_model`] – that model: its tokens tell whether the KV cache is right
 //! * [`hostile_draft`] – a draft service of that model that is good, wrong, silent, dying or talks nonsense
 //! * [`draft_load`] – requests without a pause while something happens to a draft service
-//! * [`corrupting_proxy`] – what a draft service says, with some bytes changed
 //! * [`constrained`] – grammars over its vocabulary
 //! * [`schedule`] – random requests, and what each gets when it runs alone
 //! * [`soak`] – thousands of short requests, and what the process looks like after them
@@ -21,7 +20,6 @@
 pub mod client;
 pub mod cluster;
 pub mod constrained;
-pub mod corrupting_proxy;
 pub mod draft_load;
 pub mod hash_model;
 pub mod hostile_draft;

@@ -36,6 +36,15 @@ pub async fn scraped(address: &str) -> HashMap<String, f64> {
     series.map(value).collect()
 }
 
+/// Value of a series of the first group.
+///
+/// # Panics
+/// When nobody answers, or there is no such series.
+pub async fn metric(address: &str, name: &str) -> f64 {
+    let (name, all) = (of_group(0, name), scraped(address).await);
+    *all.get(&name).unwrap_or_else(|| panic!("no {name}"))
+}
+
 /// The name of a series with the label of its group, which refusals do not have.
 pub fn of_group(group: usize, name: &str) -> String {
     match name.split_once('{') {

@@ -13,8 +13,9 @@ use clap::{Args, Parser, Subcommand};
 use paceline_tests::{
     ClusterSpec, TestCluster,
     client::chat,
-    draft_load::{DRAFT_TOKENS, Known, Seen, during, known, metric, until_drafted},
+    draft_load::{DRAFT_TOKENS, Known, Seen, during, known, until_drafted},
     models::small_model,
+    scrape::metric,
 };
 use paceline_wire::inference::{SpeculationMode, inference_client::InferenceClient};
 use serde_json::json;
@@ -120,10 +121,6 @@ impl Bench {
         Ok(self.under_load(mode, tokio::time::sleep(self.phase)).await?.1)
     }
 
-    async fn metric(&self, name: &str) -> anyhow::Result<f64> {
-        Ok(metric(&self.http, name).await?)
-    }
-
     fn draft_pid(&mut self) -> anyhow::Result<u32> {
         self.cluster
             .processes()
@@ -176,7 +173,7 @@ async fn back(bench: &mut Bench, fault: &str, pid: u32) -> anyhow::Result<Option
         }
         tokio::select! {
             ended = processes.any_ended() => Err(ended.into()),
-            back = until_drafted(&http, BACK_DEADLINE) => Ok(back?.map(|_| start.elapsed())),
+            back = until_drafted(&http, BACK_DEADLINE) => Ok(back.map(|_| start.elapsed())),
         }
     };
     let (back, seen) = during(&client, (&known, SpeculationMode::Auto), n_clients, drafted).await?;
@@ -194,11 +191,11 @@ async fn machines(options: &Options) -> anyhow::Result<()> {
         let names = ["paceline_draft_wait_seconds_total", DRAFT_TOKENS, ACCEPTED];
         let mut counts = [0.0; 3];
         for (count, name) in counts.iter_mut().zip(names) {
-            *count = -bench.metric(name).await?;
+            *count = -metric(&bench.http, name).await;
         }
         let drafted = bench.phase(SpeculationMode::Draft).await?;
         for (count, name) in counts.iter_mut().zip(names) {
-            *count += bench.metric(name).await?;
+            *count += metric(&bench.http, name).await;
         }
         let [waited_s, draft_tokens, accepted] = counts;
         waits.push(waited_s / accepted);
