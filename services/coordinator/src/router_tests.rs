@@ -297,7 +297,7 @@ proptest! {
                     let wanted = wanted("", text, n_prompt, max_tokens);
                     let considered: Vec<usize> =
                         (0..3).filter(|group| is_up[*group] || is_up == [false; 3]).collect();
-                    let least = considered.iter().map(|group| routers[0].load(*group)).min().unwrap();
+                    let least = considered.iter().map(|group| routers[0].load(*group)).min().expect("some are considered");
                     let loads: Vec<u64> = (0..3).map(|group| routers[0].load(group)).collect();
                     let n_cached = |router: &Router, group: usize| {
                         (router.groups[group].sent.run(wanted.usable()) * BLOCK_POSITIONS) as u64
@@ -337,7 +337,7 @@ proptest! {
                 }
                 Event::Up(group) => {
                     is_up[group] = true;
-                    routers.iter_mut().for_each(|router| router.up(group, facts(POOL)).unwrap());
+                    routers.iter_mut().for_each(|router| router.up(group, facts(POOL)).expect("all are alike"));
                 }
             }
             for group in 0..3 {
