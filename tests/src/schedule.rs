@@ -270,6 +270,27 @@ fn sampling(random: &mut Random) -> SamplingParams {
 }
 
 impl Job {
+    /// A greedy request of one choice to the model that hashes its KV memory, with the tokens it has alone. Nobody proposes.
+    pub fn greedy_on_hash_model(n_vocab: usize, prompt: Vec<TokenId>, max_tokens: usize) -> Self {
+        let mut job = Self {
+            prompt,
+            sampling: SamplingParams::greedy(),
+            max_tokens,
+            end_tokens: Vec::new(),
+            after: 0,
+            cancelled_after: None,
+            min_tokens: 0,
+            regex: None,
+            speculation: SpeculationMode::Off,
+            n_choices: 1,
+            prompt_logprobs: None,
+            scores_alone: Vec::new(),
+            alone: Vec::new(),
+        };
+        job.alone = vec![tokens_alone(n_vocab, &job.alone_request())];
+        job
+    }
+
     /// The request that one of its choices is the same as.
     pub fn of_choice(&self, choice: u32) -> Self {
         let prompt_logprobs = self.prompt_logprobs.filter(|_| choice == 0);

@@ -6,13 +6,13 @@ use std::{fs, sync::Arc};
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use paceline::answer::connect;
-use paceline_domain::{SamplingParams, TokenId};
+use paceline_domain::TokenId;
 use paceline_wire::inference::{
     SpeculationMode, generate_response::Event, inference_client::InferenceClient,
 };
 use tonic::{Status, transport::Channel};
 
-use crate::{hash_model::tokens_alone, in_process::N_VOCAB, random::Random, schedule::Job};
+use crate::{in_process::N_VOCAB, random::Random, schedule::Job};
 
 /// Requests that a connection is used for.
 const MAX_USES: usize = 500;
@@ -136,25 +136,10 @@ fn short_job(random: &mut Random, cancelled: f64) -> Job {
         if random.happens(0.25) { (0..20).map(TokenId).collect() } else { Vec::new() };
     let n_own = random.within(1..12);
     prompt.extend((0..n_own).map(|_| TokenId(random.within(0..N_VOCAB) as u32)));
-    let (sampling, max_tokens) = (SamplingParams::greedy(), random.within(1..9));
+    let max_tokens = random.within(1..9);
     let cancelled_after = random.happens(cancelled).then(|| random.within(0..max_tokens));
-    let mut job = Job {
-        prompt,
-        sampling,
-        max_tokens,
-        end_tokens: Vec::new(),
-        after: 0,
-        cancelled_after,
-        min_tokens: 0,
-        regex: None,
-        speculation: SpeculationMode::Auto,
-        n_choices: 1,
-        prompt_logprobs: None,
-        scores_alone: Vec::new(),
-        alone: Vec::new(),
-    };
-    job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
-    job
+    let job = Job::greedy_on_hash_model(N_VOCAB, prompt, max_tokens);
+    Job { cancelled_after, speculation: SpeculationMode::Auto, ..job }
 }
 
 /// Bytes of this process that are in memory.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use paceline_domain::{SamplingParams, TokenId};
+use paceline_domain::TokenId;
 use paceline_tests::{
     client::{Generation, from_tokens, generate},
     hash_model::{HashModel, tokens_alone},
@@ -14,7 +14,7 @@ use paceline_tests::{
     random::Random,
     schedule::{Alone, Job, Schedule, Schedules, Shape, WITHOUT_DRAFT},
 };
-use paceline_wire::inference::{SpeculationMode, inference_client::InferenceClient};
+use paceline_wire::inference::inference_client::InferenceClient;
 use tokio::task::JoinHandle;
 use tonic::{Status, transport::Channel};
 
@@ -42,23 +42,7 @@ fn prompt(text: usize, n: usize) -> Vec<u32> {
 /// A greedy request of a text, with the tokens it has alone.
 fn job(text: usize, n_prompt: usize, max_tokens: usize) -> Job {
     let prompt = prompt(text, n_prompt).into_iter().map(TokenId).collect();
-    let mut job = Job {
-        prompt,
-        sampling: SamplingParams::greedy(),
-        max_tokens,
-        end_tokens: Vec::new(),
-        after: 0,
-        cancelled_after: None,
-        min_tokens: 0,
-        regex: None,
-        speculation: SpeculationMode::Off,
-        n_choices: 1,
-        prompt_logprobs: None,
-        scores_alone: Vec::new(),
-        alone: Vec::new(),
-    };
-    job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
-    job
+    Job::greedy_on_hash_model(N_VOCAB, prompt, max_tokens)
 }
 
 fn cached(generation: &Generation) -> usize {

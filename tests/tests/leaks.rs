@@ -6,9 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use paceline_domain::{SamplingParams, TokenId};
+use paceline_domain::TokenId;
 use paceline_tests::{
-    hash_model::{HashModel, tokens_alone},
+    hash_model::HashModel,
     in_process::{InProcessCluster, InProcessSpec, N_VOCAB},
     schedule::{Job, Schedule},
     soak::Soak,
@@ -53,23 +53,8 @@ static COUNTING: Counting = Counting;
 /// A request that needs every block of the pool, and every token of the budget.
 fn whole_pool() -> Schedule {
     let prompt: Vec<TokenId> = (0..POOL - 8).map(|i| TokenId((i * i % 61) as u32)).collect();
-    let sampling = SamplingParams::greedy();
-    let mut job = Job {
-        prompt,
-        sampling,
-        max_tokens: 8,
-        end_tokens: Vec::new(),
-        after: 0,
-        cancelled_after: None,
-        min_tokens: 0,
-        regex: None,
-        speculation: SpeculationMode::Auto,
-        n_choices: 1,
-        prompt_logprobs: None,
-        scores_alone: Vec::new(),
-        alone: Vec::new(),
-    };
-    job.alone = vec![tokens_alone(N_VOCAB, &job.alone_request())];
+    let job = Job::greedy_on_hash_model(N_VOCAB, prompt, 8);
+    let job = Job { speculation: SpeculationMode::Auto, ..job };
     Schedule { seed: 0, jobs: vec![job] }
 }
 
