@@ -25,15 +25,16 @@ struct Bounds {
     n_beyond_second: usize,
 }
 
-/// The narrowest models: half of the activations have 16 bits.
+/// The narrowest models: only the head's input has 16 bits. llama.cpp's own quantized path agrees with float32 at 96.55 % of
+/// the positions, with cosines of 0.99944 and 0.9853.
 const NARROW: Bounds = Bounds {
-    close: 0.2,
-    top1_agreement: 0.985,
-    cosine_mean: 0.9999,
-    cosine_min: 0.9985,
+    close: 0.37,
+    top1_agreement: 0.97,
+    cosine_mean: 0.99945,
+    cosine_min: 0.9854,
     perplexity_change: 0.0015,
-    n_equal_share: 0.985,
-    n_beyond_second: 0,
+    n_equal_share: 0.97,
+    n_beyond_second: 2,
 };
 
 /// Most activations have 8 bits. llama.cpp's own quantized path agrees with float32 at 98.3 % (0.5B) and 97.4 %

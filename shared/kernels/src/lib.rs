@@ -59,4 +59,4 @@ pub use quantize::{CodeBits, QuantizedRows, quantize_rows};
 
 /// Version of the order of operations: part of a group's fingerprint. It grows when a kernel's scalar definition, or
 /// the order in which the model uses kernels and leaves, comes to give other bits.
-pub const NUMERICS: u32 = 3;
+pub const NUMERICS: u32 = 4;
