@@ -1,5 +1,5 @@
-//! Rows of plain numbers into blocks of Q8_0 and Q4_K, for weights that are quantized at load. A block is a function of
-//! its own weights alone, by the same operations on every CPU; nothing is packed here.
+//! Rows into blocks of Q8_0 and Q4_K, for weights that are quantized at load; `encode_four` makes Q4_0 and Q4_1. A block is
+//! a function of its own weights alone, by the same operations on every CPU; nothing is packed here.
 //!
 //! Q4_K follows the public descriptions of K-quants. First each group of 32 looks for the scale and minimum of least
 //! squared error: codes by several steps around the range / 15, scale and minimum for these codes in closed form. Then
@@ -9,41 +9,55 @@
 use half::f16;
 use paceline_domain::WeightType;
 
+use super::encode_four::{encode_q4_0, encode_q4_1};
 use super::{GROUP_LEN, GROUPS_PER_SUPER, dequantize_row};
 use crate::simd::{SHIFT, SHIFT_BITS};
 
 /// Weights of a superblock.
 const SUPER_LEN: usize = GROUP_LEN * GROUPS_PER_SUPER;
-/// Largest code of Q4_K.
-const MAX_CODE: f32 = 15.0;
+/// Largest code of four bits.
+pub(super) const MAX_CODE: f32 = 15.0;
 /// Largest small integer beside a code of Q4_K.
 const MAX_SUB: f32 = 63.0;
 /// Codes that the range of a group is cut into, one after the other.
 const STEPS: [f32; 12] = [13.9, 14.2, 14.4, 14.6, 14.7, 14.8, 14.9, 15.0, 15.1, 15.3, 15.6, 15.9];
 
-type Weights = [f32; GROUP_LEN];
+pub(super) type Weights = [f32; GROUP_LEN];
 
-/// A row of plain numbers as a row of `to`, one of the types of [`paceline_domain::Quantization`]. A block with a number
-/// that is not finite becomes NaN as a whole, so that nothing is hidden.
+/// A row of any type as a row of `to`, one of the types of [`paceline_domain::Quantization`]. A block with a number that is not
+/// finite becomes NaN as a whole, so that nothing is hidden.
 ///
 /// # Panics
 /// When `to` is another type, or the row is not whole blocks of it.
 pub fn requantize_row(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
-    assert!(!from.is_quantized(), "invariant: {} is not quantized again", from.name());
-    let n_weights = bytes.len() / from.block_bytes();
+    let n_weights = bytes.len() / from.block_bytes() * from.block_len();
     let row_bytes = to.row_bytes(n_weights).expect("invariant: a row is whole blocks of what it becomes");
     let (mut out, mut weights) = (vec![0; row_bytes], [0.0; SUPER_LEN]);
-    let weights = &mut weights[..to.block_len()];
-    let blocks = bytes.chunks_exact(weights.len() * from.block_bytes());
-    for (bytes, block) in blocks.zip(out.chunks_exact_mut(to.block_bytes())) {
+    let blocks_at_once = (from.block_len() / to.block_len()).max(1);
+    let weights = &mut weights[..blocks_at_once * to.block_len()];
+    let bytes_at_once = weights.len() / from.block_len() * from.block_bytes();
+    let pieces = out.chunks_exact_mut(blocks_at_once * to.block_bytes());
+    for (bytes, piece) in bytes.chunks_exact(bytes_at_once).zip(pieces) {
         dequantize_row(from, bytes, weights);
-        match to {
-            WeightType::Q8_0 => encode_q8_0(weights.as_chunks().0, block),
-            WeightType::Q4_K => encode_q4_k(weights.as_chunks().0, block),
-            other => panic!("invariant: nothing is quantized to {}", other.name()),
-        }
+        let blocks = piece.chunks_exact_mut(to.block_bytes());
+        weights
+            .chunks_exact(to.block_len())
+            .zip(blocks)
+            .for_each(|(weights, block)| encode(to, weights, block));
     }
     out
+}
+
+/// One block.
+fn encode(to: WeightType, weights: &[f32], block: &mut [u8]) {
+    let groups: &[Weights] = weights.as_chunks().0;
+    match to {
+        WeightType::Q8_0 => encode_q8_0(groups, block),
+        WeightType::Q4_0 => encode_q4_0(&groups[0], block),
+        WeightType::Q4_1 => encode_q4_1(&groups[0], block),
+        WeightType::Q4_K => encode_q4_k(groups, block),
+        other => panic!("invariant: nothing is quantized to {}", other.name()),
+    }
 }
 
 /// f16 scale, signed bytes.
@@ -103,9 +117,9 @@ fn packed_subs(groups: &[SubGroup; GROUPS_PER_SUPER]) -> [u8; 12] {
 
 /// A group by itself: weights are about `scale * code - min`.
 #[derive(Clone, Copy, Default)]
-struct Fit {
-    scale: f32,
-    min: f32,
+pub(super) struct Fit {
+    pub scale: f32,
+    pub min: f32,
 }
 
 /// A group in its superblock: scale and minimum are whole numbers, 0 to 63, codes 0 to 15.
@@ -126,7 +140,7 @@ struct Super {
 }
 
 impl Fit {
-    fn search(weights: &Weights) -> Self {
+    pub(super) fn search(weights: &Weights) -> Self {
         let lowest = weights.iter().fold(0.0, |lowest: f32, weight| lowest.min(*weight));
         let highest = weights.iter().fold(lowest, |highest: f32, weight| highest.max(*weight));
         let range = highest - lowest;
@@ -262,7 +276,7 @@ impl Super {
 
 /// `(weight + offset) * inverse`, rounded to the nearest code.
 #[inline(always)]
-fn codes(weights: &Weights, offset: f32, inverse: f32) -> Weights {
+pub(super) fn codes(weights: &Weights, offset: f32, inverse: f32) -> Weights {
     weights.map(|weight| {
         let scaled = (weight + offset) * inverse;
         let scaled = if scaled > 0.0 { scaled } else { 0.0 };
@@ -277,13 +291,13 @@ fn rounded(x: f32) -> i32 {
 }
 
 #[inline(always)]
-fn products(a: &Weights, b: &Weights) -> Weights {
+pub(super) fn products(a: &Weights, b: &Weights) -> Weights {
     std::array::from_fn(|i| a[i] * b[i])
 }
 
 /// In a fixed order that any number of lanes can follow.
 #[inline(always)]
-fn sum(values: &Weights) -> f32 {
+pub(super) fn sum(values: &Weights) -> f32 {
     let mut lanes = *values;
     for half in [16, 8, 4, 2, 1] {
         for i in 0..half {
@@ -293,12 +307,12 @@ fn sum(values: &Weights) -> f32 {
     lanes[0]
 }
 
-fn all_finite(weights: &[Weights]) -> bool {
+pub(super) fn all_finite(weights: &[Weights]) -> bool {
     weights.as_flattened().iter().all(|weight| weight.is_finite())
 }
 
 /// The nearest half; the largest one where there is none near.
-fn half_of(x: f32) -> f16 {
+pub(super) fn half_of(x: f32) -> f16 {
     if x > f16::MAX.to_f32() { f16::MAX } else { f16::from_f32(x) }
 }
 

@@ -1,5 +1,5 @@
 //! What the blocks of every weight type mean: codes, scales, minimums, and the scalar dequantization; `encode` makes
-//! blocks of plain numbers.
+//! blocks of other types for weights that are quantized at load.
 //! It does not know how weights are repacked or multiplied.
 //!
 //! Every quantized type is seen the same way. A group of 32 columns holds unsigned codes `u` of `BITS` bits; a
@@ -7,6 +7,7 @@
 //! K-quants are products of an f16 and a small integer, which f32 holds exactly.
 
 mod encode;
+mod encode_four;
 mod float;
 mod k_quants;
 mod legacy;
