@@ -1,40 +1,72 @@
-//! Quantization of float weights while they are loaded: its names. Which matrix gets which type is known by `model`.
+//! Quantization of weights while they are loaded: its names. Which matrix gets which type is known by `model`.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::WeightType;
 
-/// What float matrices become at load.
+/// What matrices become at load.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[allow(non_camel_case_types)]
-pub enum Quantization {
-    /// 8 bits, a scale for each 32: 8.5 bits a weight.
-    Q8_0,
-    /// 4 bits, a scale and a minimum for each 32: 4.5 bits a weight.
-    Q4_K,
+pub struct Quantization {
+    weight_type: WeightType,
+    of: Of,
+}
+
+/// Which matrices are quantized.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Of {
+    /// Those of plain numbers: what a file has quantized keeps its bits.
+    Plain,
+    /// All that become smaller.
+    All,
 }
 
 impl Quantization {
-    /// Every one.
+    /// 8 bits, a scale for each 32: 8.5 bits a weight.
+    pub const Q8_0: Self = Self { weight_type: WeightType::Q8_0, of: Of::Plain };
+    /// 4 bits, a scale and a minimum for each 32: 4.5 bits a weight.
+    pub const Q4_K: Self = Self { weight_type: WeightType::Q4_K, of: Of::Plain };
+
+    /// Every one of a model whose tokens count.
     pub const ALL: [Self; 2] = [Self::Q8_0, Self::Q4_K];
+
+    /// Every one of a draft model. Its tokens are verified, so what its file has quantized may lose bits too.
+    pub const OF_DRAFT: [Self; 4] = [
+        Self { weight_type: WeightType::Q8_0, of: Of::All },
+        Self { weight_type: WeightType::Q4_K, of: Of::All },
+        Self { weight_type: WeightType::Q4_0, of: Of::All },
+        Self { weight_type: WeightType::Q4_1, of: Of::All },
+    ];
 
     /// The storage type of most matrices.
     pub const fn weight_type(self) -> WeightType {
-        match self {
-            Self::Q8_0 => WeightType::Q8_0,
-            Self::Q4_K => WeightType::Q4_K,
-        }
+        self.weight_type
+    }
+
+    /// Whether matrices that a file has quantized are quantized again.
+    pub const fn is_of_all(self) -> bool {
+        matches!(self.of, Of::All)
     }
 
     /// The name used on the command line and in messages.
     pub const fn name(self) -> &'static str {
-        self.weight_type().name()
+        self.weight_type.name()
     }
 
     /// The name of a choice, for people.
     pub fn name_or_none(choice: Option<Self>) -> &'static str {
         choice.map_or("none", Self::name)
+    }
+
+    /// The one of [`Self::OF_DRAFT`] with this name.
+    ///
+    /// # Errors
+    /// A name that none has.
+    pub fn of_draft(name: &str) -> Result<Self, String> {
+        let found = Self::OF_DRAFT.into_iter().find(|quantization| quantization.name() == name);
+        found.ok_or_else(|| {
+            format!("weights of a draft are quantized to q8_0, q4_k, q4_0 or q4_1, not to `{name}`")
+        })
     }
 }
 
@@ -61,8 +93,15 @@ mod tests {
     fn names_are_read_as_they_are_written() {
         for quantization in Quantization::ALL {
             assert_eq!(quantization.to_string().parse(), Ok(quantization));
+            assert!(!quantization.is_of_all());
+        }
+        for quantization in Quantization::OF_DRAFT {
+            assert_eq!(Quantization::of_draft(quantization.name()), Ok(quantization));
+            assert!(quantization.is_of_all());
         }
         assert!("q5_0".parse::<Quantization>().is_err_and(|error| error.contains("`q5_0`")));
+        assert!("q4_0".parse::<Quantization>().is_err(), "only drafts");
+        assert!(Quantization::of_draft("q5_0").is_err_and(|error| error.contains("`q5_0`")));
         assert_eq!(Quantization::name_or_none(None), "none");
     }
 }

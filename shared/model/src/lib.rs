@@ -5,6 +5,7 @@
 //! * [`config`] – the shape of a decoder, checked; `config_gguf` and `config_json` read it
 //! * [`names`] – the one table of tensors: names, shapes, which dimension is cut
 //! * [`quantization`] – which matrices are quantized while they are loaded
+//! * [`head_tokens`] – which tokens an output head is for
 //! * [`split`] – which slice of every tensor each rank holds
 //! * [`estimate`] – memory and exchanged bytes from shapes alone
 //! * [`rope`] – frequencies of the rotary embedding
@@ -32,6 +33,7 @@ pub mod decoder;
 pub mod error;
 pub mod estimate;
 pub mod fingerprint;
+pub mod head_tokens;
 pub mod link;
 pub mod loader;
 pub mod logits;
@@ -50,6 +52,7 @@ pub use decoder::Decoder;
 pub use error::ModelError;
 pub use estimate::{Capacity, ConfigEstimate, DeviceFit, DeviceRoom, Dtype, MemoryEstimate};
 pub use fingerprint::fingerprint;
+pub use head_tokens::HeadTokens;
 pub use loader::{LoadProgress, LoadSpec};
 pub use logits::Logits;
 pub use quantization::WeightTypes;

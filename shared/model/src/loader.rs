@@ -27,7 +27,7 @@ pub struct LoadSpec<'a> {
     pub plan: &'a SplitPlan,
     /// Whose slice to load.
     pub rank: usize,
-    /// What float matrices become.
+    /// What matrices become.
     pub quantize: Option<Quantization>,
     /// What to allocate.
     pub capacity: Capacity,
@@ -36,12 +36,16 @@ pub struct LoadSpec<'a> {
 }
 
 impl LoadSpec<'_> {
-    /// Bytes of memory that quantization at load saves this rank: its matrices in the file's types less what they become.
+    /// Bytes of memory that this rank is saved: its matrices in the file's types, with an output head for the whole
+    /// vocabulary, less what quantization at load and the plan's vocabulary leave of them.
     pub fn saved_bytes(&self) -> u64 {
         let in_file = &types_in(self.checkpoint);
-        let bytes =
-            |quantize| weight_bytes(self.config, self.plan, self.rank, &WeightTypes { in_file, quantize });
-        bytes(None).saturating_sub(bytes(self.quantize))
+        let bytes = |plan: &SplitPlan, quantize| {
+            weight_bytes(self.config, plan, self.rank, &WeightTypes { in_file, quantize })
+        };
+        let whole = SplitPlan::new(self.config, self.plan.n_ranks())
+            .expect("invariant: a plan for as many ranks was made before");
+        bytes(&whole, None).saturating_sub(bytes(self.plan, self.quantize))
     }
 }
 
@@ -196,7 +200,8 @@ impl<'a> Loader<'a> {
             }
             None => PackSpec::whole_rows(weight_type, slice.rows.len(), view.n_cols()),
         };
-        Ok(Some(MatrixRows { view, part, spec, first_row: slice.rows.start, order: self.order() }))
+        let head = (cut == Cut::VocabRows).then(|| self.spec.plan.head());
+        Ok(Some(MatrixRows { view, part, spec, first_row: slice.rows.start, order: self.order(), head }))
     }
 
     /// Counts what was packed and gives the pages of the file back.

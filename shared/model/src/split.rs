@@ -7,7 +7,7 @@ use paceline_domain::ReduceTree;
 use paceline_domain::reduce_tree::even_edges;
 
 use crate::names::Cut;
-use crate::{ModelConfig, ModelError};
+use crate::{HeadTokens, ModelConfig, ModelError};
 
 /// Most ranks of a group.
 pub const MAX_RANKS: usize = 64;
@@ -27,7 +27,7 @@ pub struct Share {
     pub kv_heads: Range<usize>,
     /// Columns of the feed-forward network.
     pub ffn: Range<usize>,
-    /// Tokens whose logits it computes.
+    /// Rows of the output head whose logits it computes: tokens, but for a head that skips some.
     pub vocab: Range<usize>,
 }
 
@@ -44,6 +44,7 @@ pub struct RowParallel {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SplitPlan {
     head_dim: usize,
+    head: HeadTokens,
     shares: Vec<Share>,
     attention: RowParallel,
     ffn: RowParallel,
@@ -95,13 +96,24 @@ impl SplitPlan {
     /// # Errors
     /// [`ModelError::Ranks`] for another number of ranks.
     pub fn new(config: &ModelConfig, n_ranks: usize) -> Result<Self, ModelError> {
+        Self::with_head(config, n_ranks, &HeadTokens::all(config))
+    }
+
+    /// The same with an output head for some tokens alone, as far as the model has them. Every token may still be put in, but
+    /// the others have no logits, and a column of logits is the token that [`SplitPlan::head`] says: for drafts.
+    ///
+    /// # Errors
+    /// As [`SplitPlan::new`].
+    pub fn with_head(config: &ModelConfig, n_ranks: usize, head: &HeadTokens) -> Result<Self, ModelError> {
         if n_ranks == 0 || n_ranks > MAX_RANKS {
             return Err(ModelError::Ranks { n_ranks, max: MAX_RANKS });
         }
         let attention = RowParallel::new(attention_leaf_edges(config), n_ranks);
         let ffn = RowParallel::new(ffn_leaf_edges(config.n_ff), n_ranks);
-        let vocab_edges = even_edges(config.n_vocab.div_ceil(VOCAB_ALIGN), n_ranks);
-        let vocab_edge = |i: usize| (vocab_edges[i] * VOCAB_ALIGN).min(config.n_vocab);
+        let head = head.of(config);
+        let n_tokens = head.len();
+        let vocab_edges = even_edges(n_tokens.div_ceil(VOCAB_ALIGN), n_ranks);
+        let vocab_edge = |i: usize| (vocab_edges[i] * VOCAB_ALIGN).min(n_tokens);
         let shares = (0..n_ranks)
             .map(|rank| {
                 let columns = attention.columns(rank);
@@ -114,7 +126,12 @@ impl SplitPlan {
                 }
             })
             .collect();
-        Ok(Self { head_dim: config.head_dim, shares, attention, ffn })
+        Ok(Self { head_dim: config.head_dim, head, shares, attention, ffn })
+    }
+
+    /// Which tokens have logits.
+    pub fn head(&self) -> &HeadTokens {
+        &self.head
     }
 
     /// Number of ranks.
@@ -190,6 +207,7 @@ fn kv_heads_of(heads: &Range<usize>, n_heads_per_kv: usize) -> Range<usize> {
 mod tests {
     use super::*;
     use crate::synthetic::tiny_config;
+    use paceline_domain::TokenId;
     use proptest::prelude::*;
 
     fn config(n_kv_heads: usize, n_heads_per_kv: usize, head_dim: usize, n_ff: usize) -> ModelConfig {
@@ -240,6 +258,7 @@ mod tests {
         fn shares_cover_everything_once(
             (n_kv_heads, n_heads_per_kv, half_dim) in (1usize..12, 1usize..9, 1usize..80),
             (n_ff, n_vocab, n_ranks) in (1usize..5000, 1usize..5000, 1usize..=MAX_RANKS),
+            n_tokens in 1usize..6000,
         ) {
             let config = ModelConfig { n_vocab, ..config(n_kv_heads, n_heads_per_kv, 2 * half_dim, n_ff) };
             let plan = SplitPlan::new(&config, n_ranks).expect("plan");
@@ -247,6 +266,11 @@ mod tests {
             joins(shares().map(|share| share.heads.clone()), config.n_heads);
             joins(shares().map(|share| share.ffn.clone()), n_ff);
             joins(shares().map(|share| share.vocab.clone()), n_vocab);
+            let head = HeadTokens::with(n_tokens, &[TokenId(n_vocab as u32 - 1)]);
+            let few = SplitPlan::with_head(&config, n_ranks, &head).expect("plan");
+            joins((0..n_ranks).map(|rank| few.share(rank).vocab.clone()), (n_tokens + 1).min(n_vocab));
+            prop_assert_eq!((few.head().len(), plan.head().len()), ((n_tokens + 1).min(n_vocab), n_vocab));
+            prop_assert!(shares().enumerate().all(|(rank, share)| few.share(rank).heads == share.heads));
             for (rank, share) in shares().enumerate() {
                 // Exactly the key and value heads that are read, and each head finds its own.
                 let mut read: Vec<usize> = share.heads.clone().map(|head| head / n_heads_per_kv).collect();

@@ -7,9 +7,9 @@ use paceline_checkpoint::TensorView;
 use paceline_kernels::PackSpec;
 use paceline_kernels::formats::requantize_row;
 
-use crate::ModelError;
 use crate::config::PairLayout;
 use crate::names::Part;
+use crate::{HeadTokens, ModelError};
 
 /// One decoder layer of one rank: `A` is what a backend makes of attention's matrices, `F` of the feed-forward network's.
 /// They are absent where the rank's share is empty.
@@ -104,6 +104,8 @@ pub struct MatrixRows<'a> {
     /// The slice's first row, of the whole matrix.
     pub(crate) first_row: usize,
     pub(crate) order: RowOrder,
+    /// Of the output head: which tokens its rows are.
+    pub(crate) head: Option<&'a HeadTokens>,
 }
 
 /// How the rows of rotated heads lie in the file.
@@ -141,7 +143,11 @@ impl<'a> MatrixRows<'a> {
     /// When there is no such row.
     pub fn row(&self, row: usize) -> Cow<'a, [u8]> {
         assert!(row < self.spec.n_rows, "row {row} of a slice of {}", self.spec.n_rows);
-        let bytes = self.view.row(self.order.file_row(self.part, self.first_row + row));
+        let row = self.first_row + row;
+        let bytes = self.view.row(match self.head {
+            Some(head) => head.token(row).idx(),
+            None => self.order.file_row(self.part, row),
+        });
         if self.is_requantized() {
             return requantize_row(self.view.weight_type(), bytes, self.spec.weight_type).into();
         }

@@ -21,6 +21,7 @@ const PLAIN: Setup = Setup {
     n_ranks: 1,
     kv_type: KvType::F16,
     quantize: None,
+    n_tokens: usize::MAX,
     link: Link::Table,
 };
 
@@ -199,6 +200,48 @@ fn weights_quantized_at_load_are_the_same_everywhere_too() {
                     let found = run(&rig, &in_pieces(&sequence, &[17, 1, 30]));
                     assert_same_bits(&expected, &found, &format!("{quantization}, {isa}, {n_ranks} ranks"));
                 }
+            }
+        }
+    }
+}
+
+/// What a file has quantized is quantized again, whole rows at a time, for a draft.
+#[test]
+fn weights_of_a_draft_are_the_same_everywhere_too() {
+    for synthetic in [models::llama_untied_k_quants(), models::llama_tied_q4_1()] {
+        let rig = gguf(&synthetic);
+        let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
+        let kept = run(&rig.with(PLAIN), &in_pieces(&sequence, &[1]));
+        for name in ["q4_0", "q4_k"] {
+            let quantize = Quantization::of_draft(name).ok();
+            let expected = run(&rig.with(Setup { quantize, ..PLAIN }), &in_pieces(&sequence, &[1]));
+            assert_ne!(expected, kept, "{name}");
+            for isa in Isa::available() {
+                for (n_ranks, n_threads) in [(1, 2), (2, 1), (3, 2)] {
+                    let rig = rig.with(Setup { isa, n_ranks, n_threads, quantize, ..PLAIN });
+                    let found = run(&rig, &in_pieces(&sequence, &[17, 1, 30]));
+                    assert_same_bits(&expected, &found, &format!("{name}, {isa}, {n_ranks} ranks"));
+                }
+            }
+        }
+    }
+}
+
+/// An output head for the first tokens gives them the logits that the whole one gives them. All tokens are looked up.
+#[test]
+fn a_head_for_fewer_tokens_gives_the_same_logits() {
+    for synthetic in [models::llama_untied_k_quants(), models::llama_tied_q4_1(), models::qwen2_f16()] {
+        let rig = gguf(&synthetic);
+        let sequence = tokens(1, N_TOKENS, rig.config.n_vocab);
+        let whole = run(&rig.with(PLAIN), &in_pieces(&sequence, &[1]));
+        for n_tokens in [1, 100, 256, 9_999] {
+            assert!(n_tokens > 256 || sequence.iter().any(|token| *token as usize >= n_tokens));
+            let n_kept = n_tokens.min(rig.config.n_vocab);
+            let expected: Vec<Vec<f32>> = whole.iter().map(|row| row[..n_kept].to_vec()).collect();
+            for (n_ranks, n_threads) in [(1, 2), (2, 1), (3, 2)] {
+                let rig = rig.with(Setup { n_ranks, n_threads, n_tokens, ..rig.setup });
+                let found = run(&rig, &in_pieces(&sequence, &[17, 1]));
+                assert_same_bits(&expected, &found, &format!("{n_tokens} tokens, {n_ranks} ranks"));
             }
         }
     }

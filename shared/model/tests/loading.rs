@@ -12,8 +12,8 @@ use paceline_domain::{BlockId, ErrorKind, KvType, Quantization, TokenId, WeightT
 use paceline_kernels::Kernels;
 use paceline_model::names::check_tensors;
 use paceline_model::{
-    Batch, Capacity, Cpu, Decoder, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig, ModelError,
-    SplitPlan, WeightTypes, quantization::types_in,
+    Batch, Capacity, Cpu, Decoder, HeadTokens, LoadProgress, LoadSpec, MemoryEstimate, ModelConfig,
+    ModelError, SplitPlan, WeightTypes, quantization::types_in,
 };
 use support::models;
 
@@ -200,6 +200,28 @@ fn quantization_saves_what_it_should() {
     let four = saved(models::llama_wide_f16(), Quantization::Q4_K);
     assert!((0.6..0.72).contains(&four), "q4_k saves {four} of float16");
     assert_eq!(saved(models::llama_wide(), Quantization::Q4_K), 0.0);
+}
+
+/// Bits that the file has, and the output head of rare tokens: what is held and what is saved are together the whole.
+#[test]
+fn what_a_draft_loses_is_saved() {
+    let checkpoint = gguf(models::llama_tied_q4_1().to_gguf().expect("bytes"));
+    let config = ModelConfig::from_checkpoint(&checkpoint).expect("a configuration");
+    let (in_file, progress) = (&types_in(&checkpoint), &|_: LoadProgress| ());
+    let whole = load(&checkpoint, 1, 0).expect("loads").memory_bytes().0;
+    let four = Quantization::of_draft("q4_0").ok();
+    for (quantize, n_tokens, least) in [(None, 96, 0.05), (four, config.n_vocab, 0.05), (four, 96, 0.12)] {
+        let plan = SplitPlan::with_head(&config, 1, &HeadTokens::first(n_tokens)).expect("a plan");
+        let (checkpoint, config, plan) = (&checkpoint, &config, &plan);
+        let spec = LoadSpec { checkpoint, config, plan, rank: 0, quantize, capacity: CAPACITY, progress };
+        let held = Decoder::load(&spec, &cpu()).expect("loads").memory_bytes().0;
+        let saved = (whole - held) as f64 / spec.saved_bytes() as f64;
+        assert!((0.9..1.1).contains(&saved), "{n_tokens} tokens: {saved} of what is told");
+        assert!((whole - held) as f64 > least * whole as f64, "{n_tokens} tokens: {held} of {whole}");
+        let types = WeightTypes { in_file, quantize };
+        let estimate = MemoryEstimate::new(config, plan, 0, CAPACITY, &types).weight_bytes as f64;
+        assert!((0.95..1.1).contains(&(held as f64 / estimate)), "{held} held, {estimate} estimated");
+    }
 }
 
 #[test]

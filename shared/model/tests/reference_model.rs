@@ -79,7 +79,11 @@ fn weights_quantized_at_load_stay_near_the_float_model() {
         [models::llama_tied_f32(), models::mistral(), models::qwen2_f16(), models::llama_wide_f16()]
     {
         let rig = from_safetensors(&synthetic);
-        for (quantization, least) in [(Quantization::Q8_0, 0.999), (Quantization::Q4_K, 0.97)] {
+        let of_draft = |name| Quantization::of_draft(name).expect("a name");
+        let (q4_0, q4_1) = (of_draft("q4_0"), of_draft("q4_1"));
+        for (quantization, least) in
+            [(Quantization::Q8_0, 0.999), (Quantization::Q4_K, 0.97), (q4_0, 0.92), (q4_1, 0.94)]
+        {
             let (_, cosine) = compare(&rig.with(Setup { quantize: Some(quantization), ..rig.setup }));
             println!("seed {}, {quantization}: cosine {cosine}", synthetic.seed);
             assert!(cosine > least, "seed {}, {quantization}: cosine {cosine}", synthetic.seed);

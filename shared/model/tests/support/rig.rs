@@ -8,7 +8,7 @@ use paceline_collectives::{AbortFlag, Collective, Solo, Transport};
 use paceline_domain::{BlockId, KvType, Quantization, TokenId};
 use paceline_kernels::{Isa, Kernels};
 use paceline_model::link::Group;
-use paceline_model::{Batch, Capacity, Cpu, Decoder, Device, LoadSpec, ModelConfig, SplitPlan};
+use paceline_model::{Batch, Capacity, Cpu, Decoder, Device, HeadTokens, LoadSpec, ModelConfig, SplitPlan};
 
 use super::threads::Threads;
 use super::transports;
@@ -31,6 +31,8 @@ pub struct Setup {
     pub n_ranks: usize,
     pub kv_type: KvType,
     pub quantize: Option<Quantization>,
+    /// Tokens that have logits, if there are so many.
+    pub n_tokens: usize,
     pub link: Link,
 }
 
@@ -66,6 +68,7 @@ impl Rig {
             n_ranks: 1,
             kv_type: KvType::F16,
             quantize: None,
+            n_tokens: usize::MAX,
             link: Link::Table,
         };
         Self { checkpoint: Arc::new(checkpoint), config, setup }
@@ -88,7 +91,8 @@ impl Rig {
 
     /// The same with a device for each rank.
     pub fn run_on_each(&self, devices: &[&dyn Device], steps: &[Step]) -> AllLogits {
-        let plan = SplitPlan::new(&self.config, self.setup.n_ranks).expect("a plan");
+        let Setup { n_ranks, n_tokens, .. } = self.setup;
+        let plan = SplitPlan::with_head(&self.config, n_ranks, &HeadTokens::first(n_tokens)).expect("a plan");
         let collectives = self.group();
         let parts: Vec<AllLogits> = std::thread::scope(|scope| {
             let run = |mut collective: Box<dyn Collective>| {
