@@ -12,7 +12,8 @@ use tonic::Status;
 use tracing::{Span, info_span};
 
 use crate::{
-    model::{DraftModel, Drafted},
+    choice::Drafted,
+    model::DraftModel,
     planner::{Chunk, PassLimits, plan},
     sessions::{Session, Sessions, StreamId},
 };

@@ -8,9 +8,12 @@
 //! * [`drafting`] – the thread that owns sessions and model
 //! * [`sessions`] – pure: what is known of each sequence; commits in, proposals out
 //! * [`planner`] – pure: which tokens of which sessions run in the next pass
-//! * [`model`] – a pass of the model and the tokens it expects
+//! * [`model`] – a pass of the model
+//! * [`choice`] – pure: the token that a row of logits says
+//! * [`vocabulary`] – pure: which tokens the output head is for
 #![forbid(unsafe_code)]
 
+pub mod choice;
 pub mod config;
 pub mod drafting;
 pub mod model;
@@ -18,6 +21,7 @@ pub mod planner;
 pub mod server;
 pub mod service;
 pub mod sessions;
+pub mod vocabulary;
 
 pub use config::Config;
 pub use server::run;

@@ -1,22 +1,12 @@
-//! A pass of the draft model over chunks of many sessions, and the tokens it expects. It chooses as the target does: with
-//! the same function, parameters, history and noise.
+//! A pass of the draft model over chunks of many sessions. It chooses no token.
 
 use paceline_collectives::{Collective, Solo};
 use paceline_domain::TokenId;
-use paceline_model::{Batch, Decoder, ModelError};
-use paceline_sampling::sample_row;
+use paceline_model::{Batch, Decoder, HeadTokens, ModelError};
 
+use crate::choice::{Chooser, Drafted};
 use crate::planner::Chunk;
 use crate::sessions::Sessions;
-
-/// A token the model expects.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Drafted {
-    /// The token.
-    pub token: TokenId,
-    /// The model's probability of it, before temperature and filters.
-    pub confidence: f32,
-}
 
 /// What drafts. A model that is split over ranks is another implementation: it hands each pass to its ranks as this one
 /// runs it.
@@ -33,15 +23,18 @@ pub trait DraftModel: Send {
 pub struct OneRank {
     decoder: Decoder,
     collective: Box<dyn Collective>,
-    /// Ids from here on are padding and never proposed.
-    n_usable: usize,
-    row: Vec<f32>,
+    chooser: Chooser,
 }
 
 impl OneRank {
-    /// Over a decoder that has the whole model.
+    /// Over a decoder that has the whole model, of which tokens from `n_usable` on are padding.
     pub fn new(decoder: Decoder, n_usable: usize) -> Self {
-        Self { decoder, collective: Box::new(Solo::new()), n_usable, row: Vec::new() }
+        Self::with_head(decoder, HeadTokens::first(n_usable))
+    }
+
+    /// Over a decoder with an output head for these tokens alone.
+    pub fn with_head(decoder: Decoder, head: HeadTokens) -> Self {
+        Self { decoder, collective: Box::new(Solo::new()), chooser: Chooser::new(head) }
     }
 }
 
@@ -81,16 +74,12 @@ impl DraftModel for OneRank {
             output_rows: &rows.output_rows,
         };
         let mut logits = self.decoder.forward(&batch, self.collective.as_mut())?;
-        let n_columns = logits.columns(self.n_usable).n_usable;
         let mut drafted = Vec::with_capacity(rows.output_rows.len());
         for (row, chunk) in chunks.iter().filter(|chunk| chunk.is_last).enumerate() {
             let session = sessions.get(chunk.key).expect("invariant: chunks are of live sessions");
-            self.row.clear();
-            self.row.extend_from_slice(&logits.row(row)?[..n_columns]);
             let position = chunk.end() as u32;
-            let sampled = sample_row(session.sampling(), session.history(), position, &mut self.row);
-            let probability = sampled.logprob.map_or(0.0, f32::exp);
-            drafted.push(Drafted { token: sampled.token, confidence: probability.clamp(0.0, 1.0) });
+            let row = logits.row(row)?;
+            drafted.push(self.chooser.choose(session.sampling(), session.history(), position, row));
         }
         Ok(drafted)
     }

@@ -4,6 +4,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
+use paceline_domain::Quantization;
 use paceline_model::{Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
 use paceline_text::Tokenizer;
 use paceline_wire::{DESCRIPTORS, MAX_INTERNAL_MESSAGE_BYTES, draft::draft_server::DraftServer};
@@ -17,6 +18,7 @@ use crate::{
     planner::PassLimits,
     service::{About, DraftService},
     sessions::{Limits, Sessions},
+    vocabulary::head_tokens,
 };
 
 /// How long streams may take to end after a shutdown was asked for.
@@ -98,11 +100,13 @@ impl Drafter {
             .with_context(|| format!("cannot use the tokenizer of {path}"))?;
         let context = config.checked_context(model.context_length)?;
         let n_vocab = tokenizer.n_vocab().min(model.n_vocab);
+        let head =
+            head_tokens(config.vocabulary, n_vocab, tokenizer.eos_tokens()).map_err(anyhow::Error::msg)?;
         let device = paceline_device::choose(&config.device, config.cpu.cpu()?)?;
         let spec = LoadSpec {
             checkpoint: &checkpoint,
             config: &model,
-            plan: &SplitPlan::new(&model, 1)?,
+            plan: &SplitPlan::with_head(&model, 1, &head)?,
             rank: 0,
             quantize: config.quantize,
             capacity: Capacity {
@@ -115,6 +119,7 @@ impl Drafter {
         };
         let decoder =
             Decoder::load(&spec, device.as_ref()).with_context(|| format!("cannot load the model {path}"))?;
+        report(&decoder, &spec);
         let limits = Limits {
             max_sessions: config.max_sessions,
             context,
@@ -129,6 +134,13 @@ impl Drafter {
             context: u32::try_from(context)?,
             max_sessions: u32::try_from(config.max_sessions)?,
         };
-        Ok(Self { model: OneRank::new(decoder, n_vocab), sessions: Sessions::new(limits), about })
+        Ok(Self { model: OneRank::with_head(decoder, head), sessions: Sessions::new(limits), about })
     }
+}
+
+/// What it weighs, and how much less than in the file.
+fn report(decoder: &Decoder, spec: &LoadSpec<'_>) {
+    let (quantization, weight_bytes) = (Quantization::name_or_none(spec.quantize), decoder.memory_bytes().0);
+    let (n_tokens, saved_bytes) = (spec.plan.head().len(), spec.saved_bytes());
+    tracing::info!(quantization, n_tokens, weight_bytes, saved_bytes, "draft model loaded");
 }

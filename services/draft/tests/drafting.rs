@@ -6,7 +6,9 @@ mod support;
 use std::collections::BTreeMap;
 
 use paceline_domain::{DraftControl, TokenId};
-use support::{Service, decoder, limits, open, prompt, samplings, target_tokens};
+use paceline_draft::model::OneRank;
+use paceline_model::HeadTokens;
+use support::{Service, decoder, decoder_for, limits, open, prompt, samplings, target_tokens, tokens_of};
 
 #[test]
 fn a_draft_equal_to_the_target_is_always_right() {
@@ -24,6 +26,26 @@ fn a_draft_equal_to_the_target_is_always_right() {
         // A part is accepted so far.
         service.commit(session, 0, start + 7, &expected[7..10], 8);
         assert_eq!(service.proposed(session, 0, start + 15, 3), expected[15..18], "{sampling:?}");
+    }
+}
+
+/// Prompts and histories have tokens that its head is not for: they are read, but never proposed.
+#[test]
+fn a_head_for_fewer_tokens_proposes_what_the_target_says_of_them() {
+    let head = HeadTokens::with(100, &[TokenId(180), TokenId(256)]);
+    let mut target = decoder(1);
+    let mut service = Service::of(OneRank::with_head(decoder_for(1, &head), head.clone()), limits());
+    for (i, sampling) in samplings().iter().enumerate() {
+        let (session, prompt) = (i as u64, prompt(2 + i as u32));
+        assert!(prompt.iter().any(|token| token.0 >= 100));
+        let expected = tokens_of(&head, &mut target, (&prompt, &[]), sampling, 8);
+        service.open(session, &prompt, sampling, 6);
+        assert_eq!(service.proposed(session, 0, prompt.len(), 6), expected[..6], "{sampling:?}");
+        // The target says something that was not proposed.
+        let committed = [expected[0], TokenId(150)];
+        service.commit(session, 1, prompt.len(), &committed, 4);
+        let expected = tokens_of(&head, &mut target, (&prompt, &committed), sampling, 4);
+        assert_eq!(service.proposed(session, 1, prompt.len() + 2, 4), expected, "{sampling:?}");
     }
 }
 

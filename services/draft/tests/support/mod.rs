@@ -15,7 +15,7 @@ use paceline_draft::{
 };
 use paceline_kernels::Kernels;
 use paceline_model::{
-    Batch, Capacity, Cpu, Decoder, LoadSpec, ModelConfig, SplitPlan,
+    Batch, Capacity, Cpu, Decoder, HeadTokens, LoadSpec, ModelConfig, SplitPlan,
     synthetic::{Synthetic, tiny_config},
 };
 use paceline_sampling::{TokenHistory, sample_row};
@@ -33,6 +33,11 @@ pub fn limits() -> Limits {
 
 /// A random model's decoder.
 pub fn decoder(seed: u64) -> Decoder {
+    decoder_for(seed, &HeadTokens::all(&tiny_config()))
+}
+
+/// The same with an output head for some tokens.
+pub fn decoder_for(seed: u64, head: &HeadTokens) -> Decoder {
     let synthetic = Synthetic { config: tiny_config(), seed, weight_type: |_, _| WeightType::F32 };
     let checkpoint =
         Arc::new(Checkpoint::from_gguf_bytes(synthetic.to_gguf().expect("bytes")).expect("a checkpoint"));
@@ -40,7 +45,7 @@ pub fn decoder(seed: u64) -> Decoder {
     let spec = LoadSpec {
         checkpoint: &checkpoint,
         config: &config,
-        plan: &SplitPlan::new(&config, 1).expect("a plan"),
+        plan: &SplitPlan::with_head(&config, 1, head).expect("a plan"),
         rank: 0,
         quantize: None,
         capacity: Capacity {
@@ -56,6 +61,17 @@ pub fn decoder(seed: u64) -> Decoder {
 
 /// Plain decoding: what the target says after a prompt and some output, one token at a time.
 pub fn target_tokens(
+    decoder: &mut Decoder,
+    (prompt, output): (&[TokenId], &[TokenId]),
+    sampling: &SamplingParams,
+    n: usize,
+) -> Vec<TokenId> {
+    tokens_of(&HeadTokens::first(N_VOCAB as usize), decoder, (prompt, output), sampling, n)
+}
+
+/// The same if other tokens were impossible.
+pub fn tokens_of(
+    head: &HeadTokens,
     decoder: &mut Decoder,
     (prompt, output): (&[TokenId], &[TokenId]),
     sampling: &SamplingParams,
@@ -81,7 +97,11 @@ pub fn target_tokens(
             let mut logits = decoder.forward(&batch, &mut Solo::new()).expect("runs");
             start += tokens.len();
             if start == history.len() {
-                let mut row = logits.row(0).expect("a row")[..N_VOCAB as usize].to_vec();
+                let all = logits.row(0).expect("a row");
+                let mut row = vec![f32::NEG_INFINITY; N_VOCAB as usize];
+                for token in (0..head.len()).map(|row| head.token(row).idx()) {
+                    row[token] = all[token];
+                }
                 let sampled = sample_row(sampling, &history, start as u32, &mut row);
                 history.push(sampled.token);
                 break;
@@ -123,9 +143,13 @@ pub struct Service {
 impl Service {
     /// With the random model of a seed.
     pub fn new(seed: u64, limits: Limits) -> Self {
+        Self::of(OneRank::new(decoder(seed), N_VOCAB as usize), limits)
+    }
+
+    /// With a model.
+    pub fn of(model: OneRank, limits: Limits) -> Self {
         let (commands, queue) = mpsc::channel(MAX_COMMANDS);
         let (outbox, answers) = mpsc::channel(MAX_ANSWERS);
-        let model = OneRank::new(decoder(seed), N_VOCAB as usize);
         let pass = PassLimits { max_rows: 32, prompt_rows: 8 };
         let thread = drafting::start(Box::new(model), Sessions::new(limits), pass, queue).expect("a thread");
         commands.blocking_send(Command::Join(StreamId(0), outbox)).expect("it runs");
