@@ -30,6 +30,7 @@ fn expected(rig: &Rig) -> Vec<Vec<f32>> {
         n_ranks: 1,
         kv_type: KvType::F16,
         quantize: None,
+        n_tokens: usize::MAX,
         link: Link::Table,
     };
     run(&rig.with(plain), &in_pieces(&SEQUENCE, &[1]))

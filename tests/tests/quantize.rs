@@ -134,3 +134,48 @@ async fn services_that_were_told_differently_make_no_group() {
         "{error}"
     );
 }
+
+#[tokio::test]
+async fn a_draft_may_lose_bits_and_tokens() {
+    let (_directory, model) = model();
+    let answer = async |draft: &[&str]| {
+        let sampling = ["--raw", "--json", "--temperature", "0.9", "--seed", "4", "--max-tokens", "40"];
+        let arguments =
+            [&["run", "--model", &model, "--ranks", "1", "--ignore-eos", "abcdefgh"], &sampling[..]];
+        run(&[&arguments.concat()[..], draft].concat()).await
+    };
+    let tokens = |output: &Output| -> Value {
+        let (stdout, _) = success(output);
+        serde_json::from_str::<Value>(&stdout).expect("one JSON object")["tokens"].clone()
+    };
+    let plain = tokens(&answer(&[]).await);
+    let draft = ["--draft", &model, "--speculate", "draft", "--draft-quantize", "q4_0", "--draft-vocabulary"];
+    assert_eq!(tokens(&answer(&[&draft[..], &["96"]].concat()).await), plain);
+    assert_eq!(tokens(&answer(&[&draft[..], &["0"]].concat()).await), plain);
+
+    let refused = async |draft: &[&str], reason: &str| {
+        let output = answer(draft).await;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(reason), "{stderr}");
+    };
+    refused(&[&draft[..], &["9999"]].concat(), "--vocabulary is 9999; the draft model has").await;
+    refused(&["--draft-vocabulary", "96"], "need --draft MODEL").await;
+    refused(&["--draft-quantize", "q5_0"], "q8_0, q4_k, q4_0 or q4_1, not to `q5_0`").await;
+    refused(&["--quantize", "q4_0"], "q8_0 or q4_k, not to `q4_0`").await;
+}
+
+#[tokio::test]
+async fn a_draft_is_measured_as_it_is_loaded() {
+    let (_directory, model) = model();
+    let bench = async |draft: &[&str]| {
+        let shape = ["--shapes", "tg2", "--repeat", "1", "--no-machine", "--device", "cpu", "--json"];
+        json(&[&["bench", "--model", &model], &shape[..], draft].concat()).await
+    };
+    let bytes = |bench: &Value, name: &str| bench[name].as_u64().expect("bytes");
+    let (whole, draft) =
+        (bench(&[]).await, bench(&["--draft-quantize", "q4_0", "--draft-vocabulary", "96"]).await);
+    assert_eq!((&draft["quantize"], &draft["vocabulary"]), (&"q4_0".into(), &96.into()));
+    assert_eq!((bytes(&whole, "vocabulary"), bytes(&whole, "saved_bytes")), (331, 0));
+    let less = bytes(&whole, "weight_bytes") - bytes(&draft, "weight_bytes");
+    assert!(less.abs_diff(bytes(&draft, "saved_bytes")) * 20 < less, "{less} bytes less: {draft}");
+}

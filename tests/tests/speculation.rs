@@ -116,6 +116,29 @@ async fn whoever_proposes_the_tokens_are_the_same() {
     cluster.stop().await;
 }
 
+/// It proposes worse, and nothing else.
+#[tokio::test]
+async fn a_draft_that_lost_bits_and_tokens_changes_nothing() {
+    let spec = ClusterSpec::small(1).draft(models::small_model());
+    let spec = spec.env("PACELINE_DRAFT_QUANTIZE", "q4_0").env("PACELINE_DRAFT_VOCABULARY", "8192");
+    let cluster = TestCluster::start(spec.coordinator_args(&["--draft-placement", "apart"])).await;
+    let client = cluster.client().await;
+    let plain = together(&client, SpeculationMode::Off).await;
+    let accepted = async {
+        loop {
+            let generations = together(&client, SpeculationMode::Draft).await;
+            for (one, other) in generations.iter().zip(&plain) {
+                assert_eq!(said(one), said(other));
+            }
+            if proposals(&generations, "draft").any(|counts| counts.accepted_tokens > 0) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(120), accepted).await.expect("it is of use");
+    cluster.stop().await;
+}
+
 #[tokio::test]
 async fn a_draft_service_that_is_killed_takes_nothing_with_it() {
     let spec = ClusterSpec::small(1).draft(models::small_model());

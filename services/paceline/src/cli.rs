@@ -174,6 +174,7 @@ mod tests {
             "run --model M --ranks 2 --max-tokens 5 --temperature 0 --seed 7 --ignore-eos --json PROMPT",
             "run --temperature -1 PROMPT",
             "run --model M --draft D --draft-threads 2 --speculate draft PROMPT",
+            "run --model M --draft D --draft-quantize q4_0 --draft-vocabulary 0 PROMPT",
             "up --draft D",
             "up --listen 127.0.0.1:0",
             "up --groups 2 --ranks 1",
@@ -188,6 +189,7 @@ mod tests {
             "synth --config config.json --out model",
             "shard --listen 127.0.0.1:0 --model M --threads 2 --events --exit-with-stdin",
             "draft --listen 127.0.0.1:0 --model D --threads 1 --max-ahead 8 --events --exit-with-stdin",
+            "draft --model D --quantize q4_1 --vocabulary 32768",
             "coordinator --listen 127.0.0.1:0 --model M --shards http://a:1,http://b:2",
             "coordinator --model M --shards http://a:1,http://b:2 --shards http://c:1,http://d:2",
         ];
@@ -212,6 +214,8 @@ mod tests {
             "run --groups 0 PROMPT",
             "models pull",
             "fly",
+            "run --draft D --draft-quantize q5_0 PROMPT",
+            "run --quantize q4_0 PROMPT",
             "synth --out a",
             "synth --shape a --config b --out c",
         ] {

@@ -4,7 +4,7 @@
 //! # Layout
 //! * [`cli`] – the command line and its dispatch
 //! * [`commands`] – one file a command
-//! * [`options`], [`response_format`], [`device_memory`] – options that several commands share
+//! * [`options`], [`draft_weights`], [`response_format`], [`device_memory`] – options that several commands share
 //! * [`cluster`], [`draft_process`], [`process`], [`event`] – services as child processes
 //! * [`answer`] – one generation as a client sees it
 //! * [`catalogue`], [`cache`], [`pull`] – models by name, their files, fetching
@@ -21,6 +21,7 @@ pub mod cluster;
 pub mod commands;
 pub mod device_memory;
 pub mod draft_process;
+pub mod draft_weights;
 pub mod error;
 pub mod event;
 pub mod hub;

@@ -18,6 +18,7 @@ use crate::{
     cache::ModelCache,
     catalogue::{Catalogue, ModelChoice},
     cluster::{DraftSpec, share_threads},
+    draft_weights::DraftWeights,
     error::PullError,
     interrupt::{CancelFlag, Interrupts},
     progress::Progress,
@@ -101,6 +102,9 @@ pub struct ClusterOptions {
     /// Compute threads of the draft model, which computes while the model waits [default: as many as --threads]
     #[arg(long, value_name = "N", requires = "draft")]
     pub draft_threads: Option<NonZeroUsize>,
+    /// What the draft model may lose.
+    #[command(flatten)]
+    pub draft_weights: DraftWeights,
     /// Groups of shards that each have the whole model; requests are shared out, by cached prefix and load
     #[arg(long, value_name = "N", default_value = "1")]
     pub groups: NonZeroUsize,
@@ -165,18 +169,25 @@ impl ClusterOptions {
     /// The draft service to start, if there is a draft model; fetches the model when it is not there.
     ///
     /// # Errors
-    /// As [`ModelPlaces::obtain`].
+    /// As [`ModelPlaces::obtain`]; when a draft model is described and none is named.
     pub async fn draft_spec(
         &self,
         places: &ModelPlaces,
         progress: &Progress,
         interrupts: &mut Interrupts,
     ) -> anyhow::Result<Option<DraftSpec>> {
-        let Some(draft) = self.draft.as_deref() else { return Ok(None) };
+        let Some(draft) = self.draft.as_deref() else {
+            ensure!(
+                !self.draft_weights.is_given(),
+                "--draft-quantize and --draft-vocabulary need --draft MODEL"
+            );
+            return Ok(None);
+        };
         let (model, _) = places.obtain(Some(draft), progress, interrupts).await?;
         let n_threads =
             self.draft_threads.map_or_else(|| self.threads_per_rank().iter().sum(), NonZeroUsize::get);
         let mut args = flags(&[("--threads", Some(n_threads.to_string())), ("--isa", self.isa.clone())]);
+        args.extend(self.draft_weights.args());
         if let Some(device) = self.device.first() {
             args.extend(["--device".into(), device.to_string().into()]);
         }

@@ -224,6 +224,19 @@ fn ranks_that_cannot_be_linked_go_through_the_host() {
 }
 
 #[test]
+fn a_head_for_fewer_tokens_gives_the_same_logits() {
+    let rig = rig(&models::llama_wide());
+    let steps = in_pieces(&tokens(5, 12, rig.config.n_vocab), &[9, 1]);
+    for n_ranks in [1, 2] {
+        let whole = rig.with(model::rig::Setup { n_ranks, ..rig.setup });
+        let few = rig.with(model::rig::Setup { n_tokens: 100, ..whole.setup });
+        let expected: Vec<Vec<f32>> =
+            gpu(&whole, &EAGER, &steps).iter().map(|row| row[..100].to_vec()).collect();
+        assert_same_bits(&expected, &gpu(&few, &GRAPHS, &steps), &format!("{n_ranks} ranks"));
+    }
+}
+
+#[test]
 fn a_peer_that_is_lost_is_an_error_in_time() {
     let rig = rig(&models::llama_wide());
     let plan = SplitPlan::new(&rig.config, 2).expect("a plan");

@@ -11,7 +11,7 @@ mod tally;
 
 use std::{num::NonZeroUsize, sync::Arc, thread};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::Args;
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::{KvType, Quantization};
@@ -61,6 +61,8 @@ ms/pass     median time of one pass: --pass-rows rows or the rest of a prompt, o
 Repeats go over all shapes in turn, so that what disturbs the machine disturbs them alike.
 The machine is measured before and after the model, and the better of the two counts; the median of all readings of
 memory stands beside it, because on a machine that is shared the best is seldom to be had.
+
+--draft-quantize and --draft-vocabulary measure a model as it is when it is somebody's draft.
 
 With --prompts a cluster of services is started instead, and each prompt is answered in each mode of speculation in turn,
 greedily: tokens_per_s is after the first token, speedup that beside mode off, total with the time of the prompt,
@@ -116,6 +118,7 @@ impl BenchArgs {
             model: self.model.clone(),
             draft: self.speculation.draft.clone(),
             draft_threads: self.speculation.draft_threads,
+            draft_weights: self.speculation.draft_weights,
             groups: NonZeroUsize::MIN,
             ranks: Some(self.ranks),
             threads: self.threads,
@@ -129,6 +132,14 @@ impl BenchArgs {
             context: None,
             max_sequences: None,
         }
+    }
+
+    /// What matrices become when a model is measured by itself: as a target or as a draft.
+    fn quantize_alone(&self) -> anyhow::Result<Option<Quantization>> {
+        let as_draft = self.speculation.draft_weights.draft_quantize;
+        let is_both = self.quantize.is_some() && as_draft.is_some();
+        ensure!(!is_both, "without --prompts there is one model: give --quantize or --draft-quantize");
+        Ok(self.quantize.or(as_draft))
     }
 }
 
@@ -153,11 +164,14 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
     let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
     let (device, pass_rows) = (args.device.clone(), args.pass_rows.get());
-    let (quantize, kv_type) = (args.quantize, args.kv_type);
+    let (quantize, kv_type) = (args.quantize_alone()?, args.kv_type);
+    let n_tokens = args.speculation.draft_weights.draft_vocabulary;
     let machine = if args.no_machine { Machine::Unknown } else { Machine::Measured };
     let work = move || {
         let checkpoint = Arc::new(Checkpoint::open(&path)?);
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
+        let n_tokens = n_tokens.filter(|n_tokens| *n_tokens > 0).unwrap_or(config.n_vocab);
+        ensure!(n_tokens <= config.n_vocab, "--draft-vocabulary: the model has {} tokens", config.n_vocab);
         let threads_of_rank = share_threads(n_threads, ranks);
         let n_threads = threads_of_rank.iter().sum();
         let devices = threads_of_rank.iter().map(|n| device::choose(&device, Cpu { kernels, n_threads: *n }));
@@ -165,7 +179,8 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         // What CPUs can do says nothing of a GPU.
         let is_cpu = |device: &Arc<dyn Device>| device.name() == kernels.isa().name();
         let machine = if devices.iter().all(is_cpu) { machine } else { Machine::Unknown };
-        let job = Job { checkpoint, config, quantize, devices, shapes, kv_type, n_repeats, pass_rows };
+        let job =
+            Job { checkpoint, config, quantize, n_tokens, devices, shapes, kv_type, n_repeats, pass_rows };
         let (measured, limits) = measure(&job, machine, n_threads)?;
         Ok(Report { model, job, n_threads, measured, limits }.show(format))
     };
@@ -200,7 +215,7 @@ fn kernels(isa: &str) -> anyhow::Result<&'static Kernels> {
         "auto" => Isa::detect(),
         name => Isa::from_name(name).with_context(|| format!("--isa `{name}` is not known"))?,
     };
-    anyhow::ensure!(isa.is_available(), "this CPU has no {isa}");
+    ensure!(isa.is_available(), "this CPU has no {isa}");
     Ok(Kernels::for_isa(isa))
 }
 
@@ -301,6 +316,9 @@ impl Report {
             let (weights, saved) = (self.measured.weight_bytes, self.measured.saved_bytes);
             text += &format!("{}\n", quantized(quantization.name(), weights, saved));
         }
+        if self.job.n_tokens < self.job.config.n_vocab {
+            text += &format!("output head for the first {} tokens\n", self.job.n_tokens);
+        }
         if let Some(limits) = &self.limits {
             let (read, products) = (limits.read_gb_per_s(), limits.int8_gop_per_s());
             let median = limits.median_read_gb_per_s();
@@ -330,6 +348,7 @@ impl Report {
             "int8_gop_per_s": self.limits.map(|limits| rounded(limits.int8_gop_per_s(), 1)),
             "weight_bytes": self.measured.weight_bytes,
             "quantize": self.job.quantize.map(Quantization::name),
+            "vocabulary": self.job.n_tokens,
             "saved_bytes": self.measured.saved_bytes,
             "kv_type": self.job.kv_type.name(),
             "isa": self.device(),
@@ -374,17 +393,18 @@ impl Products {
         for tensor in names::expected_tensors(config, checkpoint.format()) {
             if types.loaded(&tensor).is_quantized() {
                 let n: u64 = tensor.shape.iter().map(|length| *length as u64).product();
-                products.add(tensor.part, n, config);
+                products.add(tensor.part, n, job);
             }
         }
         products
     }
 
-    fn add(&mut self, part: names::Part, n: u64, config: &ModelConfig) {
+    fn add(&mut self, part: names::Part, n: u64, job: &Job) {
+        let of_head = n / job.config.n_vocab as u64 * job.n_tokens as u64;
         match part {
-            names::Part::Head => self.of_output_row += n,
+            names::Part::Head => self.of_output_row += of_head,
             // Looked up for each row, multiplied only when it is the head too.
-            names::Part::Embedding if config.tied_embeddings => self.of_output_row += n,
+            names::Part::Embedding if job.config.tied_embeddings => self.of_output_row += of_head,
             names::Part::Embedding => {}
             _ => self.of_row += n,
         }

@@ -17,7 +17,8 @@ use paceline_domain::{
     BlockId, Epoch, KvType, Quantization, SamplingParams, TokenId, group::BLOCK_POSITIONS,
 };
 use paceline_model::{
-    Batch, Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan, link::Group, logits::Choice,
+    Batch, Capacity, Decoder, Device, HeadTokens, LoadSpec, ModelConfig, SplitPlan, link::Group,
+    logits::Choice,
 };
 use paceline_sampling::{Candidate, TokenHistory, merge};
 
@@ -34,8 +35,10 @@ pub struct Job {
     pub checkpoint: Arc<Checkpoint>,
     /// Its architecture.
     pub config: ModelConfig,
-    /// What its float matrices become at load.
+    /// What its matrices become at load.
     pub quantize: Option<Quantization>,
+    /// The first tokens of the vocabulary, which have logits.
+    pub n_tokens: usize,
     /// What each rank computes with.
     pub devices: Vec<Arc<dyn Device>>,
     /// Shapes, in this order.
@@ -54,7 +57,7 @@ pub struct Measured {
     pub seconds: Vec<Vec<f64>>,
     /// Bytes of packed weights of all ranks.
     pub weight_bytes: u64,
-    /// Bytes that quantization at load saves them.
+    /// Bytes that quantization at load and a smaller output head save them.
     pub saved_bytes: u64,
     /// Bytes of a cached position of all ranks.
     pub kv_bytes_per_position: u64,
@@ -72,7 +75,7 @@ pub fn run(job: &Job) -> anyhow::Result<Measured> {
         }
     }
     let n_ranks = job.devices.len();
-    let plan = SplitPlan::new(&job.config, n_ranks)?;
+    let plan = SplitPlan::with_head(&job.config, n_ranks, &HeadTokens::first(job.n_tokens))?;
     let endpoints = (0..n_ranks)
         .map(|_| Endpoint::bind(&BindSpec::default()))
         .collect::<Result<Vec<_>, _>>()

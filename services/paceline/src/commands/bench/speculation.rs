@@ -23,6 +23,7 @@ use super::{
 use crate::{
     answer::{Answer, connect, generate_request, served_model, traced, write_stdout},
     commands::up::{embedded_spec, start},
+    draft_weights::DraftWeights,
     interrupt::Interrupts,
     options::{ClusterOptions, ModelPlaces, Speculate},
     progress::Progress,
@@ -43,6 +44,9 @@ pub struct SpeculationArgs {
     /// Compute threads of the draft model, which computes while the model waits [default: as many as --threads]
     #[arg(long, value_name = "N", requires = "draft", help_heading = "Speculation")]
     pub draft_threads: Option<NonZeroUsize>,
+    /// Without prompts they are about --model itself.
+    #[command(flatten, next_help_heading = "Speculation")]
+    pub draft_weights: DraftWeights,
     /// Modes to compare; off is measured in any case
     #[arg(
         long,
