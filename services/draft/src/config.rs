@@ -30,12 +30,12 @@ pub struct Config {
     /// Blocks of 16 positions in the KV pool
     #[arg(long, env = "PACELINE_DRAFT_KV_BLOCKS", default_value_t = 1024)]
     pub kv_blocks: u32,
-    /// Quantize matrices while they are loaded, to q4_k, q4_0, q4_1 or q8_0, also those that the file has quantized, where that
-    /// makes them smaller; the output head gets 8 bits
+    /// Quantize matrices while they are loaded, to q4_0, q4_k, q4_1 or q8_0, also those that the file has quantized, where that
+    /// makes them smaller
     #[arg(long, env = "PACELINE_DRAFT_QUANTIZE", value_name = "TYPE", value_parser = Quantization::of_draft)]
     pub quantize: Option<Quantization>,
     /// Propose only the first N tokens of the vocabulary, the frequent ones, which makes the output head smaller; 0 is for all
-    /// [default: 32768 where the vocabulary is at least twice that]
+    /// [default: 65536 where there are at least 98304, else all]
     #[arg(long, env = "PACELINE_DRAFT_VOCABULARY", value_name = "N")]
     pub vocabulary: Option<usize>,
     /// Storage type of the KV cache: f16, f32 or q8 (half of f16; on CPUs)

@@ -8,9 +8,9 @@ use paceline_model::HeadTokens;
 
 /// Tokens of the head where nobody says, if the vocabulary is much larger. `shared/speculation/README.md` has what was
 /// measured.
-const DEFAULT_TOKENS: usize = 32_768;
-/// A vocabulary is much larger from so many times as many tokens on.
-const MUCH_LARGER: usize = 2;
+const DEFAULT_TOKENS: usize = 65_536;
+/// A vocabulary with so many tokens is much larger.
+const MUCH_LARGER: usize = 98_304;
 
 /// Tokens below the number asked for, of a vocabulary with `n_usable`, and those that end a text. 0 asks for all of them.
 ///
@@ -23,7 +23,7 @@ pub fn head_tokens(asked: Option<usize>, n_usable: usize, ends: &[TokenId]) -> R
         Some(n_tokens) => Err(format!(
             "--vocabulary is {n_tokens}; the draft model has {n_usable} tokens (0 is for all of them)"
         )),
-        None if n_usable >= MUCH_LARGER * DEFAULT_TOKENS => Ok(HeadTokens::with(DEFAULT_TOKENS, ends)),
+        None if n_usable >= MUCH_LARGER => Ok(HeadTokens::with(DEFAULT_TOKENS, ends)),
         None => Ok(HeadTokens::first(n_usable)),
     }
 }
@@ -37,6 +37,7 @@ mod tests {
         let ends = [TokenId(151_643), TokenId(151_645)];
         let of = |asked, n_usable| head_tokens(asked, n_usable, &ends);
         assert_eq!(of(None, 49_152), Ok(HeadTokens::first(49_152)));
+        assert_eq!(of(None, 98_303), Ok(HeadTokens::first(98_303)));
         assert_eq!(of(None, 151_665), Ok(HeadTokens::with(DEFAULT_TOKENS, &ends)));
         assert_eq!(of(Some(0), 151_665), Ok(HeadTokens::first(151_665)));
         assert_eq!(of(Some(100), 151_665).map(|head| head.len()), Ok(102));

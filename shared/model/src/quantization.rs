@@ -5,8 +5,8 @@
 //! most, gets 8 bits whatever is asked, also where it is tied to the embedding. A matrix whose rows are no whole
 //! superblocks of 256 gets 8 bits instead of 4; one whose rows are not even whole groups of 32 stays as it is.
 //!
-//! Of a draft model, whose tokens are verified, quantized matrices are quantized again where that makes them smaller.
-//! There rows that are no whole superblocks get Q4_0, which is as small as Q4_K.
+//! Of a draft model, whose tokens are verified, quantized matrices are quantized again where that makes them smaller, the
+//! output head like all others. There rows that are no whole superblocks get Q4_0, which is as small as Q4_K.
 //!
 //! Whole rows are quantized before a rank takes its columns of them: so the bits are the same for any number of ranks.
 
@@ -27,7 +27,8 @@ pub fn loaded_type(
         return in_file;
     }
     let is_head = matches!(part, Part::Head | Part::Embedding);
-    let wanted = if is_head { WeightType::Q8_0 } else { quantization.weight_type() };
+    let is_precious = is_head && !quantization.is_of_all();
+    let wanted = if is_precious { WeightType::Q8_0 } else { quantization.weight_type() };
     let instead = if wanted == WeightType::Q4_K && quantization.is_of_all() {
         WeightType::Q4_0
     } else {
@@ -103,9 +104,9 @@ mod tests {
             ("q4_0", Part::Down, Q4_K, 4864, Q4_K),
             ("q8_0", Part::Up, Q5_0, 896, Q5_0),
             ("q8_0", Part::Up, F16, 896, Q8_0),
-            ("q4_0", Part::Head, F16, 896, Q8_0),
-            ("q4_0", Part::Embedding, Q8_0, 896, Q8_0),
-            ("q4_0", Part::Head, Q6_K, 256, Q6_K),
+            ("q4_0", Part::Head, F16, 896, Q4_0),
+            ("q4_0", Part::Embedding, Q8_0, 896, Q4_0),
+            ("q4_k", Part::Head, Q6_K, 256, Q4_K),
             ("q4_0", Part::Up, F16, 100, F16),
         ] {
             let quantize = Some(Quantization::of_draft(name).expect("a name"));
