@@ -127,6 +127,7 @@ impl Drafter {
         self.counters.waited_ms += self.waited.as_secs_f64() * 1e3;
         if self.n_missing(open) > 0 {
             self.counters.n_late += 1;
+            self.vain_waits.add(self.waited);
             self.owes_since.get_or_insert(now);
         }
         self.note_turn(times, end);

@@ -25,7 +25,7 @@ use tracing::Span;
 
 use super::{
     Drafter, DrafterConfig, DrafterStats, NewSequence, Outcome, Placement, StepEnd, clock,
-    link::{About, Link, LinkEvent, Target},
+    link::{About, Link, LinkEvent, Outbox, Target},
 };
 use crate::scheduler::{self, ItlBound, Limits, Pace, Priority, Scheduler};
 
@@ -121,6 +121,14 @@ fn drafted(truth: &Truth, session: u64, history: &[TokenId]) -> (TokenId, f32) {
     (if is_right { text[position] } else { TokenId(N_VOCAB - 1) }, confidence)
 }
 
+/// A connection to the draft service, and where its frames come out.
+fn connection() -> (LinkEvent, mpsc::Receiver<ControlFrame>) {
+    // A real connection has buffers, too.
+    let (outbox, frames) = mpsc::channel(64);
+    let about = About { model: "draft".into(), context: 4_000, max_sessions: 16 };
+    (LinkEvent::Up(about, Outbox::new(outbox).0), frames)
+}
+
 /// The draft service: its real sessions and planner, a pass that takes what it is said to.
 async fn draft_service(
     mut frames: mpsc::Receiver<ControlFrame>,
@@ -133,8 +141,17 @@ async fn draft_service(
     let mut sessions = Sessions::new(limits);
     loop {
         if sessions.waiting().is_empty() {
-            let Some(frame) = frames.recv().await else { return };
-            sessions.control(STREAM, draft_frames::control(frame).0);
+            match frames.recv().await {
+                Some(frame) => sessions.control(STREAM, draft_frames::control(frame).0),
+                // The connection was given up: here is another one.
+                None => {
+                    let (up, queue) = connection();
+                    (frames, sessions) = (queue, Sessions::new(limits));
+                    if events.send(up).await.is_err() {
+                        return;
+                    }
+                }
+            }
         }
         while let Ok(frame) = frames.try_recv() {
             sessions.control(STREAM, draft_frames::control(frame).0);
@@ -166,10 +183,8 @@ impl World {
     pub fn new(hardware: Hardware) -> Self {
         let (machine, truth) = (Arc::new(Machine::default()), Truth::default());
         let (events, inbox) = mpsc::channel(64);
-        // A real connection has buffers, too.
-        let (outbox, frames) = mpsc::channel(64);
-        let about = About { model: "draft".into(), context: 4_000, max_sessions: 16 };
-        events.try_send(LinkEvent::Up(about, outbox)).expect("there is room");
+        let (up, frames) = connection();
+        events.try_send(up).expect("there is room");
         let of_draft = match hardware.draft_is {
             Placement::Apart => Arc::new(Machine::default()),
             Placement::Together => machine.clone(),
