@@ -339,6 +339,7 @@ impl Draft for Double {
                     start_pos: len as u32,
                     tokens: vec![token; 4],
                     confidence: vec![0.99; 4],
+                    compute_us: 0,
                 };
                 let proposals = opened.chain(committed).map(proposal).collect();
                 if !matches!(double, Double::Silent) {

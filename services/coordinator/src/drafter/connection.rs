@@ -137,7 +137,11 @@ impl Drafter {
             let Some(sequence) = self.sequences.get_mut(&SequenceId(proposal.session)) else { continue };
             let waiting = sequence.remote.waiting();
             match sequence.proposed(proposal, self.config.target.n_vocab) {
-                Ok(()) => n_heard += 1,
+                Ok(()) => {
+                    n_heard += 1;
+                    self.counters.n_proposed += proposal.tokens.len() as u64;
+                    self.counters.computed_ms += f64::from(proposal.compute_us) / 1e3;
+                }
                 Err(remote::Nonsense(problem)) => nonsense = Some(problem),
             }
             let has_come = waiting.filter(|_| sequence.remote.waiting().is_none());
