@@ -89,6 +89,13 @@ impl Breaker {
         self.pause = self.config.first_pause;
     }
 
+    /// Another source has taken the place of one that was in use: it is asked once before it is.
+    pub fn replaced(&mut self, now: Instant) {
+        if self.is_closed() {
+            self.state = State::Open { until: now };
+        }
+    }
+
     /// The source is gone. Where another one takes its place, that may be asked after the first pause.
     pub fn renewed(&mut self, now: Instant) {
         if let State::Open { until } | State::Probing { again: until } = self.state {
@@ -132,6 +139,7 @@ mod tests {
                 Event::Fault(fault) => breaker.fault(*fault, now),
                 Event::Answered => breaker.answered(),
                 Event::Renewed => breaker.renewed(now),
+                Event::Replaced => breaker.replaced(now),
                 Event::Allowed(expected) => assert_eq!(breaker.allows(now), *expected, "event {i} at {at}"),
             }
         }
@@ -142,9 +150,10 @@ mod tests {
         Fault(Fault),
         Answered,
         Renewed,
+        Replaced,
         Allowed(bool),
     }
-    use Event::{Allowed, Answered, Fault as Did, Renewed};
+    use Event::{Allowed, Answered, Fault as Did, Renewed, Replaced};
 
     #[test]
     fn late_opens_after_a_few_and_the_others_at_once() {
@@ -203,6 +212,10 @@ mod tests {
         check(&[twice.as_slice(), &renewed, &fails].concat());
         let probing = [(550, Renewed), (649, Allowed(false)), (650, Allowed(true)), (651, Answered)];
         check(&[twice.as_slice(), &renewed, &fails, &probing, &[(651, Allowed(true))]].concat());
+        let asked =
+            [(0, Replaced), (0, Allowed(true)), (1, Allowed(false)), (2, Answered), (2, Allowed(true))];
+        check(&asked);
+        check(&[(0, Did(Fault::Dead)), (50, Replaced), (99, Allowed(false)), (100, Allowed(true))]);
     }
 
     #[test]

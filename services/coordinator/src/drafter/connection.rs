@@ -118,6 +118,10 @@ impl Drafter {
                 );
                 self.lose();
                 self.problem = None;
+                // Whoever comes back reads a request while nobody waits, however long that takes, and is in use after that.
+                if self.counters.n_connected > 0 {
+                    self.breaker.replaced(now);
+                }
                 self.counters.n_connected += 1;
                 self.connection = Some(Connection { about, outbox });
             }
