@@ -40,8 +40,10 @@ pub struct ClusterSpec {
     pub shard_args: Vec<String>,
     /// Further arguments of the coordinator.
     pub coordinator_args: Vec<String>,
-    /// Draft model, for a draft service of one thread.
+    /// Draft model, for a draft service.
     pub draft: Option<PathBuf>,
+    /// Compute threads of the draft service.
+    pub draft_threads: usize,
     /// Variables added to every process.
     pub env: Vec<(String, String)>,
 }
@@ -63,6 +65,7 @@ impl ClusterSpec {
             shard_args: Vec::new(),
             coordinator_args: Vec::new(),
             draft: None,
+            draft_threads: 1,
             env: Vec::new(),
         }
     }
@@ -123,7 +126,10 @@ impl TestCluster {
             devices: Vec::new(),
             shard_args: spec.shard_args.into_iter().map(Into::into).collect(),
             coordinator_args: spec.coordinator_args.into_iter().map(Into::into).collect(),
-            draft: spec.draft.map(|model| DraftSpec { model, args: vec!["--threads".into(), "1".into()] }),
+            draft: spec.draft.map(|model| DraftSpec {
+                model,
+                args: vec!["--threads".into(), spec.draft_threads.to_string().into()],
+            }),
             env: spec.env,
             log: Log::Keep,
         };

@@ -32,6 +32,8 @@ pub struct Seen {
     pub n_requests: usize,
     /// Those of them with other tokens than expected.
     pub n_different: usize,
+    /// Tokens of a draft model that were verified for them.
+    pub n_drafted: u64,
     /// Milliseconds between chunks with tokens.
     pub gaps_ms: Vec<f64>,
 }
@@ -48,6 +50,7 @@ impl Seen {
     fn merge(&mut self, other: Self) {
         self.n_requests += other.n_requests;
         self.n_different += other.n_different;
+        self.n_drafted += other.n_drafted;
         self.gaps_ms.extend(other.gaps_ms);
     }
 }
@@ -62,7 +65,7 @@ pub async fn known(
 ) -> Result<Vec<Known>, tonic::Status> {
     let mut known = Vec::new();
     for request in requests {
-        let (tokens, _) = ask(client.clone(), with(&request, SpeculationMode::Off)).await?;
+        let Answer { tokens, .. } = ask(client.clone(), with(&request, SpeculationMode::Off)).await?;
         known.push(Known { request, tokens });
     }
     Ok(known)
@@ -102,10 +105,11 @@ async fn keep_asking(
 ) -> Result<Seen, tonic::Status> {
     let mut seen = Seen::default();
     for known in known.iter().cycle().skip(first) {
-        let (tokens, gaps_ms) = ask(client.clone(), with(&known.request, mode)).await?;
+        let answer = ask(client.clone(), with(&known.request, mode)).await?;
         seen.n_requests += 1;
-        seen.n_different += usize::from(tokens != known.tokens);
-        seen.gaps_ms.extend(gaps_ms);
+        seen.n_different += usize::from(answer.tokens != known.tokens);
+        seen.n_drafted += answer.n_drafted;
+        seen.gaps_ms.extend(answer.gaps_ms);
         if stop.load(Ordering::Relaxed) {
             break;
         }
@@ -118,21 +122,36 @@ fn with(request: &GenerateRequest, mode: SpeculationMode) -> GenerateRequest {
     GenerateRequest { speculation: Some(options), ..request.clone() }
 }
 
-/// Tokens of a request, and milliseconds between its chunks.
+#[derive(Default)]
+struct Answer {
+    tokens: Vec<u32>,
+    /// Milliseconds between its chunks.
+    gaps_ms: Vec<f64>,
+    n_drafted: u64,
+}
+
 async fn ask(
     mut client: InferenceClient<Channel>,
     request: GenerateRequest,
-) -> Result<(Vec<u32>, Vec<f64>), tonic::Status> {
+) -> Result<Answer, tonic::Status> {
     let mut stream = client.generate(request).await?.into_inner();
-    let (mut tokens, mut gaps_ms, mut last) = (Vec::new(), Vec::new(), None::<Instant>);
+    let (mut answer, mut last) = (Answer::default(), None::<Instant>);
     while let Some(GenerateResponse { event, .. }) = stream.message().await? {
-        let Some(Event::Delta(delta)) = event else { continue };
-        let now = Instant::now();
-        gaps_ms.extend(last.map(|last| (now - last).as_secs_f64() * 1e3));
-        last = Some(now);
-        tokens.extend(delta.token_ids);
+        match event {
+            Some(Event::Delta(delta)) => {
+                let now = Instant::now();
+                answer.gaps_ms.extend(last.map(|last| (now - last).as_secs_f64() * 1e3));
+                last = Some(now);
+                answer.tokens.extend(delta.token_ids);
+            }
+            Some(Event::Finished(finished)) => {
+                let drafted = finished.proposals.iter().filter(|counts| counts.source == "draft");
+                answer.n_drafted += drafted.map(|counts| counts.draft_tokens).sum::<u64>();
+            }
+            _ => {}
+        }
     }
-    Ok((tokens, gaps_ms))
+    Ok(answer)
 }
 
 /// The tokens of the draft model that were verified so far.

@@ -250,18 +250,15 @@ pub fn scores_alone(n_usable: usize, prompt: &[TokenId], n_top: u32) -> Vec<Scor
     prompt.windows(2).map(&mut score).collect()
 }
 
-/// The next `n` tokens of a request without constraints, of which `tokens` are the prompt, of `n_prompt` tokens, and what
-/// came after it.
+/// The next `n` tokens of a request without constraints, of which `history` has the prompt and what came after it.
 pub fn tokens_after(
     n_usable: usize,
-    n_prompt: usize,
-    tokens: &[TokenId],
+    history: &TokenHistory,
     sampling: &SamplingParams,
     n: usize,
 ) -> Vec<TokenId> {
-    let (mut chain, mut history, mut state) = (Chain::default(), TokenHistory::new(n_prompt), 0);
-    history.extend(tokens);
-    tokens.iter().for_each(|token| state = chain.push(*token));
+    let (mut chain, mut history, mut state) = (Chain::default(), history.clone(), 0);
+    history.tokens().iter().for_each(|token| state = chain.push(*token));
     let mut next = || {
         let mut row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
         let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;

@@ -10,6 +10,7 @@ use std::{
 };
 
 use paceline_domain::{SamplingParams, TokenId, group::PROTOCOL_VERSION};
+use paceline_sampling::TokenHistory;
 use paceline_wire::{
     draft::{
         ControlFrame, InfoRequest, InfoResponse, Nack, Proposal, ProposalFrame,
@@ -171,7 +172,9 @@ fn take_in(sessions: &mut BTreeMap<u64, Session>, frame: ControlFrame) -> Vec<u6
 
 fn say(mood: Mood, id: u64, session: &Session, frame: &mut ProposalFrame, random: &mut Random) {
     let Session { generation, epoch, n_prompt, sampling, tokens, budget } = session;
-    let next = tokens_after(N_VOCAB, *n_prompt, tokens, sampling, *budget);
+    let mut history = TokenHistory::new(*n_prompt);
+    history.extend(tokens);
+    let next = tokens_after(N_VOCAB, &history, sampling, *budget);
     let mut proposal = Proposal {
         session: id,
         generation: *generation,
@@ -179,6 +182,7 @@ fn say(mood: Mood, id: u64, session: &Session, frame: &mut ProposalFrame, random
         start_pos: tokens.len() as u32,
         tokens: next.iter().map(|token| token.0).collect(),
         confidence: next.iter().map(|_| random.within(0..100) as f32 / 100.0).collect(),
+        compute_us: random.bits() as u32,
     };
     let at = random.within(0..proposal.tokens.len().max(1));
     match mood {

@@ -9,6 +9,8 @@
 //! * [`in_process`] – the services inside this process, on a model that takes no time
 //! * [`hash_model`] – that model: its tokens tell whether the KV cache is right
 //! * [`hostile_draft`] – a draft service of that model that is good, wrong, silent, dying or talks nonsense
+//! * [`foreseeing_draft`] – the real draft service, around a double of a model that foresees that model's tokens
+//! * [`corrupt_network`] – a proxy that flips bytes, leaves some out and cuts connections
 //! * [`draft_load`] – requests without a pause while something happens to a draft service
 //! * [`constrained`] – grammars over its vocabulary
 //! * [`schedule`] – random requests, and what each gets when it runs alone
@@ -20,7 +22,9 @@
 pub mod client;
 pub mod cluster;
 pub mod constrained;
+pub mod corrupt_network;
 pub mod draft_load;
+pub mod foreseeing_draft;
 pub mod hash_model;
 pub mod hostile_draft;
 pub mod in_process;

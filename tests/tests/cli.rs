@@ -13,7 +13,7 @@ use paceline_tests::{
     models::small_model,
     program::{command, run},
 };
-use paceline_wire::inference::ListModelsRequest;
+use paceline_wire::inference::{ListModelsRequest, generate_response::Event};
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -206,6 +206,55 @@ async fn up_starts_groups_that_share_the_requests() {
     let status = tokio::time::timeout(DEADLINE, up.wait()).await.expect("ends").expect("waits");
     assert_eq!(status.code(), Some(0));
     all_gone(&children).await;
+}
+
+/// Which of these processes is a service with this argument.
+fn service(pids: &BTreeSet<u32>, argument: &str) -> Option<u32> {
+    let has = |pid: &&u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes())
+    };
+    pids.iter().find(has).copied()
+}
+
+#[tokio::test]
+async fn a_shard_that_ends_under_up_is_started_again_and_the_stream_goes_on() {
+    const N_TOKENS: u32 = 64;
+    let model = model();
+    let arguments = ["up", "--model", &model, "--ranks", "2", "--listen", "127.0.0.1:0"];
+    let mut up = command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    let mut lines = BufReader::new(up.stdout.take().expect("is piped")).lines();
+    let line = tokio::time::timeout(DEADLINE, lines.next_line()).await.expect("in time").expect("reads");
+    let line = line.expect("a line for the coordinator");
+    let mut client =
+        connect(line.strip_prefix("coordinator ").expect("an address")).await.expect("it answers");
+    let expected = generate(&mut client, greedy("One, two,", N_TOKENS)).await.expect("generates").tokens;
+
+    let before = children(up.id().expect("it runs"));
+    let mut stream = client.generate(greedy("One, two,", N_TOKENS)).await.expect("starts").into_inner();
+    let (mut tokens, mut killed) = (Vec::new(), None);
+    while let Some(chunk) = stream.message().await.expect("a shard that ended is no error") {
+        if let Some(Event::Delta(delta)) = chunk.event {
+            tokens.extend(delta.token_ids);
+        }
+        if tokens.len() >= 8 && killed.is_none() {
+            killed = service(&before, "shard");
+            let pid = killed.expect("two of them run").to_string();
+            assert!(Command::new("kill").args(["-KILL", &pid]).status().await.expect("runs").success());
+        }
+    }
+    assert_eq!(tokens, expected);
+    let after = children(up.id().expect("it runs"));
+    assert_eq!(after.len(), before.len());
+    assert_eq!(before.difference(&after).copied().collect::<Vec<_>>(), [killed.expect("it was killed")]);
+
+    drop(client);
+    signal(&up, "-TERM").await;
+    let output = tokio::time::timeout(DEADLINE, up.wait_with_output()).await.expect("ends").expect("waits");
+    assert_eq!(output.status.code(), Some(0));
+    let log = text(&output.stderr);
+    assert!(log.contains("shard 0 is started again") || log.contains("shard 1 is started again"), "{log}");
+    all_gone(&after).await;
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use paceline_domain::{
     KvType, Quantization,
     group::{BLOCK_POSITIONS, max_sampled_rows},
 };
-use paceline_telemetry::shutdown::ParentWatch;
+use paceline_serving::ProcessOptions;
 use tonic::transport::Uri;
 
 use crate::{
@@ -101,12 +101,9 @@ pub struct Config {
     /// Milliseconds one collective may wait before the group counts as broken
     #[arg(long, env = "PACELINE_COLLECTIVE_DEADLINE_MS", default_value_t = 10_000)]
     pub collective_deadline_ms: u64,
-    /// Print one JSON object a line on standard output for each event (listening, loading, ready)
-    #[arg(long)]
-    pub events: bool,
-    /// Shut down when standard input is closed, so that the process never outlives its parent
-    #[arg(long)]
-    pub exit_with_stdin: bool,
+    /// About the process.
+    #[command(flatten)]
+    pub process: ProcessOptions,
 }
 
 /// The shards of one group, in rank order.
@@ -144,11 +141,6 @@ pub struct Sizes {
 }
 
 impl Config {
-    /// Whether standard input is watched.
-    pub fn parent_watch(&self) -> ParentWatch {
-        if self.exit_with_stdin { ParentWatch::Stdin } else { ParentWatch::Off }
-    }
-
     /// The name clients use.
     pub fn model_name(&self) -> String {
         let from_path =

@@ -7,6 +7,7 @@
 //! [`Drafter::step_done`]).
 
 mod asking;
+mod connection;
 mod decide;
 pub mod goodput;
 pub mod interface;
@@ -20,30 +21,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use paceline_domain::{DraftAnswer, DraftControl, SequenceId, StepNumber, StepPlan, TokenId};
+use paceline_domain::{DraftControl, SequenceId, StepNumber, StepPlan, TokenId};
 use paceline_speculation::{
-    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Fault, Load, ProposedToken, Source,
-    SourceCounters, StepLoad, StepTimes,
+    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Load, ProposedToken, Source, SourceCounters,
+    StepLoad, StepTimes,
 };
-use paceline_wire::draft::ControlFrame;
-use tokio::{sync::mpsc, time::Instant as TokioInstant};
+use tokio::time::Instant as TokioInstant;
 
 pub use self::interface::{DrafterConfig, DrafterStats, Outcome, Placement, StepEnd};
 use self::{
+    connection::{Connection, VainWaits},
     goodput::{Costs, Done, Goodput},
-    link::{About, Link, LinkEvent},
+    link::Link,
     sequence::{NewSequence, Sequence},
     turns::TurnTaking,
 };
 
 /// Fewest tokens a request may generate for a draft session to be worth its prompt.
 const WORTH_A_SESSION: usize = 8;
-/// Silence beyond this many usual latencies is a fault, and beyond this time at least.
-const PATIENCE: (f64, Duration) = (8.0, Duration::from_millis(500));
-/// Further silence for each token that the service must read first.
-const PATIENCE_A_TOKEN: Duration = Duration::from_millis(10);
-/// How fast the service's latency is learnt.
-const LATENCY_RATE: f64 = 0.2;
 /// How fast it is learnt how often drafted tokens are there when they are needed.
 const AVAILABILITY_RATE: f64 = 0.05;
 /// Accepted tokens, and their share, of a request that shows that there are good texts for the draft.
@@ -51,13 +46,6 @@ const GOOD: (u64, f64) = (16, 0.6);
 
 /// Proposals that a step can use: whose, and how many.
 pub type Open = (SequenceId, usize);
-
-/// A connection to the draft service.
-#[derive(Debug)]
-struct Connection {
-    about: About,
-    outbox: mpsc::Sender<ControlFrame>,
-}
 
 /// Proposals of a step.
 #[derive(Debug)]
@@ -90,6 +78,7 @@ pub struct Drafter {
     breaker: Breaker,
     /// Since when an answer is owed that was waited for in vain: nothing is waited for until one has come.
     owes_since: Option<Instant>,
+    vain_waits: VainWaits,
     sequences: BTreeMap<SequenceId, Sequence>,
     /// Ends of sessions that the service was not told yet.
     farewells: DraftControl,
@@ -124,6 +113,7 @@ impl Drafter {
             connection: None,
             breaker: Breaker::new(BreakerConfig::default()),
             owes_since: None,
+            vain_waits: VainWaits::default(),
             sequences: BTreeMap::new(),
             farewells: DraftControl::default(),
             table: AcceptanceTable::new(),
@@ -208,106 +198,6 @@ impl Drafter {
     /// The draft model in use.
     pub fn draft_model(&self) -> Option<&str> {
         self.connection.as_ref().map(|connection| connection.about.model.as_str())
-    }
-
-    /// The service has budget and says nothing.
-    fn check_silence(&mut self, now: Instant) {
-        let usual = Duration::from_secs_f64(PATIENCE.0 * self.latency_ms.unwrap_or(0.0) / 1e3);
-        let least = usual.max(PATIENCE.1);
-        let waiting: Vec<_> =
-            self.sequences.values().filter_map(|sequence| sequence.remote.waiting()).collect();
-        let is_silent = |one: &&remote::Waiting| {
-            now.saturating_duration_since(one.since) > least + PATIENCE_A_TOKEN * one.n_unread as u32
-        };
-        let n_silent = waiting.iter().filter(is_silent).count();
-        let is_owing = self.owes_since.is_some_and(|since| now.saturating_duration_since(since) > least);
-        // One session may starve behind others; when all are silent the service is.
-        if is_owing || (n_silent > 0 && n_silent == waiting.len()) {
-            self.fault(Fault::Dead, "it says nothing", now);
-        }
-    }
-
-    fn fault(&mut self, fault: Fault, problem: &str, now: Instant) {
-        self.breaker.fault(fault, now);
-        self.note(format!("the draft service is left out for a while: {problem}"));
-        self.owes_since = None;
-        self.turns.forget();
-        // It may be in any state: after the pause every session is opened anew.
-        self.sequences.values_mut().for_each(|sequence| {
-            sequence.remote.close(&mut self.farewells);
-            sequence.remote.forget();
-        });
-    }
-
-    fn lose(&mut self) {
-        self.connection = None;
-        self.owes_since = None;
-        self.turns.forget();
-        self.farewells = DraftControl::default();
-        self.sequences.values_mut().for_each(Sequence::forget_session);
-    }
-
-    fn note(&mut self, problem: String) {
-        if self.problem.as_ref() != Some(&problem) {
-            tracing::warn!(problem, "drafting");
-            self.problem = Some(problem);
-        }
-    }
-
-    fn happened(&mut self, event: LinkEvent, now: Instant) {
-        match event {
-            LinkEvent::Up(about, outbox) => {
-                tracing::info!(
-                    model = about.model,
-                    max_sessions = about.max_sessions,
-                    "draft service connected"
-                );
-                self.lose();
-                self.problem = None;
-                self.breaker.answered();
-                self.counters.n_connected += 1;
-                self.connection = Some(Connection { about, outbox });
-            }
-            LinkEvent::Said(answer, n_malformed) => self.said(&answer, n_malformed, now),
-            LinkEvent::Down(problem) | LinkEvent::Refused(problem) => {
-                self.lose();
-                self.note(problem);
-            }
-        }
-    }
-
-    fn said(&mut self, answer: &DraftAnswer, n_malformed: usize, now: Instant) {
-        let mut nonsense = (n_malformed > 0).then(|| format!("{n_malformed} malformed messages"));
-        let mut n_heard = answer.nacks.len();
-        for proposal in &answer.proposals {
-            let Some(sequence) = self.sequences.get_mut(&SequenceId(proposal.session)) else { continue };
-            let waiting = sequence.remote.waiting();
-            match sequence.proposed(proposal, self.config.target.n_vocab) {
-                Ok(()) => n_heard += 1,
-                Err(remote::Nonsense(problem)) => nonsense = Some(problem),
-            }
-            let has_come = waiting.filter(|_| sequence.remote.waiting().is_none());
-            if let Some(waiting) = has_come.filter(|waiting| waiting.n_unread <= remote::MANY_UNREAD) {
-                let ms = now.saturating_duration_since(waiting.since).as_secs_f64() * 1e3;
-                let usual = self.latency_ms.unwrap_or(ms);
-                self.latency_ms = Some(usual + LATENCY_RATE * (ms - usual));
-            }
-        }
-        for nack in &answer.nacks {
-            let Some(sequence) = self.sequences.get_mut(&SequenceId(nack.session)) else { continue };
-            match nack.have_len {
-                0 => sequence.remote.given_up(nack.generation, now),
-                have_len => sequence.remote.lacks(nack.generation, have_len as usize),
-            }
-        }
-        match nonsense {
-            Some(problem) => self.fault(Fault::Nonsense, &problem, now),
-            None if n_heard > 0 => {
-                self.owes_since = None;
-                self.breaker.answered();
-            }
-            None => {}
-        }
     }
 
     fn costs<'a>(&self, open: &[Open], times: &'a StepTimes) -> Option<Costs<'a>> {

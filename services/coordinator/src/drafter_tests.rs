@@ -22,12 +22,12 @@ use paceline_model::{
     synthetic::{Synthetic, tiny_config},
 };
 use paceline_sampling::{TokenHistory, sample_row};
-use paceline_speculation::controller::Forecast;
+use paceline_speculation::{Fault, controller::Forecast};
 use paceline_wire::draft::{
-    InfoRequest, InfoResponse, Open, Proposal, ProposalFrame,
+    ControlFrame, InfoRequest, InfoResponse, Open, Proposal, ProposalFrame,
     draft_server::{Draft, DraftServer},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Request, Response, Status, Streaming,
@@ -35,7 +35,10 @@ use tonic::{
 };
 use tracing::Span;
 
-use super::{link::Target, *};
+use super::{
+    link::{LinkEvent, Target},
+    *,
+};
 
 const N_VOCAB: u32 = 257;
 const ID: SequenceId = SequenceId(1);
@@ -336,6 +339,7 @@ impl Draft for Double {
                     start_pos: len as u32,
                     tokens: vec![token; 4],
                     confidence: vec![0.99; 4],
+                    compute_us: 0,
                 };
                 let proposals = opened.chain(committed).map(proposal).collect();
                 if !matches!(double, Double::Silent) {
@@ -368,19 +372,47 @@ async fn a_service_that_says_nothing_or_dies_costs_nothing_and_is_left_out() {
         assert_eq!(came, (0, 0), "nothing can be proposed");
         assert_eq!(group.n_done, 398);
     }
+    let group = asked_and_silent().await;
+    assert!(group.drafter.stats().n_breaker_opened >= 1, "silence is noticed");
+}
+
+/// In so many hours.
+fn later(hours: u64) -> Instant {
+    Instant::now() + Duration::from_secs(3_600 * hours)
+}
+
+/// With a service that was asked an hour ago.
+async fn asked_and_silent() -> Group {
     let (sampling, truth) = (SamplingParams::greedy(), (0..400).map(|i| TokenId(i % 255)).collect());
     let drafter = drafter(Some(serve(Double::Silent).await));
     let mut group = Group::new(drafter, &prompt(), &sampling, truth, Speculation::Draft);
     group.patience = Duration::ZERO;
+    connected(&mut group).await;
+    for _ in 0..20 {
+        group.step().await;
+    }
+    group.drafter.flush(later(1));
+    group
+}
+
+async fn connected(group: &mut Group) {
     while group.drafter.draft_model().is_none() {
         tokio::time::sleep(Duration::from_millis(1)).await;
         group.drafter.flush(Instant::now());
     }
-    for _ in 0..20 {
-        group.step().await;
-    }
-    group.drafter.flush(Instant::now() + Duration::from_secs(3_600));
-    assert!(group.drafter.stats().n_breaker_opened >= 1, "silence is noticed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_on_which_one_question_after_the_other_comes_to_nothing_is_made_anew() {
+    let mut group = asked_and_silent().await;
+    assert!(group.drafter.draft_model().is_some(), "once may be chance");
+    group.drafter.flush(later(2));
+    assert!(group.drafter.is_awaited(ID), "it is asked again");
+    group.drafter.flush(later(3));
+    assert!(group.drafter.draft_model().is_none());
+    connected(&mut group).await;
+    let stats = group.drafter.stats();
+    assert_eq!((stats.n_connected, stats.n_breaker_opened, stats.is_in_use), (2, 2, false));
 }
 
 #[tokio::test(flavor = "multi_thread")]

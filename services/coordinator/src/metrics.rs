@@ -356,6 +356,7 @@ mod tests {
         metrics.totals(&totals);
         let mut stats = DrafterStats { n_breaker_opened: 2, is_in_use: true, ..DrafterStats::default() };
         (stats.waited_ms, stats.forecast.expected_tokens) = (250.0, 9.5);
+        (stats.n_proposed, stats.computed_ms) = (12, 500.0);
         let ngram = &mut stats.sources[Source::Ngram.idx()];
         (ngram.accepted_tokens, ngram.accepted_per_position[1]) = (5, 3);
         metrics.drafter(&stats);
@@ -376,6 +377,8 @@ mod tests {
             "paceline_speculation_accepted_tokens_per_pos_total{group=\"0\",position=\"1\",source=\"ngram\"} 3",
             "paceline_speculation_expected_tokens_total{group=\"0\"} 9.5",
             "paceline_draft_wait_seconds_total{group=\"0\"} 0.25",
+            "paceline_draft_proposed_tokens_total{group=\"0\"} 12",
+            "paceline_draft_compute_seconds_total{group=\"0\"} 0.5",
             "paceline_draft_breaker_opened_total{group=\"0\"} 2",
             "paceline_draft_in_use{group=\"0\"} 1",
             "paceline_rejected_total{reason=\"busy\"} 1",

@@ -76,7 +76,7 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     tracing::info!(%address, model = parts.served.model, "coordinator listening");
-    let print = if config.events { Print::Events } else { Print::Nothing };
+    let print = if config.process.events { Print::Events } else { Print::Nothing };
     print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
 
     let metrics = Arc::new(Metrics::new().context("metrics")?);

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::Args;
 use paceline_device::{CpuOptions, DeviceOptions};
 use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
-use paceline_telemetry::shutdown::ParentWatch;
+use paceline_serving::ProcessOptions;
 
 /// Longest sequence drafted for unless `--context` says otherwise, in tokens.
 const DEFAULT_CONTEXT: usize = 32_768;
@@ -59,20 +59,12 @@ pub struct Config {
     /// Most coordinators at once
     #[arg(long, env = "PACELINE_DRAFT_MAX_COORDINATORS", default_value_t = 16)]
     pub max_coordinators: u32,
-    /// Print one JSON object a line on standard output for each event (listening)
-    #[arg(long)]
-    pub events: bool,
-    /// Shut down when standard input is closed, so that the process never outlives its parent
-    #[arg(long)]
-    pub exit_with_stdin: bool,
+    /// About the process.
+    #[command(flatten)]
+    pub process: ProcessOptions,
 }
 
 impl Config {
-    /// Whether standard input is watched.
-    pub fn parent_watch(&self) -> ParentWatch {
-        if self.exit_with_stdin { ParentWatch::Stdin } else { ParentWatch::Off }
-    }
-
     /// The name in messages.
     pub fn model_name(&self) -> String {
         self.model.file_stem().map_or("draft".into(), |stem| stem.to_string_lossy().into_owned())

@@ -1,7 +1,7 @@
 //! The thread that owns sessions and model. Commands come in, answers go out; between two passes everything that has
 //! come is taken in, so drafting never runs on with tokens that are known to be wrong.
 
-use std::{collections::BTreeMap, io, thread};
+use std::{collections::BTreeMap, io, thread, time::Instant};
 
 use paceline_domain::{DraftControl, ErrorKind};
 use paceline_model::ModelError;
@@ -130,8 +130,14 @@ impl Drafting {
     }
 
     fn attempt(&mut self, chunks: &[Chunk]) -> Result<(), ModelError> {
-        let _pass = self.span(chunks).entered();
+        let (_pass, start) = (self.span(chunks).entered(), Instant::now());
         let drafted = self.model.run(chunks, &self.sessions)?;
+        let elapsed_us = start.elapsed().as_micros() as u64;
+        let n_rows: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+        for chunk in chunks {
+            let share_us = elapsed_us * chunk.tokens.len() as u64 / n_rows.max(1) as u64;
+            self.sessions.took(chunk.key, u32::try_from(share_us).unwrap_or(u32::MAX));
+        }
         chunks.iter().for_each(|chunk| self.sessions.computed(chunk.key, chunk.end()));
         let last = chunks.iter().filter(|chunk| chunk.is_last);
         for (chunk, Drafted { token, confidence }) in last.zip(drafted) {

@@ -6,10 +6,11 @@ use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::Quantization;
 use paceline_model::{Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_serving::{Internal, listen};
 use paceline_text::Tokenizer;
-use paceline_wire::{DESCRIPTORS, MAX_INTERNAL_MESSAGE_BYTES, draft::draft_server::DraftServer};
+use paceline_wire::{MAX_INTERNAL_MESSAGE_BYTES, draft::draft_server::DraftServer};
 use tokio::sync::mpsc;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::service::Routes;
 
 use crate::{
     Config,
@@ -21,7 +22,7 @@ use crate::{
     vocabulary::head_tokens,
 };
 
-/// How long streams may take to end after a shutdown was asked for.
+/// How long streams may take to end after a shutdown was asked for: they live as long as their coordinator.
 const DRAIN: Duration = Duration::from_millis(200);
 
 /// Serves until `shutdown` resolves.
@@ -32,9 +33,7 @@ const DRAIN: Duration = Duration::from_millis(200);
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
     let loading = config.clone();
     let drafter = tokio::task::spawn_blocking(move || Drafter::load(&loading)).await??;
-    let listener = tokio::net::TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+    let listener = listen(config.listen).await?;
     let address = listener.local_addr()?;
     let (commands, queue) = mpsc::channel(MAX_COMMANDS);
     let limits = PassLimits { max_rows: config.max_rows, prompt_rows: config.prompt_rows };
@@ -42,43 +41,19 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'st
     let service = DraftServer::new(DraftService::new(drafter.about, commands))
         .max_decoding_message_size(MAX_INTERNAL_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_INTERNAL_MESSAGE_BYTES);
-    let (health_reporter, health) = tonic_health::server::health_reporter();
-    health_reporter.set_serving::<DraftServer<DraftService>>().await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .context("reflection descriptors")?;
     tracing::info!(%address, model = config.model_name(), "draft service listening");
-    if config.events {
-        println!("{{\"event\":\"listening\",\"address\":\"{address}\"}}");
-    }
-    let (stopped, stop) = tokio::sync::oneshot::channel();
-    let serving = Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(1)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(4)))
-        .http2_max_local_error_reset_streams(Some(1024))
-        .max_concurrent_streams(Some(config.max_coordinators.saturating_mul(2)))
-        .add_service(service)
-        .add_service(health)
-        .add_service(reflection)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async {
-            shutdown.await;
-            let _ = stopped.send(());
-        });
-    let mut drafting = tokio::task::spawn_blocking(move || thread.join());
+    config.process.listening(address);
+    let max_streams = config.max_coordinators.saturating_mul(2);
+    let internal = Internal { routes: Routes::new(service), max_streams, drain: DRAIN };
+    let serving = internal.serve::<DraftServer<DraftService>>(listener, shutdown);
+    let drafting = tokio::task::spawn_blocking(move || thread.join());
     tokio::select! {
-        served = serving => served.context("serving gRPC")?,
-        // A stream lives as long as its coordinator: after the drain time it is cut.
-        () = async { let _ = stop.await; tokio::time::sleep(DRAIN).await } => {}
-        ended = &mut drafting => {
-            return match ended? {
-                Ok(outcome) => outcome.context("the draft model cannot go on"),
-                Err(_) => Err(anyhow::anyhow!("the drafting thread panicked; its log says why")),
-            };
-        }
+        served = serving => served,
+        ended = drafting => match ended? {
+            Ok(outcome) => outcome.context("the draft model cannot go on"),
+            Err(_) => Err(anyhow::anyhow!("the drafting thread panicked; its log says why")),
+        },
     }
-    Ok(())
 }
 
 /// What follows from the flags and the model file.

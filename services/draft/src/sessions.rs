@@ -53,6 +53,8 @@ pub struct Session {
     n_known: usize,
     /// Confidences of the drafted tokens.
     confidence: Vec<f32>,
+    /// Microseconds that were computed for it since it last proposed.
+    compute_us: u32,
     blocks: Vec<BlockId>,
     budget: usize,
     last_used: u64,
@@ -230,6 +232,7 @@ impl Sessions {
             n_computed: 0,
             n_known: n_committed,
             confidence: Vec::new(),
+            compute_us: 0,
             blocks: Vec::new(),
             budget: open.budget.min(self.limits.max_ahead) as usize,
             last_used: self.tick(),
@@ -366,6 +369,12 @@ impl Sessions {
         self.nack(key, generation, 0);
     }
 
+    /// A pass has computed for a session for so many microseconds.
+    pub fn took(&mut self, key: Key, us: u32) {
+        let compute_us = &mut self.live_mut(key).compute_us;
+        *compute_us = compute_us.saturating_add(us);
+    }
+
     /// A pass has put a session's first `n_computed` tokens into the KV memory.
     pub fn computed(&mut self, key: Key, n_computed: usize) {
         self.live_mut(key).n_computed = n_computed;
@@ -398,6 +407,7 @@ impl Sessions {
                 start_pos: start as u32,
                 tokens: tokens.to_vec(),
                 confidence: session.confidence[start - session.n_committed..].to_vec(),
+                compute_us: std::mem::take(&mut session.compute_us),
             };
             session.n_known = session.history.len();
             answers.entry(*stream).or_default().proposals.push(proposal);
@@ -410,6 +420,7 @@ impl Sessions {
         for proposal in answer.proposals {
             if let Some(Entry::Live(session)) = self.entries.get_mut(&(stream, proposal.session)) {
                 session.n_known = session.n_committed;
+                session.compute_us = session.compute_us.saturating_add(proposal.compute_us);
             }
         }
         self.nacks.extend(answer.nacks.into_iter().map(|nack| (stream, nack)));

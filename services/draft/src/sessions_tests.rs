@@ -217,6 +217,25 @@ fn generations_tell_lives_apart() {
 }
 
 #[test]
+fn what_was_computed_is_told_with_the_next_proposal_once() {
+    let mut sessions = opened(&[1, 2]);
+    let key = (STREAM, 1);
+    let told = |sessions: &mut Sessions| answer(sessions).proposals[0].compute_us;
+    sessions.took(key, 700);
+    assert!(answer(&mut sessions).is_empty(), "nothing was drafted yet");
+    sessions.took(key, 300);
+    draft(&mut sessions, 1, 3);
+    assert_eq!(told(&mut sessions), 1_000);
+    sessions.took(key, 50);
+    draft(&mut sessions, 1, 4);
+    let lost = answer(&mut sessions);
+    sessions.unsaid(STREAM, lost);
+    sessions.took(key, u32::MAX - 40);
+    draft(&mut sessions, 1, 5);
+    assert_eq!(told(&mut sessions), u32::MAX);
+}
+
+#[test]
 fn streams_do_not_see_each_other_and_a_full_house_gives_up_the_idle() {
     let mut sessions = opened(&[1, 2]);
     (3..=5).for_each(|token| draft(&mut sessions, 1, token));

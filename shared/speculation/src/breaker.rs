@@ -89,6 +89,20 @@ impl Breaker {
         self.pause = self.config.first_pause;
     }
 
+    /// Another source has taken the place of one that was in use: it is asked once before it is.
+    pub fn replaced(&mut self, now: Instant) {
+        if self.is_closed() {
+            self.state = State::Open { until: now };
+        }
+    }
+
+    /// The source is gone. Where another one takes its place, that may be asked after the first pause.
+    pub fn renewed(&mut self, now: Instant) {
+        if let State::Open { until } | State::Probing { again: until } = self.state {
+            self.state = State::Open { until: until.min(now + self.config.first_pause) };
+        }
+    }
+
     /// The source did something wrong.
     pub fn fault(&mut self, fault: Fault, now: Instant) {
         self.n_late += u32::from(fault == Fault::Late);
@@ -124,6 +138,8 @@ mod tests {
             match event {
                 Event::Fault(fault) => breaker.fault(*fault, now),
                 Event::Answered => breaker.answered(),
+                Event::Renewed => breaker.renewed(now),
+                Event::Replaced => breaker.replaced(now),
                 Event::Allowed(expected) => assert_eq!(breaker.allows(now), *expected, "event {i} at {at}"),
             }
         }
@@ -133,9 +149,11 @@ mod tests {
     enum Event {
         Fault(Fault),
         Answered,
+        Renewed,
+        Replaced,
         Allowed(bool),
     }
-    use Event::{Allowed, Answered, Fault as Did};
+    use Event::{Allowed, Answered, Fault as Did, Renewed, Replaced};
 
     #[test]
     fn late_opens_after_a_few_and_the_others_at_once() {
@@ -181,6 +199,23 @@ mod tests {
     #[test]
     fn a_question_that_came_to_nothing_is_asked_again() {
         check(&[(0, Did(Fault::Dead)), (100, Allowed(true)), (299, Allowed(false)), (300, Allowed(true))]);
+    }
+
+    #[test]
+    fn who_takes_the_place_of_one_that_was_left_out_is_asked_soon() {
+        check(&[(0, Renewed), (0, Allowed(true))]);
+        let twice = [(0, Did(Fault::Dead)), (100, Allowed(true)), (100, Did(Fault::Dead))];
+        let renewed = [(150, Renewed), (249, Allowed(false)), (250, Allowed(true))];
+        check(&[twice.as_slice(), &renewed].concat());
+        // Pauses go on growing until it answers; being gone again makes none longer.
+        let fails = [(250, Did(Fault::Dead)), (500, Renewed), (549, Allowed(false)), (550, Allowed(true))];
+        check(&[twice.as_slice(), &renewed, &fails].concat());
+        let probing = [(550, Renewed), (649, Allowed(false)), (650, Allowed(true)), (651, Answered)];
+        check(&[twice.as_slice(), &renewed, &fails, &probing, &[(651, Allowed(true))]].concat());
+        let asked =
+            [(0, Replaced), (0, Allowed(true)), (1, Allowed(false)), (2, Answered), (2, Allowed(true))];
+        check(&asked);
+        check(&[(0, Did(Fault::Dead)), (50, Replaced), (99, Allowed(false)), (100, Allowed(true))]);
     }
 
     #[test]

@@ -235,6 +235,11 @@ impl Controller {
         &self.drafting
     }
 
+    /// What drafting has lost for no fault of its drafts is given back.
+    pub fn forgive_drafting(&mut self, ms: f64) {
+        self.drafting.forgive(ms);
+    }
+
     /// Opens the accounts, when it is known what a plain step takes.
     pub fn open(&mut self, plain_ms: f64) {
         self.rows.open(plain_ms);

@@ -156,6 +156,7 @@ impl From<&DraftProposal> for draft::Proposal {
             start_pos: proposal.start_pos,
             tokens: tokens(&proposal.tokens),
             confidence: proposal.confidence.clone(),
+            compute_us: proposal.compute_us,
         }
     }
 }
@@ -181,6 +182,7 @@ impl TryFrom<draft::Proposal> for DraftProposal {
             start_pos: proposal.start_pos,
             tokens: token_ids(proposal.tokens),
             confidence: proposal.confidence,
+            compute_us: proposal.compute_us,
         })
     }
 }
@@ -231,6 +233,7 @@ mod tests {
             start_pos: 7,
             tokens: vec![TokenId(9)],
             confidence: vec![0.5],
+            compute_us: 1_500,
         }
     }
 

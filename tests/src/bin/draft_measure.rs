@@ -19,6 +19,7 @@ use paceline_tests::{
 };
 use paceline_wire::inference::{SpeculationMode, inference_client::InferenceClient};
 use serde_json::json;
+use tokio::net::TcpStream;
 use tonic::transport::Channel;
 
 /// Code that a draft model foresees well.
@@ -55,7 +56,7 @@ struct Options {
     /// Draft model file [default: the small test model]
     #[arg(long)]
     draft: Option<PathBuf>,
-    /// Compute threads of the model
+    /// Compute threads of the model and of the draft
     #[arg(long, default_value_t = 1)]
     threads: usize,
     /// Requests at the same time
@@ -90,8 +91,11 @@ struct Bench {
 impl Bench {
     async fn start(options: &Options, placement: &str) -> anyhow::Result<Self> {
         let or_small = |path: &Option<PathBuf>| path.clone().unwrap_or_else(small_model);
-        let spec =
-            ClusterSpec { threads_per_rank: options.threads, ..ClusterSpec::of(or_small(&options.model), 1) };
+        let spec = ClusterSpec {
+            threads_per_rank: options.threads,
+            draft_threads: options.threads,
+            ..ClusterSpec::of(or_small(&options.model), 1)
+        };
         let flags = ["--http-listen", "127.0.0.1:0", "--draft-placement", placement];
         let cluster = TestCluster::start(spec.coordinator_args(&flags).draft(or_small(&options.draft))).await;
         let (client, http) = (cluster.client().await, cluster.http());
@@ -152,7 +156,8 @@ async fn faults(options: &Options) -> anyhow::Result<()> {
             "p99_ratio": without.p99_ms() / plain.p99_ms(),
             "gaps": without.gaps_ms.len(),
             "longest_ms": without.gaps_ms.iter().copied().fold(0.0, f64::max),
-            "back_after_s": back.map(|back| back.as_secs_f64()),
+            "serves_after_s": back.serves.as_secs_f64(),
+            "drafted_after_s": back.drafted.map(|drafted| drafted.as_secs_f64()),
         }));
     }
     bench.cluster.stop().await;
@@ -160,45 +165,54 @@ async fn faults(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lets it come back; how long it takes until its tokens are verified again. A killed one is started by who runs the cluster,
-/// which counts.
-async fn back(bench: &mut Bench, fault: &str, pid: u32) -> anyhow::Result<Option<Duration>> {
+/// How a draft service came back.
+struct Back {
+    /// Until it serves: a killed one is started by who runs the cluster, and loads its model. A stopped one does at once.
+    serves: Duration,
+    /// From then on until its tokens are verified again.
+    drafted: Option<Duration>,
+}
+
+/// Lets it come back.
+async fn back(bench: &mut Bench, fault: &str, pid: u32) -> anyhow::Result<Back> {
     let (client, known, n_clients, http) =
         (bench.client.clone(), bench.known.clone(), bench.n_clients, bench.http.clone());
     let processes = bench.cluster.processes();
-    let start = Instant::now();
-    let drafted = async {
+    let address = processes.draft_address().context("there is a draft service")?.to_owned();
+    let comes_back = async {
+        let start = Instant::now();
         if fault == "stopped" {
             signal(pid, "-CONT")?;
+        } else {
+            // It binds its address when the model is loaded.
+            while TcpStream::connect(&address).await.is_err() {
+                ensure!(start.elapsed() < BACK_DEADLINE, "it is not started again");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         }
+        let serves = start.elapsed();
+        Ok(Back { serves, drafted: until_drafted(&http, BACK_DEADLINE).await })
+    };
+    let comes_back = async {
         tokio::select! {
             ended = processes.any_ended() => Err(ended.into()),
-            back = until_drafted(&http, BACK_DEADLINE) => Ok(back.map(|_| start.elapsed())),
+            back = comes_back => back,
         }
     };
-    let (back, seen) = during(&client, (&known, SpeculationMode::Auto), n_clients, drafted).await?;
+    let (back, seen) = during(&client, (&known, SpeculationMode::Auto), n_clients, comes_back).await?;
     ensure!(seen.n_different == 0, "tokens differ after it came back");
     back
 }
 
 async fn machines(options: &Options) -> anyhow::Result<()> {
-    let mut waits = Vec::new();
-    for placement in ["together", "apart"] {
+    for placement in ["apart", "together"] {
         let mut bench = Bench::start(options, placement).await?;
         pin(&mut bench)?;
         bench.under_load(SpeculationMode::Draft, tokio::time::sleep(WARM_UP)).await?;
         let plain = bench.phase(SpeculationMode::Off).await?;
-        let names = ["paceline_draft_wait_seconds_total", DRAFT_TOKENS, ACCEPTED];
-        let mut counts = [0.0; 3];
-        for (count, name) in counts.iter_mut().zip(names) {
-            *count = -metric(&bench.http, name).await;
-        }
+        let before = Counts::read(&bench.http).await;
         let drafted = bench.phase(SpeculationMode::Draft).await?;
-        for (count, name) in counts.iter_mut().zip(names) {
-            *count += metric(&bench.http, name).await;
-        }
-        let [waited_s, draft_tokens, accepted] = counts;
-        waits.push(waited_s / accepted);
+        let counts = Counts::read(&bench.http).await.since(&before);
         println!(
             "{}",
             json!({
@@ -206,18 +220,57 @@ async fn machines(options: &Options) -> anyhow::Result<()> {
                 "requests_off": plain.n_requests,
                 "requests": drafted.n_requests,
                 "speedup": drafted.n_requests as f64 / plain.n_requests as f64,
-                "waited_s": waited_s,
-                "draft_tokens": draft_tokens,
-                "accepted_tokens": accepted,
-                "waited_ms_per_accepted": 1e3 * waited_s / accepted,
+                "proposed_tokens": counts.proposed,
+                "verified_tokens": counts.verified,
+                "accepted_tokens": counts.accepted,
+                "computed_s": counts.computed_s,
+                "waited_s": counts.waited_s,
+                "hidden_share": counts.hidden_share(),
             })
         );
         bench.cluster.stop().await;
     }
-    // Who takes turns waits for all that the draft computes.
-    ensure!(waits.iter().all(|wait| wait.is_finite()), "no share of time is hidden where nothing is drafted");
-    println!("{}", json!({ "hidden": 1.0 - waits[1] / waits[0] }));
     Ok(())
+}
+
+/// What a draft service did, as the coordinator counts it.
+#[derive(Clone, Copy)]
+struct Counts {
+    proposed: f64,
+    verified: f64,
+    accepted: f64,
+    /// Seconds that it computed for what it proposed.
+    computed_s: f64,
+    /// Seconds that steps waited for it.
+    waited_s: f64,
+}
+
+impl Counts {
+    async fn read(http: &str) -> Self {
+        Self {
+            proposed: metric(http, "paceline_draft_proposed_tokens_total").await,
+            verified: metric(http, DRAFT_TOKENS).await,
+            accepted: metric(http, ACCEPTED).await,
+            computed_s: metric(http, "paceline_draft_compute_seconds_total").await,
+            waited_s: metric(http, "paceline_draft_wait_seconds_total").await,
+        }
+    }
+
+    fn since(self, before: &Self) -> Self {
+        Self {
+            proposed: self.proposed - before.proposed,
+            verified: self.verified - before.verified,
+            accepted: self.accepted - before.accepted,
+            computed_s: self.computed_s - before.computed_s,
+            waited_s: self.waited_s - before.waited_s,
+        }
+    }
+
+    /// How much of the time computed for tokens that were verified nobody waited for; none where nothing was.
+    fn hidden_share(&self) -> Option<f64> {
+        let used_s = self.computed_s * self.verified / self.proposed;
+        (used_s > 0.0).then(|| 1.0 - self.waited_s / used_s)
+    }
 }
 
 const ACCEPTED: &str = "paceline_speculation_accepted_tokens_total{source=\"draft\"}";

@@ -50,13 +50,15 @@ impl Drafter {
         }
     }
 
-    /// A service that was left out is asked for one token, to see whether it is well. Nobody waits for it.
+    /// A service that was left out is asked for one token, to see whether it is well. Nobody waits for it. The sequence it is
+    /// asked about has a session then, so it should have much to generate beside what must be read.
     fn ask_one(&mut self, frame: &mut DraftControl, now: Instant) {
         let context = self.connection.as_ref().map_or(0, |connection| connection.about.context);
         let could = |sequence: &&mut Sequence| {
             sequence.allows(Source::Draft) && sequence.n_left() > 1 && sequence.tokens().len() < context
         };
-        if let Some(sequence) = self.sequences.values_mut().find(could) {
+        let worth = |sequence: &&mut Sequence| sequence.n_left() as i64 - sequence.tokens().len() as i64;
+        if let Some(sequence) = self.sequences.values_mut().filter(could).max_by_key(worth) {
             sequence.tell(1, now, frame);
         }
     }
@@ -127,6 +129,7 @@ impl Drafter {
         self.counters.waited_ms += self.waited.as_secs_f64() * 1e3;
         if self.n_missing(open) > 0 {
             self.counters.n_late += 1;
+            self.vain_waits.add(self.waited);
             self.owes_since.get_or_insert(now);
         }
         self.note_turn(times, end);

@@ -129,6 +129,11 @@ impl Goodput {
         left.min(n_limit as f64)
     }
 
+    /// What was lost to a service that was not well is given back.
+    pub fn forgive(&mut self, ms: f64) {
+        self.controller.forgive_drafting(ms);
+    }
+
     /// Whether what drafting costs can be paid for.
     pub fn can_pay(&self) -> bool {
         !self.controller.drafting().is_exhausted()

@@ -72,6 +72,10 @@ pub struct DrafterStats {
     pub n_late: u64,
     /// Milliseconds that steps waited.
     pub waited_ms: f64,
+    /// Tokens that the draft service proposed, used or not, and milliseconds that it computed for them.
+    pub n_proposed: u64,
+    /// See `n_proposed`.
+    pub computed_ms: f64,
     /// How often the draft service was left out.
     pub n_breaker_opened: u64,
     /// How often a draft service was connected.

@@ -9,7 +9,14 @@ use paceline_wire::{
     draft::{ControlFrame, InfoRequest, InfoResponse, ProposalFrame, draft_client::DraftClient},
     draft_frames,
 };
-use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
+    task::JoinHandle,
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Streaming,
@@ -18,8 +25,9 @@ use tonic::{
 
 /// How long the service may take to accept a connection and to say what it is.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Pauses between attempts to connect.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+/// Pauses between attempts to connect, and before a service is asked again that must not be used.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
+const REFUSED_PAUSE: Duration = Duration::from_millis(500);
 /// Frames that may wait to be sent; more wait only when the service does not read.
 const OUTBOX: usize = 8;
 /// Events that may wait for the drafter.
@@ -47,11 +55,21 @@ pub struct About {
     pub max_sessions: usize,
 }
 
+/// The way to the service on one connection. Dropped, the connection is given up for another one.
+#[derive(Debug)]
+pub struct Outbox {
+    frames: mpsc::Sender<ControlFrame>,
+    _held: oneshot::Sender<()>,
+}
+
+/// Comes when an outbox was dropped.
+type Dropped = oneshot::Receiver<()>;
+
 /// What happens on the stream.
 #[derive(Debug)]
 pub enum LinkEvent {
     /// Connected; frames go into the outbox.
-    Up(About, mpsc::Sender<ControlFrame>),
+    Up(About, Outbox),
     /// It said something, and this many messages of it made no sense.
     Said(DraftAnswer, usize),
     /// The connection is gone, or there was none.
@@ -70,6 +88,22 @@ pub struct Link {
 impl Drop for Link {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+impl Outbox {
+    /// Over a queue; with what tells its end.
+    pub fn new(frames: mpsc::Sender<ControlFrame>) -> (Self, Dropped) {
+        let (held, dropped) = oneshot::channel();
+        (Self { frames, _held: held }, dropped)
+    }
+
+    /// Sends a frame without waiting.
+    ///
+    /// # Errors
+    /// When the service does not read, or the connection is gone.
+    pub fn try_send(&self, frame: ControlFrame) -> Result<(), TrySendError<ControlFrame>> {
+        self.frames.try_send(frame)
     }
 }
 
@@ -108,20 +142,27 @@ async fn keep(service: Uri, target: Target, events: mpsc::Sender<LinkEvent>) {
     let mut pause = PAUSES.0;
     loop {
         let event = match open(&service, &target).await {
-            Ok((about, outbox, inbox)) => {
+            Ok((about, frames, inbox)) => {
                 pause = PAUSES.0;
+                let (outbox, dropped) = Outbox::new(frames);
                 if events.send(LinkEvent::Up(about, outbox)).await.is_err() {
                     return;
                 }
-                LinkEvent::Down(read(inbox, &events).await)
+                tokio::select! {
+                    problem = read(inbox, &events) => Some(LinkEvent::Down(problem)),
+                    // Whoever gave it up knows.
+                    _ = dropped => None,
+                }
             }
-            Err(Failure::Unreachable(problem)) => LinkEvent::Down(problem),
+            Err(Failure::Unreachable(problem)) => Some(LinkEvent::Down(problem)),
             Err(Failure::Refused(problem)) => {
-                pause = PAUSES.1;
-                LinkEvent::Refused(problem)
+                pause = REFUSED_PAUSE;
+                Some(LinkEvent::Refused(problem))
             }
         };
-        if events.send(event).await.is_err() {
+        if let Some(event) = event
+            && events.send(event).await.is_err()
+        {
             return;
         }
         tokio::time::sleep(pause).await;

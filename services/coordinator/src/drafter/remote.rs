@@ -279,7 +279,8 @@ mod tests {
 
     fn proposal(epoch: u32, start_pos: u32, tokens: &[u32]) -> DraftProposal {
         let confidence = vec![0.5; tokens.len()];
-        DraftProposal { session: 7, generation: 1, epoch, start_pos, tokens: ids(tokens), confidence }
+        let tokens = ids(tokens);
+        DraftProposal { session: 7, generation: 1, epoch, start_pos, tokens, confidence, compute_us: 0 }
     }
 
     fn tell(remote: &mut Remote, tokens: &[TokenId], budget: u32) -> DraftControl {

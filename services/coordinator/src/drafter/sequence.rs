@@ -129,10 +129,12 @@ impl Sequence {
         is_due
     }
 
-    /// The connection is gone; with the next one it is asked at once whether a session is worth its prompt.
+    /// The service has lost the session, or may have; as soon as it can be asked, it is asked at once whether another one is
+    /// worth its tokens. That it was waited for in vain says nothing of its drafts.
     pub fn forget_session(&mut self) {
         self.remote.forget();
         self.reconsidered_at = 1;
+        (self.lost_ms, self.has_had_turn) = (0.0, false);
     }
 
     /// A turn has cost something, or saved it.

@@ -18,14 +18,14 @@ use paceline_draft::{
     planner::{Chunk, PassLimits, plan},
     sessions::{Limits as SessionLimits, Sessions, StreamId},
 };
-use paceline_speculation::StepLoad;
+use paceline_speculation::{Source, StepLoad};
 use paceline_wire::{draft::ControlFrame, draft_frames};
 use tokio::{sync::mpsc, time::sleep};
 use tracing::Span;
 
 use super::{
     Drafter, DrafterConfig, DrafterStats, NewSequence, Outcome, Placement, StepEnd, clock,
-    link::{About, Link, LinkEvent, Target},
+    link::{About, Link, LinkEvent, Outbox, Target},
 };
 use crate::scheduler::{self, ItlBound, Limits, Pace, Priority, Scheduler};
 
@@ -98,6 +98,17 @@ pub struct World {
     n_texts: u64,
     /// The draft stops for so long at its next pass.
     hang: Arc<Mutex<Option<Duration>>>,
+    death: Arc<Mutex<Death>>,
+    /// Verified tokens of the draft after each step.
+    drafted: Vec<(Instant, u64)>,
+}
+
+/// The draft service ends at its next pass, and another one takes its place.
+#[derive(Clone, Copy, Debug, Default)]
+struct Death {
+    pause: Option<Duration>,
+    /// When the other one was there.
+    replaced: Option<Instant>,
 }
 
 /// A number in 0 .. 1 that follows from others.
@@ -121,25 +132,55 @@ fn drafted(truth: &Truth, session: u64, history: &[TokenId]) -> (TokenId, f32) {
     (if is_right { text[position] } else { TokenId(N_VOCAB - 1) }, confidence)
 }
 
+/// A connection to the draft service, and where its frames come out.
+fn connection() -> (LinkEvent, mpsc::Receiver<ControlFrame>) {
+    // A real connection has buffers, too.
+    let (outbox, frames) = mpsc::channel(64);
+    let about = About { model: "draft".into(), context: 4_000, max_sessions: 16 };
+    (LinkEvent::Up(about, Outbox::new(outbox).0), frames)
+}
+
 /// The draft service: its real sessions and planner, a pass that takes what it is said to.
 async fn draft_service(
     mut frames: mpsc::Receiver<ControlFrame>,
     events: mpsc::Sender<LinkEvent>,
     (machine, hardware, truth): (Arc<Machine>, Hardware, Truth),
     hang: Arc<Mutex<Option<Duration>>>,
+    death: Arc<Mutex<Death>>,
 ) {
     let limits =
         SessionLimits { max_sessions: 16, context: 4_000, n_vocab: N_VOCAB, max_ahead: 16, n_kv_blocks: 999 };
     let mut sessions = Sessions::new(limits);
     loop {
         if sessions.waiting().is_empty() {
-            let Some(frame) = frames.recv().await else { return };
-            sessions.control(STREAM, draft_frames::control(frame).0);
+            match frames.recv().await {
+                Some(frame) => sessions.control(STREAM, draft_frames::control(frame).0),
+                // The connection was given up: here is another one.
+                None => {
+                    let (up, queue) = connection();
+                    (frames, sessions) = (queue, Sessions::new(limits));
+                    if events.send(up).await.is_err() {
+                        return;
+                    }
+                }
+            }
         }
         while let Ok(frame) = frames.try_recv() {
             sessions.control(STREAM, draft_frames::control(frame).0);
         }
         let chunks: Vec<Chunk> = plan(&mut sessions, PassLimits { max_rows: 256, prompt_rows: 32 });
+        let dies = death.lock().expect("no task panicked").pause.take_if(|_| !chunks.is_empty());
+        if let Some(pause) = dies {
+            let down = events.send(LinkEvent::Down("a test has killed it".into())).await;
+            sleep(pause).await;
+            let (up, queue) = connection();
+            (frames, sessions) = (queue, Sessions::new(limits));
+            if down.is_err() || events.send(up).await.is_err() {
+                return;
+            }
+            death.lock().expect("no task panicked").replaced = Some(clock());
+            continue;
+        }
         if !chunks.is_empty() {
             let pause = hang.lock().expect("no task panicked").take();
             sleep(pause.unwrap_or_default()).await;
@@ -166,17 +207,16 @@ impl World {
     pub fn new(hardware: Hardware) -> Self {
         let (machine, truth) = (Arc::new(Machine::default()), Truth::default());
         let (events, inbox) = mpsc::channel(64);
-        // A real connection has buffers, too.
-        let (outbox, frames) = mpsc::channel(64);
-        let about = About { model: "draft".into(), context: 4_000, max_sessions: 16 };
-        events.try_send(LinkEvent::Up(about, outbox)).expect("there is room");
+        let (up, frames) = connection();
+        events.try_send(up).expect("there is room");
         let of_draft = match hardware.draft_is {
             Placement::Apart => Arc::new(Machine::default()),
             Placement::Together => machine.clone(),
         };
         let hang = Arc::new(Mutex::new(None));
         let parts = (of_draft, hardware.clone(), truth.clone());
-        tokio::spawn(draft_service(frames, events, parts, hang.clone()));
+        let death = Arc::new(Mutex::new(Death::default()));
+        tokio::spawn(draft_service(frames, events, parts, hang.clone(), death.clone()));
         let mut drafter = Drafter::new(DrafterConfig {
             service: None,
             target: Target { model: "target".into(), tokenizer: Digest([3; 32]), n_vocab: N_VOCAB },
@@ -206,7 +246,22 @@ impl World {
             n_left: BTreeMap::new(),
             n_texts: 0,
             hang,
+            death,
+            drafted: Vec::new(),
         }
+    }
+
+    /// Lets the draft end at its next pass; another one is there after a pause.
+    pub fn kill(&self, pause: Duration) {
+        *self.death.lock().expect("no task panicked") = Death { pause: Some(pause), replaced: None };
+    }
+
+    /// From when another draft was there until its tokens were verified; none when they were not.
+    pub fn used_after(&self) -> Option<Duration> {
+        let replaced = self.death.lock().expect("no task panicked").replaced?;
+        let n_before = self.drafted.iter().rfind(|(at, _)| *at <= replaced).map_or(0, |(_, n)| *n);
+        let (at, _) = self.drafted.iter().find(|(_, n)| *n > n_before)?;
+        Some(at.saturating_duration_since(replaced))
     }
 
     /// Lets the draft stop for so long at its next pass.
@@ -324,6 +379,7 @@ impl World {
             }
         }
         self.drafter.flush(now);
+        self.drafted.push((clock(), self.stats().sources[Source::Draft.idx()].draft_tokens));
     }
 
     /// What the target says: the truth.

@@ -160,3 +160,22 @@ async fn a_draft_that_stops_costs_one_wait_and_is_used_again_when_it_is_back() {
     assert!(world.stats().is_in_use && drafted(&world.stats()) > drafted(&hung) + 200, "{:?}", world.stats());
     assert!(plain_ms / world.run(&good).await > 1.3);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_draft_that_was_killed_is_used_within_two_seconds_of_its_return() {
+    let good = [request(0.85, Speculation::Auto)];
+    let mut waits = Vec::new();
+    // It comes back anywhere in a request, the beginning and the end of one included.
+    for i in 0..16 {
+        let mut world = World::new(hardware(Placement::Together));
+        for _ in 0..3 {
+            world.run(&good).await;
+        }
+        world.kill(Duration::from_millis(2_000 + 250 * i));
+        for _ in 0..6 {
+            world.run(&good).await;
+        }
+        waits.push(world.used_after().expect("it is used again").as_millis());
+    }
+    assert!(waits.iter().all(|ms| *ms < 2_000), "{waits:?}");
+}

@@ -49,6 +49,8 @@ struct Service {
     waits: IntCounter,
     late: IntCounter,
     wait_seconds: Counter,
+    proposed_tokens: IntCounter,
+    compute_seconds: Counter,
     latency_seconds: Gauge,
 }
 
@@ -159,6 +161,14 @@ impl Service {
             wait_seconds: new.add(Counter::with_opts(
                 new.opts("paceline_draft_wait_seconds_total", "Time that steps waited"),
             )?)?,
+            proposed_tokens: new.counter(
+                "paceline_draft_proposed_tokens_total",
+                "Tokens that the draft service proposed, verified or not",
+            )?,
+            compute_seconds: new.add(Counter::with_opts(new.opts(
+                "paceline_draft_compute_seconds_total",
+                "Time that the draft service computed for what it proposed, as it says",
+            ))?)?,
             latency_seconds: new.add(Gauge::with_opts(new.opts(
                 "paceline_draft_latency_seconds",
                 "From a question to the first token drafted after it, lately",
@@ -173,6 +183,8 @@ impl Service {
         raise(&self.waits, stats.n_waits);
         raise(&self.late, stats.n_late);
         raise_sum(&self.wait_seconds, stats.waited_ms / 1e3);
+        raise(&self.proposed_tokens, stats.n_proposed);
+        raise_sum(&self.compute_seconds, stats.computed_ms / 1e3);
         self.latency_seconds.set(stats.latency_ms / 1e3);
     }
 }

@@ -29,20 +29,20 @@ pub struct CoordinatorArgs {
 /// Runs a shard until it is told to end.
 pub fn shard(args: &ShardArgs) -> impl Future<Output = anyhow::Result<()>> + use<> {
     let config = args.config.clone();
-    let shutdown = requested(config.parent_watch());
+    let shutdown = requested(config.process.parent_watch());
     paceline_shard::run(config, shutdown)
 }
 
 /// Runs a draft service until it is told to end.
 pub fn draft(args: &DraftArgs) -> impl Future<Output = anyhow::Result<()>> + use<> {
     let config = args.config.clone();
-    let shutdown = requested(config.parent_watch());
+    let shutdown = requested(config.process.parent_watch());
     paceline_draft::run(config, shutdown)
 }
 
 /// Runs a coordinator until it is told to end.
 pub fn coordinator(args: &CoordinatorArgs) -> impl Future<Output = anyhow::Result<()>> + use<> {
     let config = args.config.clone();
-    let shutdown = requested(config.parent_watch());
+    let shutdown = requested(config.process.parent_watch());
     paceline_coordinator::run(config, shutdown)
 }
