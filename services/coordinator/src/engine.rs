@@ -119,8 +119,9 @@ pub struct Engine {
     drafter: Drafter,
     choices: IdMap<SequenceId, Active>,
     clients: IdMap<RequestId, Client>,
-    /// What clients are still to hear of the last step.
+    /// What clients are still to hear of the last steps, and of how many.
     said: Vec<Said>,
+    n_steps_said: usize,
     deadlines: Deadlines,
     /// How long a reader may stall.
     reader_limit: Duration,
@@ -152,6 +153,7 @@ impl Engine {
             choices: IdMap::default(),
             clients: IdMap::default(),
             said: Vec::new(),
+            n_steps_said: 0,
             deadlines: Deadlines::default(),
             reader_limit: parts.reader_limit,
             metrics: parts.metrics,
@@ -174,9 +176,13 @@ impl Engine {
             self.drop_abandoned();
             self.end_expired(Instant::now());
             self.start_steps().await;
-            self.deliver_after_plans().await;
+            self.deliver_after_plans(&inbox).await;
             self.tell_levels();
-            match self.next_event(&mut inbox).await {
+            let event = self.next_event(&mut inbox).await;
+            if !matches!(event, Some(Event::Rank(_))) {
+                self.deliver();
+            }
+            match event {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Adopt(moved)) => self.adopt(*moved),
                 Some(Event::Rank(event)) => self.rank_event(event),
@@ -368,6 +374,7 @@ impl Engine {
         }
         applied.scores.into_iter().for_each(|scores| self.tell_scores(&scores));
         applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
+        self.n_steps_said += 1;
         self.tell_totals();
         // So that drafting goes on while the next step is made.
         self.drafter.flush(now);

@@ -6,13 +6,17 @@ use std::time::Instant;
 
 use paceline_domain::RequestId;
 use paceline_wire::inference::generate_response::Event as Chunk;
+use tokio::sync::mpsc;
 
-use super::{Active, Engine};
+use super::{Active, Engine, Event};
 use crate::{
     metrics::Broken,
     reader::Flow,
     scheduler::{Commit, Scores},
 };
+
+/// Steps that clients may hear of together.
+const MOST_STEPS_TOGETHER: usize = 2;
 
 /// What a choice says.
 pub(super) struct Said {
@@ -50,10 +54,14 @@ impl Engine {
         self.said.push(Said { request: *request, choice: *choice, event, is_last: false });
     }
 
-    /// Lets plans go out before clients hear of the step before them.
-    pub(super) async fn deliver_after_plans(&mut self) {
-        if !self.said.is_empty() {
-            tokio::task::yield_now().await;
+    /// Lets plans go out before clients hear of the step before them. Where the next step is done before they have heard
+    /// of it, they hear of both at once: to tell them takes longer than a step then, and so it takes half.
+    pub(super) async fn deliver_after_plans(&mut self, inbox: &mpsc::Receiver<Event>) {
+        if self.said.is_empty() {
+            return;
+        }
+        tokio::task::yield_now().await;
+        if inbox.is_empty() || self.n_steps_said >= MOST_STEPS_TOGETHER {
             self.deliver();
         }
     }
@@ -75,5 +83,6 @@ impl Engine {
             }
         }
         self.said = all;
+        self.n_steps_said = 0;
     }
 }
