@@ -99,10 +99,10 @@ impl HashModel {
         Self { state: Arc::new(State { pass, n_until_failure: AtomicI64::new(-1), ..State::default() }) }
     }
 
-    /// Right in everything; passes are recorded for [`Self::take_recorded`].
-    pub fn recording() -> Self {
-        let recorded = Some(Mutex::new(Vec::new()));
-        Self { state: Arc::new(State { recorded, n_until_failure: AtomicI64::new(-1), ..State::default() }) }
+    /// As [`Self::taking`]; passes are recorded for [`Self::take_recorded`].
+    pub fn recording(pass: Duration) -> Self {
+        let (recorded, n_until_failure) = (Some(Mutex::new(Vec::new())), AtomicI64::new(-1));
+        Self { state: Arc::new(State { pass, recorded, n_until_failure, ..State::default() }) }
     }
 
     /// Lets the pass after the next `n_passes` fail, once.

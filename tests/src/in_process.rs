@@ -24,8 +24,8 @@ use paceline_wire::inference::{ListModelsRequest, inference_client::InferenceCli
 use tempfile::TempDir;
 use tokio::{
     net::TcpListener,
-    runtime::{Builder, Runtime},
-    sync::watch,
+    runtime::{Builder, Handle},
+    sync::{oneshot, watch},
     task::JoinHandle,
 };
 use tonic::{Code, transport::Channel};
@@ -49,7 +49,7 @@ pub struct InProcessSpec {
     pub groups: Vec<HashModel>,
     /// Number of shards of each group.
     pub n_ranks: usize,
-    /// Threads of the coordinator's runtime.
+    /// Threads of the coordinator's runtime; one as in the coordinator's own program, more to compare.
     pub coordinator_threads: usize,
     /// Flags of the coordinator, beside model and shards.
     pub coordinator_args: Vec<String>,
@@ -80,9 +80,13 @@ pub struct InProcessCluster {
     _model: TempDir,
 }
 
-/// A runtime that may be dropped inside another one.
+/// A runtime with threads of its own, which may be dropped inside another one.
 #[derive(Debug)]
-struct Background(Option<Runtime>);
+struct Background {
+    handle: Handle,
+    /// Dropping it ends the runtime.
+    _ends: oneshot::Sender<()>,
+}
 
 /// The coordinator's flags as they are on its command line.
 #[derive(Parser)]
@@ -101,8 +105,8 @@ impl InProcessCluster {
         let model = folder.path().join("hash-model.gguf");
         std::fs::write(&model, model_file()?)?;
         let (stop, stopped) = watch::channel(false);
-        let (coordinator, shards) =
-            (runtime("coordinator", spec.coordinator_threads)?, runtime("shards", 1)?);
+        let coordinator = Background::start("coordinator", spec.coordinator_threads)?;
+        let shards = Background::start("shards", 1)?;
         let (mut tasks, mut addresses) = (Vec::new(), Vec::new());
         for device in spec.groups.iter().flat_map(|device| vec![device; spec.n_ranks]) {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -110,7 +114,7 @@ impl InProcessCluster {
             let (machine, listener) = (machine(&model, device)?, listener.into_std()?);
             let (binding, stopped) =
                 (BindSpec { host: "127.0.0.1".into(), port: 0, advertised_host: None }, stopped.clone());
-            tasks.push(shards.get().spawn(async move {
+            tasks.push(shards.handle.spawn(async move {
                 let listener = TcpListener::from_std(listener)?;
                 paceline_shard::run_on(listener, machine, binding, asked(stopped)).await
             }));
@@ -120,7 +124,7 @@ impl InProcessCluster {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = format!("http://{}", listener.local_addr()?);
         let listener = listener.into_std()?;
-        tasks.push(coordinator.get().spawn(async move {
+        tasks.push(coordinator.handle.spawn(async move {
             let listener = TcpListener::from_std(listener)?;
             paceline_coordinator::run_on(listener, config, asked(stopped)).await
         }));
@@ -144,7 +148,7 @@ impl InProcessCluster {
 
     /// Tasks of the coordinator and of the shards that have not ended.
     pub fn n_tasks(&self) -> (usize, usize) {
-        let of = |runtime: &Background| runtime.get().metrics().num_alive_tasks();
+        let of = |runtime: &Background| runtime.handle.metrics().num_alive_tasks();
         (of(&self.coordinator), of(&self.shards))
     }
 
@@ -190,24 +194,21 @@ impl InProcessCluster {
 }
 
 impl Background {
-    fn get(&self) -> &Runtime {
-        self.0.as_ref().expect("invariant: it is there until it is dropped")
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
+    /// The name is that of its threads.
+    fn start(name: &str, n_threads: usize) -> anyhow::Result<Self> {
+        let mut builder = match n_threads {
+            1 => Builder::new_current_thread(),
+            _ => Builder::new_multi_thread(),
+        };
+        let runtime = builder.worker_threads(n_threads).thread_name(name).enable_all().build()?;
+        let (handle, (ends, ended)) = (runtime.handle().clone(), oneshot::channel());
+        std::thread::Builder::new().name(name.into()).spawn(move || {
+            // It ends when the cluster is dropped.
+            let _ = runtime.block_on(ended);
             runtime.shutdown_background();
-        }
+        })?;
+        Ok(Self { handle, _ends: ends })
     }
-}
-
-/// The name is that of its threads.
-fn runtime(name: &str, n_threads: usize) -> anyhow::Result<Background> {
-    let mut builder = Builder::new_multi_thread();
-    let runtime = builder.worker_threads(n_threads).thread_name(name).enable_all().build()?;
-    Ok(Background(Some(runtime)))
 }
 
 async fn asked(mut stopped: watch::Receiver<bool>) {

@@ -15,10 +15,12 @@
 //! * [`constrained`] – grammars over its vocabulary
 //! * [`schedule`] – random requests, and what each gets when it runs alone
 //! * [`soak`] – thousands of short requests, and what the process looks like after them
+//! * [`bare_writes`] – what the system takes for writes alone
 //! * [`load`] – the load generator
 //! * [`random`] – numbers that follow from a seed
 #![forbid(unsafe_code)]
 
+pub mod bare_writes;
 pub mod client;
 pub mod cluster;
 pub mod constrained;

@@ -161,20 +161,62 @@ pub fn resident_bytes_of(pid: u32) -> anyhow::Result<u64> {
     Ok(kilobytes * 1024)
 }
 
-/// Nanoseconds that the threads of this name have run so far.
-///
-/// # Errors
-/// When the system does not say.
-pub fn thread_nanoseconds(name: &str) -> anyhow::Result<u64> {
-    let mut total = 0;
-    for task in fs::read_dir("/proc/self/task")? {
-        let task = task?.path();
-        // A thread may have ended meanwhile.
-        let Ok(own) = fs::read_to_string(task.join("comm")) else { continue };
-        if own.trim() == name {
-            let times = fs::read_to_string(task.join("schedstat"))?;
-            total += times.split(' ').next().context("an empty schedstat")?.parse::<u64>()?;
+/// Processor time of threads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ThreadTime {
+    /// All of it.
+    pub nanoseconds: u64,
+    /// What the system samples of it: hundredths of a second outside and inside the system.
+    pub user_ticks: u64,
+    /// See `user_ticks`.
+    pub system_ticks: u64,
+}
+
+impl ThreadTime {
+    /// What the threads of this name have run so far.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn of(name: &str) -> anyhow::Result<Self> {
+        let mut total = Self::default();
+        for task in fs::read_dir("/proc/self/task")? {
+            let task = task?.path();
+            // A thread may have ended meanwhile.
+            let Ok(own) = fs::read_to_string(task.join("comm")) else { continue };
+            if own.trim() == name {
+                let times = fs::read_to_string(task.join("schedstat"))?;
+                total.nanoseconds += times.split(' ').next().context("an empty schedstat")?.parse::<u64>()?;
+                let stat = fs::read_to_string(task.join("stat"))?;
+                // The name is in parentheses; user and system time are the 12th and 13th field after it.
+                let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
+                let mut ticks = fields.split_whitespace().skip(11).map(str::parse::<u64>);
+                total.user_ticks += ticks.next().context("a short stat")??;
+                total.system_ticks += ticks.next().context("a short stat")??;
+            }
+        }
+        Ok(total)
+    }
+
+    /// What was added to an earlier reading; threads that ended meanwhile are not in it.
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            nanoseconds: self.nanoseconds.saturating_sub(before.nanoseconds),
+            user_ticks: self.user_ticks.saturating_sub(before.user_ticks),
+            system_ticks: self.system_ticks.saturating_sub(before.system_ticks),
         }
     }
-    Ok(total)
+
+    /// Both together.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            nanoseconds: self.nanoseconds + other.nanoseconds,
+            user_ticks: self.user_ticks + other.user_ticks,
+            system_ticks: self.system_ticks + other.system_ticks,
+        }
+    }
+
+    /// The part of it inside the system, from 0 to 1.
+    pub fn system_share(self) -> f64 {
+        self.system_ticks as f64 / (self.user_ticks + self.system_ticks).max(1) as f64
+    }
 }

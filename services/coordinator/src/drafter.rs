@@ -173,9 +173,14 @@ impl Drafter {
         self.sequences.insert(id, sequence);
     }
 
-    /// Decides on the next step, if the one before is done; `times` are those of the group.
-    pub fn prepare(&mut self, times: &StepTimes, now: Instant) {
-        self.decide(times, now);
+    /// Decides on the next step, if the one before is done; `times` are those of the group. Whether it did: until then
+    /// nothing has changed.
+    pub fn prepare(&mut self, times: &StepTimes, now: Instant) -> bool {
+        let is_due = std::mem::take(&mut self.is_due);
+        if is_due {
+            self.decide(times, now);
+        }
+        is_due
     }
 
     /// Whether a sequence's next step must not be planned before its last token is known, because something may be

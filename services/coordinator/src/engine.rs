@@ -8,7 +8,7 @@ mod observe;
 mod tell;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     time::{Duration, Instant},
 };
 
@@ -26,6 +26,7 @@ use crate::{
     deadlines::Deadlines,
     drafter::{Drafter, DrafterConfig, Outcome, StepEnd, sequence},
     groups::Member,
+    id_map::IdMap,
     metrics::GroupMetrics,
     output::Output,
     reader::Progress,
@@ -34,6 +35,7 @@ use crate::{
 };
 
 pub use moving::Moved;
+use tell::Said;
 
 /// Bits of a sequence's id below the number of the group that it was first sent to.
 const GROUP_SHIFT: u32 = 48;
@@ -115,8 +117,11 @@ pub struct Engine {
     spec: GroupSpec,
     scheduler: Scheduler,
     drafter: Drafter,
-    choices: HashMap<SequenceId, Active>,
-    clients: HashMap<RequestId, Client>,
+    choices: IdMap<SequenceId, Active>,
+    clients: IdMap<RequestId, Client>,
+    /// What clients are still to hear of the last steps, and of how many.
+    said: Vec<Said>,
+    n_steps_said: usize,
     deadlines: Deadlines,
     /// How long a reader may stall.
     reader_limit: Duration,
@@ -145,8 +150,10 @@ impl Engine {
             spec: parts.group,
             scheduler,
             drafter: Drafter::new(parts.drafter),
-            choices: HashMap::new(),
-            clients: HashMap::new(),
+            choices: IdMap::default(),
+            clients: IdMap::default(),
+            said: Vec::new(),
+            n_steps_said: 0,
             deadlines: Deadlines::default(),
             reader_limit: parts.reader_limit,
             metrics: parts.metrics,
@@ -169,8 +176,13 @@ impl Engine {
             self.drop_abandoned();
             self.end_expired(Instant::now());
             self.start_steps().await;
+            self.deliver_after_plans(&inbox).await;
             self.tell_levels();
-            match self.next_event(&mut inbox).await {
+            let event = self.next_event(&mut inbox).await;
+            if !matches!(event, Some(Event::Rank(_))) {
+                self.deliver();
+            }
+            match event {
                 Some(Event::Submit(submission)) => self.submit(*submission),
                 Some(Event::Adopt(moved)) => self.adopt(*moved),
                 Some(Event::Rank(event)) => self.rank_event(event),
@@ -182,6 +194,7 @@ impl Engine {
             }
         }
         self.cancel_all(Instant::now());
+        self.deliver();
     }
 
     /// What happens next, the nearest deadline included.
@@ -221,6 +234,7 @@ impl Engine {
             client.opens(id);
             let constraint = matcher.as_ref().map(|matcher| Constraint::new(matcher.fork()));
             self.choices.insert(id, Active { request: request.id, choice, output, constraint });
+            self.set_pace(id);
         }
         if let Some(deadline) = caller.deadline {
             self.deadlines.set(request.id, deadline);
@@ -247,10 +261,10 @@ impl Engine {
 
     /// Asks for what may follow the sequences whose next step is due.
     async fn propose(&mut self) {
-        self.drafter.prepare(self.scheduler.step_times(), Instant::now());
-        for (id, choice) in &self.choices {
-            let needs_each = self.drafter.needs_each_token(*id) || choice.constraint.is_some();
-            self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
+        if self.drafter.prepare(self.scheduler.step_times(), Instant::now()) {
+            for (id, choice) in &self.choices {
+                self.scheduler.set_pace(*id, pace(*id, choice, &self.drafter));
+            }
         }
         let open: Vec<_> = self.scheduler.open_to_proposals().collect();
         let (choices, clients, times) = (&self.choices, &self.clients, self.scheduler.step_times());
@@ -260,6 +274,13 @@ impl Engine {
         let load = StepLoad { n_rows: n.max(1), n_tokens: n, n_spare_rows };
         for (id, tokens) in self.drafter.propose(&open, load, times) {
             self.scheduler.propose(id, tokens);
+        }
+    }
+
+    /// Until it is decided again.
+    fn set_pace(&mut self, id: SequenceId) {
+        if let Some(choice) = self.choices.get(&id) {
+            self.scheduler.set_pace(id, pace(id, choice, &self.drafter));
         }
     }
 
@@ -353,11 +374,18 @@ impl Engine {
         }
         applied.scores.into_iter().for_each(|scores| self.tell_scores(&scores));
         applied.commits.into_iter().for_each(|commit| self.commit(commit, now));
+        self.n_steps_said += 1;
         self.tell_totals();
         // So that drafting goes on while the next step is made.
         self.drafter.flush(now);
         Ok(())
     }
+}
+
+/// Whether steps of a choice may be planned before its last token is known.
+fn pace(id: SequenceId, choice: &Active, drafter: &Drafter) -> Pace {
+    let needs_each = drafter.needs_each_token(id) || choice.constraint.is_some();
+    if needs_each { Pace::StepByStep } else { Pace::RunAhead }
 }
 
 fn outcome(verified: &Verified) -> Outcome {

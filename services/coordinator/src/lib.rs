@@ -17,6 +17,7 @@
 //! * [`scheduler`] – pure: which tokens of which sequences run in the next step
 //! * [`ledger`] – pure: who holds which KV blocks, and which hold a known prefix
 //! * [`prefix`] – pure: names of token prefixes
+//! * [`id_map`] – pure: maps by ids of ours
 //! * [`pool`] – pure: how many KV blocks a group has
 //! * [`drafter`] – proposals for the next step, from the draft service and from the requests' own tokens
 //! * [`shard_group`] – one stream to each rank
@@ -35,6 +36,7 @@ pub mod drafter;
 pub mod engine;
 pub mod groups;
 pub mod http;
+pub mod id_map;
 pub mod ledger;
 pub mod metrics;
 pub mod output;

@@ -116,7 +116,10 @@ impl Output {
 
     fn match_stop(&mut self, piece: &str, text: &mut String) -> Option<FinishReason> {
         let output = self.stop_matcher.push(piece);
-        text.push_str(&output.text);
+        match text.is_empty() {
+            true => *text = output.text,
+            false => text.push_str(&output.text),
+        }
         output.matched.map(FinishReason::StopString)
     }
 

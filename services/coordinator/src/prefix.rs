@@ -25,11 +25,11 @@ impl PrefixKey {
     /// When `tokens` is not one block.
     pub fn child(&self, tokens: &[TokenId]) -> Self {
         assert_eq!(tokens.len(), BLOCK_POSITIONS, "invariant: keys name whole blocks");
-        let mut hasher = blake3::Hasher::new_keyed(&self.0);
-        for token in tokens {
-            hasher.update(&token.0.to_le_bytes());
+        let mut bytes = [0; 4 * BLOCK_POSITIONS];
+        for (bytes, token) in bytes.chunks_exact_mut(4).zip(tokens) {
+            bytes.copy_from_slice(&token.0.to_le_bytes());
         }
-        Self(*hasher.finalize().as_bytes())
+        Self(*blake3::keyed_hash(&self.0, &bytes).as_bytes())
     }
 }
 

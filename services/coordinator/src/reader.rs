@@ -15,7 +15,7 @@ type Message = Result<GenerateResponse, Status>;
 pub struct Reader {
     sender: mpsc::Sender<Message>,
     last: Option<mpsc::OwnedPermit<Message>>,
-    /// What found no room: no more than steps in flight bring after the reader stalled.
+    /// What found no room: no more than steps in flight, and one told with the step that stalled, bring after that.
     backlog: VecDeque<Message>,
 }
 

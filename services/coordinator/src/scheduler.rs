@@ -25,17 +25,14 @@ pub mod plan;
 mod sequence;
 mod waiting;
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    time::Duration,
-};
+use std::{collections::VecDeque, time::Duration};
 
 use paceline_domain::{
     Digest, Epoch, HeldBack, SamplingParams, SequenceId, StepNumber, TokenId, group::BLOCK_POSITIONS,
 };
 use paceline_speculation::{Drafting, StepTimes};
 
-use crate::{ledger::BlockLedger, prefix::PrefixKey};
+use crate::{id_map::IdMap, ledger::BlockLedger, prefix::PrefixKey};
 
 pub use apply::{Applied, Commit, ResultMismatch, Scores, Verified};
 pub use budget::ItlBound;
@@ -139,7 +136,7 @@ pub struct Scheduler {
     waiting: Waiting,
     /// Oldest place first.
     running: Vec<SequenceId>,
-    sequences: BTreeMap<SequenceId, Sequence>,
+    sequences: IdMap<SequenceId, Sequence>,
     /// Sequences that shards have open and the next plan closes.
     closes: Vec<SequenceId>,
     /// Whether every rank copies blocks.
@@ -168,7 +165,7 @@ impl Scheduler {
             next_age: 1,
             waiting: Waiting::new(limits.promote_after),
             running: Vec::new(),
-            sequences: BTreeMap::new(),
+            sequences: IdMap::default(),
             closes: Vec::new(),
             copies_blocks: false,
             in_flight: VecDeque::new(),

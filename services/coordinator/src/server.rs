@@ -4,6 +4,7 @@ use std::{
     future::Future,
     net::SocketAddr,
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use paceline_wire::{
 };
 use tokio::{
     net::TcpListener,
+    runtime::Builder,
     sync::{oneshot, watch},
     task::JoinHandle,
 };
@@ -41,22 +43,44 @@ use crate::{
 
 /// How long clients may take to read their last chunks after a shutdown was asked for.
 const DRAIN: Duration = Duration::from_secs(3);
+/// Name of the thread that serves.
+const THREAD: &str = "coordinator";
 /// Largest request: a prompt of the longest text and its options.
 const MAX_REQUEST_BYTES: usize = 4 << 20;
 
-/// Serves until `shutdown` resolves.
+/// Serves until `shutdown` resolves, on a thread of its own.
 ///
 /// # Errors
 /// When the model cannot be opened or is not supported, a flag is out of range, or the address cannot be bound.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
-    let parts = Parts::open(&config)?;
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
-    serve(parts, config, listener, shutdown).await
+    on_one_thread(async move {
+        let parts = Parts::open(&config)?;
+        let listener = TcpListener::bind(config.listen)
+            .await
+            .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+        serve(parts, config, listener, shutdown).await
+    })
+    .await
 }
 
-/// [`run`] on a listener that is bound already, for who must know the address before.
+/// A step's result sets off a chain of short pieces of work, from the next plan to a write for each client, that wake each
+/// other. Between threads each of these wake-ups is a system call that takes longer than the work; on one thread all
+/// chunks of a connection also become one write. What takes long (tokenizing, grammars) has threads of its own.
+async fn on_one_thread(
+    work: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+) -> anyhow::Result<()> {
+    let runtime = Builder::new_current_thread().thread_name(THREAD).enable_all().build()?;
+    let (ended, outcome) = oneshot::channel();
+    thread::Builder::new().name(THREAD.into()).spawn(move || {
+        let result = runtime.block_on(work);
+        runtime.shutdown_background();
+        // Who has asked is gone when the process ends.
+        let _ = ended.send(result);
+    })?;
+    outcome.await.context("the coordinator's thread has panicked")?
+}
+
+/// [`run`] on the present runtime and a listener that is bound already, for who must know the address before.
 ///
 /// # Errors
 /// As [`run`], but for the address.

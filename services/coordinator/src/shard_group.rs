@@ -178,8 +178,9 @@ impl ShardGroup {
     /// Sends a plan to every rank. A rank that cannot take it is reported by its reader.
     pub fn send(&self, plan: &StepPlan, trace: (String, String)) {
         let plan = Plan { traceparent: trace.0, tracestate: trace.1, ..Plan::from(plan) };
-        for (rank, outbox) in self.outboxes.iter().enumerate() {
-            let message = Some(coordinator_message::Message::Plan(plan.clone()));
+        let plans = std::iter::repeat_n(plan, self.outboxes.len());
+        for ((rank, outbox), plan) in self.outboxes.iter().enumerate().zip(plans) {
+            let message = Some(coordinator_message::Message::Plan(plan));
             if let Err(error) = outbox.try_send(CoordinatorMessage { message }) {
                 tracing::debug!(rank, %error, "plan not sent");
             }

@@ -8,7 +8,7 @@
 //! earlier one; it is a true occurrence all the same.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     hash::{BuildHasher, Hasher, RandomState},
 };
 
@@ -42,10 +42,14 @@ struct State {
     link: u32,
     end: u32,
     count: u32,
+    /// Its first transition, if `next` is not `NONE`: most states have no other one.
+    token: TokenId,
+    next: u32,
+    /// The others, as a list and in the table.
     first_edge: u32,
 }
 
-/// Transitions of a state as a list, so that they can be copied.
+/// Further transitions of a state as a list, so that they can be copied.
 #[derive(Clone, Debug)]
 struct Edge {
     token: TokenId,
@@ -94,6 +98,7 @@ impl Hasher for Folded {
 pub struct SuffixAutomaton {
     states: Vec<State>,
     edges: Vec<Edge>,
+    /// All but the first of each state.
     transitions: HashMap<(u32, TokenId), u32, Seeded>,
     last: u32,
     n_tokens: usize,
@@ -102,15 +107,22 @@ pub struct SuffixAutomaton {
 
 impl Default for SuffixAutomaton {
     fn default() -> Self {
-        let root = State { len: 0, link: NONE, end: 0, count: 0, first_edge: NONE };
         Self {
-            states: vec![root],
+            states: vec![State::new(0, NONE)],
             edges: Vec::new(),
             transitions: HashMap::with_hasher(Seeded::new()),
             last: ROOT,
             n_tokens: 0,
             suffix: None,
         }
+    }
+}
+
+impl State {
+    /// Of a text of so many tokens, without a transition.
+    fn new(n_tokens: usize, link: u32) -> Self {
+        let (end, count) = (n_tokens as u32, u32::from(n_tokens > 0));
+        Self { len: end, link, end, count, token: TokenId(0), next: NONE, first_edge: NONE }
     }
 }
 
@@ -132,7 +144,8 @@ impl SuffixAutomaton {
 
     /// States and transitions: what memory grows with.
     pub fn size(&self) -> (usize, usize) {
-        (self.states.len(), self.edges.len())
+        let n_first = self.states.iter().filter(|state| state.next != NONE).count();
+        (self.states.len(), n_first + self.edges.len())
     }
 
     /// The longest suffix of the text that occurred before. Its `end` is that of an earlier occurrence, and `count` counts
@@ -144,16 +157,9 @@ impl SuffixAutomaton {
     /// Appends a token.
     pub fn push(&mut self, token: TokenId) {
         self.n_tokens += 1;
-        let current = self.add(State {
-            len: self.n_tokens as u32,
-            link: ROOT,
-            end: self.n_tokens as u32,
-            count: 1,
-            first_edge: NONE,
-        });
+        let current = self.add(State::new(self.n_tokens, ROOT));
         let mut state = self.last;
-        while state != NONE && !self.transitions.contains_key(&(state, token)) {
-            self.connect(state, token, current);
+        while state != NONE && self.connect(state, token, current) {
             state = self.states[state as usize].link;
         }
         if state != NONE {
@@ -169,8 +175,8 @@ impl SuffixAutomaton {
     pub fn follow(&self, matched: Option<Match>, token: TokenId) -> Option<Match> {
         let (mut state, mut len) = matched.map_or((ROOT, 0), |matched| (matched.state, matched.len));
         loop {
-            if let Some(next) = self.transitions.get(&(state, token)) {
-                return Some(self.found(*next, len + 1));
+            if let Some(next) = self.next(state, token) {
+                return Some(self.found(next, len + 1));
             }
             state = self.states[state as usize].link;
             if state == NONE {
@@ -190,16 +196,47 @@ impl SuffixAutomaton {
         self.states.len() as u32 - 1
     }
 
-    fn connect(&mut self, from: u32, token: TokenId, to: u32) {
-        self.transitions.insert((from, token), to);
+    fn next(&self, state: u32, token: TokenId) -> Option<u32> {
+        let first = &self.states[state as usize];
+        match first.next {
+            NONE => None,
+            next if first.token == token => Some(next),
+            _ if first.first_edge == NONE => None,
+            _ => self.transitions.get(&(state, token)).copied(),
+        }
+    }
+
+    /// Adds a transition to a state that has none by this token; whether that was so.
+    fn connect(&mut self, from: u32, token: TokenId, to: u32) -> bool {
+        let first = &mut self.states[from as usize];
+        if first.next == NONE {
+            (first.token, first.next) = (token, to);
+            return true;
+        }
+        if first.token == token {
+            return false;
+        }
+        let Entry::Vacant(place) = self.transitions.entry((from, token)) else { return false };
+        place.insert(to);
         let next = std::mem::replace(&mut self.states[from as usize].first_edge, self.edges.len() as u32);
         self.edges.push(Edge { token, next });
+        true
+    }
+
+    /// Changes where the transition of a state by this token leads; there is one.
+    fn redirect(&mut self, from: u32, token: TokenId, to: u32) {
+        let first = &mut self.states[from as usize];
+        if first.token == token {
+            first.next = to;
+        } else {
+            self.transitions.insert((from, token), to);
+        }
     }
 
     /// The state of the new text's longest suffix that occurred before; `state` is the first on the path that has a
     /// transition by the token. A state that also stands for longer strings is split.
     fn suffix_state(&mut self, state: u32, token: TokenId) -> u32 {
-        let next = self.transitions[&(state, token)];
+        let next = self.next(state, token).expect("invariant: it has a transition by the token");
         let len = self.states[state as usize].len + 1;
         if self.states[next as usize].len == len {
             return next;
@@ -212,8 +249,8 @@ impl SuffixAutomaton {
             edge = following;
         }
         let mut state = state;
-        while state != NONE && self.transitions.get(&(state, token)) == Some(&next) {
-            self.transitions.insert((state, token), split);
+        while state != NONE && self.next(state, token) == Some(next) {
+            self.redirect(state, token, split);
             state = self.states[state as usize].link;
         }
         self.states[next as usize].link = split;

@@ -63,6 +63,10 @@ impl StopMatcher {
         if self.matched.is_some() {
             return StopOutput { text: String::new(), matched: self.matched };
         }
+        // Nothing to find: the root is alone.
+        if self.nodes.len() == 1 {
+            return StopOutput { text: text.to_owned(), matched: None };
+        }
         let n_before = self.held.len();
         self.held.push_str(text);
         for (byte_idx, byte) in text.bytes().enumerate() {

@@ -45,11 +45,8 @@ struct Found {
 }
 
 impl Drafter {
-    /// Decides, if a step was done since the last time.
+    /// Decides, once after each step.
     pub(super) fn decide(&mut self, times: &StepTimes, now: Instant) {
-        if !std::mem::take(&mut self.is_due) {
-            return;
-        }
         self.sequences.values_mut().for_each(|sequence| sequence.needs_each_token = false);
         self.check_placement(times);
         let Some(view) = self.view(times) else {

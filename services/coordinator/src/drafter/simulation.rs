@@ -321,10 +321,11 @@ impl World {
     /// As the engine does.
     async fn send_steps(&mut self) {
         loop {
-            self.drafter.prepare(self.scheduler.step_times(), clock());
-            for id in self.n_left.keys() {
-                let needs_each = self.drafter.needs_each_token(*id);
-                self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
+            if self.drafter.prepare(self.scheduler.step_times(), clock()) {
+                for id in self.n_left.keys() {
+                    let needs_each = self.drafter.needs_each_token(*id);
+                    self.scheduler.set_pace(*id, if needs_each { Pace::StepByStep } else { Pace::RunAhead });
+                }
             }
             let open: Vec<_> = self.scheduler.open_to_proposals().collect();
             let times = self.scheduler.step_times();

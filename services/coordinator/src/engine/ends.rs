@@ -7,7 +7,7 @@ use paceline_grammar::GrammarError;
 use paceline_wire::{inference::generate_response::Event as Chunk, status::status};
 use tonic::Status;
 
-use super::{Active, Engine, Event};
+use super::{Active, Engine, Event, Said};
 use crate::{
     client::Client,
     metrics::Broken,
@@ -22,19 +22,15 @@ impl Engine {
         let Some(Active { request, choice, mut output, .. }) = self.remove_choice(id) else { return };
         self.tell_finished(reason, &output, now);
         let Some(client) = self.clients.get_mut(&request) else { return };
-        let finished = Chunk::Finished(output.finished(reason, proposals, now));
+        let event = Chunk::Finished(output.finished(reason, proposals, now));
         let usage = output.usage();
-        if !client.closes(id, usage.n_completion) {
-            if client.push(choice, finished) == Flow::Stalled {
-                self.await_reader(request);
-            }
-            return;
+        let is_last = client.closes(id, usage.n_completion);
+        if is_last {
+            client.span().record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
+            client.span().record("gen_ai.usage.output_tokens", client.n_completion() as i64);
+            self.deadlines.remove(request);
         }
-        client.span().record("gen_ai.usage.input_tokens", i64::from(usage.n_prompt));
-        client.span().record("gen_ai.usage.output_tokens", client.n_completion() as i64);
-        if let Some(client) = self.remove(request) {
-            client.end(choice, finished, self.reader_limit);
-        }
+        self.said.push(Said { request, choice, event, is_last });
     }
 
     /// Nobody hears of a request any more.
@@ -71,7 +67,11 @@ impl Engine {
 
     /// Ends requests that nobody waits for any more, after what they have generated.
     pub(super) fn end_expired(&mut self, now: Instant) {
-        for request in self.deadlines.expired(now) {
+        let expired = self.deadlines.expired(now);
+        if !expired.is_empty() {
+            self.deliver();
+        }
+        for request in expired {
             let Some(client) = self.clients.get_mut(&request) else { continue };
             let mut n_tokens = client.n_completion();
             for id in client.open().to_vec() {

@@ -72,6 +72,7 @@ impl Engine {
             }
         }
         self.scheduler.adopt(sequences);
+        client.open().iter().for_each(|id| self.set_pace(*id));
         if let Some(deadline) = deadline {
             self.deadlines.set(request, deadline);
         }

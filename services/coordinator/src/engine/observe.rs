@@ -1,6 +1,6 @@
 //! What the loop tells of its work: metrics, spans of steps, log lines about preemption. It changes nothing.
 
-use std::{collections::HashMap, time::Instant};
+use std::time::Instant;
 
 use paceline_domain::{FinishReason, RequestId, SequenceId, StepPlan};
 use paceline_telemetry::context;
@@ -10,6 +10,7 @@ use super::{Active, Engine};
 use crate::{
     client::Client,
     drafter,
+    id_map::IdMap,
     metrics::{Levels, Totals},
     output::{Clock, Output},
 };
@@ -74,8 +75,8 @@ impl Engine {
 
 /// A wait for proposals: child of its first request's span, linked to the others'.
 pub(super) fn draft_span(
-    choices: &HashMap<SequenceId, Active>,
-    clients: &HashMap<RequestId, Client>,
+    choices: &IdMap<SequenceId, Active>,
+    clients: &IdMap<RequestId, Client>,
     open: &[drafter::Open],
 ) -> Span {
     let mut asking = clients_of(choices, clients, open.iter().map(|(id, _)| *id)).into_iter();
@@ -87,8 +88,8 @@ pub(super) fn draft_span(
 
 /// The clients of these sequences whose traces somebody will see, each once.
 fn clients_of<'a>(
-    choices: &HashMap<SequenceId, Active>,
-    clients: &'a HashMap<RequestId, Client>,
+    choices: &IdMap<SequenceId, Active>,
+    clients: &'a IdMap<RequestId, Client>,
     sequences: impl Iterator<Item = SequenceId>,
 ) -> Vec<&'a Client> {
     if !clients.values().any(Client::is_traced) {

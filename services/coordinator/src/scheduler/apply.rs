@@ -1,11 +1,12 @@
 //! What a step's result changes: tokens are committed, full blocks of them become known to the prefix cache.
 
-use paceline_domain::{
-    SampledToken, ScoredToken, SequenceChunk, SequenceId, SequenceSamples, StepNumber, StepPlan, StepResult,
-};
+use paceline_domain::{SampledToken, ScoredToken, SequenceId, SequenceSamples, StepNumber, StepResult};
 use paceline_speculation::Drafting;
 
-use super::Scheduler;
+use super::{
+    Scheduler,
+    plan::{Asked, InFlight},
+};
 
 /// A token that is now part of its sequence.
 #[derive(Clone, PartialEq, Debug)]
@@ -78,18 +79,18 @@ impl Scheduler {
         let Some(in_flight) = self.in_flight.pop_front() else {
             return Err(ResultMismatch { wanted: "nothing".into(), found: format!("step {}", result.step) });
         };
-        check(&in_flight.plan, &result)?;
+        check(&in_flight, &result)?;
         self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3, in_flight.drafting);
         let (mut samples, mut scores) = (result.samples.into_iter(), result.scores.into_iter());
         let mut applied = Applied { drafting: in_flight.drafting, ..Applied::default() };
-        for chunk in &in_flight.plan.chunks {
-            let sampled = if chunk.n_sampled > 0 { samples.next() } else { None };
-            let scored = if chunk.scoring.tokens.is_empty() { None } else { scores.next() };
+        for asked in &in_flight.asked {
+            let sampled = if asked.n_sampled > 0 { samples.next() } else { None };
+            let scored = if asked.n_scored > 0 { scores.next() } else { None };
             let answer = Answer {
                 sampled: sampled.map(|samples| samples.tokens).unwrap_or_default(),
                 scored: scored.map(|scores| scores.tokens).unwrap_or_default(),
             };
-            self.settle(in_flight.plan.step, chunk, answer, &mut applied);
+            self.settle(in_flight.step, asked, answer, &mut applied);
         }
         Ok(applied)
     }
@@ -97,19 +98,18 @@ impl Scheduler {
     fn settle(
         &mut self,
         step: StepNumber,
-        chunk: &SequenceChunk,
+        asked: &Asked,
         Answer { sampled, scored }: Answer,
         applied: &mut Applied,
     ) {
-        let id = chunk.sequence;
+        let (id, n_before) = (asked.sequence, asked.end - asked.n_sampled);
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         if !scored.is_empty() {
             let start_pos = sequence.tell(scored.len());
             applied.scores.push(Scores { sequence: id, start_pos, tokens: scored });
         }
-        if chunk.n_sampled > 0 {
-            let n_known = chunk.start_pos as usize + chunk.tokens.len() - chunk.n_sampled as usize + 1;
-            assert_eq!(sequence.tokens.len(), n_known, "invariant: steps are answered in order");
+        if asked.n_sampled > 0 {
+            assert_eq!(sequence.tokens.len(), n_before + 1, "invariant: steps are answered in order");
             sequence.n_unknown -= 1;
             // They were meant for what is no longer the end.
             sequence.proposals.clear();
@@ -117,11 +117,10 @@ impl Scheduler {
         // It may have lost its place, and even have another one, since the plan was made; its tokens are good.
         let has_kept_place = sequence.opened_at.is_some_and(|opened| opened <= step);
         if has_kept_place {
-            sequence.n_computed =
-                chunk.start_pos as usize + chunk.tokens.len() - chunk.n_sampled as usize + sampled.len();
+            sequence.n_computed = n_before + sampled.len();
         }
-        if chunk.n_sampled > 1 {
-            let (n_proposed, n_accepted) = (chunk.n_sampled as usize - 1, sampled.len() - 1);
+        if asked.n_sampled > 1 {
+            let (n_proposed, n_accepted) = (asked.n_sampled - 1, sampled.len() - 1);
             applied.verified.push(Verified { sequence: id, n_proposed, n_accepted });
             if has_kept_place {
                 sequence.is_verifying = false;
@@ -143,16 +142,16 @@ impl Scheduler {
 
 /// Whether the result answers the plan: the same step, for each chunk with sampled rows the proposals that were
 /// sampled and at most one more, and the scores that were asked for.
-fn check(plan: &StepPlan, result: &StepResult) -> Result<(), ResultMismatch> {
-    let sampling = || plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0);
+fn check(plan: &InFlight, result: &StepResult) -> Result<(), ResultMismatch> {
+    let sampling = || plan.asked.iter().filter(|asked| asked.n_sampled > 0);
     let is_answer = (plan.epoch, plan.step) == (result.epoch, result.step)
         && sampling().count() == result.samples.len()
-        && sampling().zip(&result.samples).all(|(chunk, samples)| answers(chunk, samples));
+        && sampling().zip(&result.samples).all(|(asked, samples)| answers(asked, samples));
     let (n_wanted, n_found) = n_scores(plan, result);
     if is_answer && n_wanted == n_found {
         return Ok(());
     }
-    let wanted: Vec<_> = sampling().map(|chunk| (chunk.sequence, chunk.n_sampled)).collect();
+    let wanted: Vec<_> = sampling().map(|asked| (asked.sequence, asked.n_sampled)).collect();
     let found: Vec<_> =
         result.samples.iter().map(|samples| (samples.sequence, samples.tokens.len())).collect();
     Err(ResultMismatch {
@@ -171,16 +170,16 @@ fn check(plan: &StepPlan, result: &StepResult) -> Result<(), ResultMismatch> {
 type ScoreCounts = Vec<(SequenceId, usize)>;
 
 /// Those that are wanted and those that came.
-fn n_scores(plan: &StepPlan, result: &StepResult) -> (ScoreCounts, ScoreCounts) {
-    let wanted = plan.chunks.iter().map(|chunk| (chunk.sequence, chunk.scoring.tokens.len()));
+fn n_scores(plan: &InFlight, result: &StepResult) -> (ScoreCounts, ScoreCounts) {
+    let wanted = plan.asked.iter().map(|asked| (asked.sequence, asked.n_scored));
     let found = result.scores.iter().map(|scores| (scores.sequence, scores.tokens.len()));
     (wanted.filter(|(_, n)| *n > 0).collect(), found.collect())
 }
 
-fn answers(chunk: &SequenceChunk, samples: &SequenceSamples) -> bool {
-    let proposals = &chunk.tokens[chunk.tokens.len() - chunk.n_sampled as usize + 1..];
+fn answers(asked: &Asked, samples: &SequenceSamples) -> bool {
     let Some((_, accepted)) = samples.tokens.split_last() else { return false };
-    samples.sequence == chunk.sequence
+    let proposals = &asked.proposals;
+    samples.sequence == asked.sequence
         && accepted.len() <= proposals.len()
         && accepted.iter().zip(proposals).all(|(sampled, proposed)| sampled.token == *proposed)
 }

@@ -1,6 +1,6 @@
 //! One step: decode rows first, then proposals to verify, then prompts, within one budget of rows.
 
-use paceline_domain::{SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepPlan};
+use paceline_domain::{Epoch, SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepPlan, TokenId};
 use paceline_speculation::{Drafting, Load};
 
 use super::{
@@ -10,13 +10,28 @@ use super::{
     sequence::Next,
 };
 
-/// A plan that was not answered yet.
+/// A plan that was not answered yet, as far as its answer needs it.
 #[derive(Debug)]
 pub(super) struct InFlight {
-    pub(super) plan: StepPlan,
+    pub(super) epoch: Epoch,
+    pub(super) step: StepNumber,
+    pub(super) asked: Vec<Asked>,
     pub(super) load: Load,
     pub(super) drafting: Drafting,
     predicted_ms: Option<f64>,
+}
+
+/// What a chunk asks for.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) sequence: SequenceId,
+    /// Position after its last row.
+    pub(super) end: usize,
+    pub(super) n_sampled: usize,
+    /// Tokens whose log probabilities are wanted.
+    pub(super) n_scored: usize,
+    /// What it verifies.
+    pub(super) proposals: Vec<TokenId>,
 }
 
 /// A step while it is put together.
@@ -52,9 +67,15 @@ impl Scheduler {
             chunks: draft.chunks,
         };
         self.next_step = StepNumber(self.next_step.0 + 1);
-        let predicted_ms = self.times.predict(draft.load);
-        let (load, drafting) = (draft.load, self.drafting_during_next());
-        self.in_flight.push_back(InFlight { plan: plan.clone(), load, drafting, predicted_ms });
+        let (predicted_ms, drafting) = (self.times.predict(draft.load), self.drafting_during_next());
+        self.in_flight.push_back(InFlight {
+            epoch: plan.epoch,
+            step: plan.step,
+            asked: plan.chunks.iter().map(Asked::by).collect(),
+            load: draft.load,
+            drafting,
+            predicted_ms,
+        });
         Some(plan)
     }
 
@@ -164,6 +185,19 @@ impl Scheduler {
         self.counters.n_opened_tokens += n_tokens;
         self.counters.n_cached_tokens += open.cached_tokens.len() as u64;
         Some(open)
+    }
+}
+
+impl Asked {
+    fn by(chunk: &SequenceChunk) -> Self {
+        let (n_rows, n_sampled) = (chunk.tokens.len(), chunk.n_sampled as usize);
+        Self {
+            sequence: chunk.sequence,
+            end: chunk.start_pos as usize + n_rows,
+            n_sampled,
+            n_scored: chunk.scoring.tokens.len(),
+            proposals: chunk.tokens[n_rows - n_sampled.saturating_sub(1)..].to_vec(),
+        }
     }
 }
 

@@ -229,7 +229,8 @@ impl World {
     fn move_family(&mut self, id: SequenceId) {
         let family = self.scheduler.sequences[&id].family;
         let members = self.scheduler.sequences.iter().filter(|(_, one)| one.family == family);
-        let members: Vec<SequenceId> = members.map(|(id, _)| *id).collect();
+        let mut members: Vec<SequenceId> = members.map(|(id, _)| *id).collect();
+        members.sort_unstable();
         let departed = members.iter().filter_map(|id| self.scheduler.take(*id)).collect();
         self.check_blocks();
         self.new_epoch();
