@@ -75,7 +75,7 @@ async fn several_completions_are_told_apart() {
 #[tokio::test]
 async fn the_end_is_held_back_and_the_prompt_is_scored() {
     let cluster = TestCluster::start(ClusterSpec::small(1)).await;
-    let prompt = "What is the capital of France?";
+    let prompt = "What is the capital of France? Answer in one word.";
     let short = json(&generate(&cluster, &["--json", "--max-tokens", "300", prompt]).await);
     let n = short["tokens"].as_array().expect("tokens").len();
     assert!((1..300).contains(&n), "it ends by itself, not after {n} tokens");
