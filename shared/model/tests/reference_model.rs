@@ -64,9 +64,9 @@ fn float_weights_agree_to_rounding() {
 fn quantized_weights_agree_but_for_the_quantization_of_activations() {
     for (name, synthetic) in models::all() {
         let (difference, cosine) = compare(&from_gguf(&synthetic));
-        // Some activations have eight bits in every model.
+        // These models are tiny, and all activations but those of the head have eight bits.
         assert!(
-            cosine > 0.999 && difference < 0.2,
+            cosine > 0.996 && difference < 0.4,
             "{name}: cosine {cosine}, largest difference {difference}"
         );
     }
@@ -82,7 +82,7 @@ fn weights_quantized_at_load_stay_near_the_float_model() {
         let of_draft = |name| Quantization::of_draft(name).expect("a name");
         let (q4_0, q4_1) = (of_draft("q4_0"), of_draft("q4_1"));
         for (quantization, least) in
-            [(Quantization::Q8_0, 0.999), (Quantization::Q4_K, 0.97), (q4_0, 0.92), (q4_1, 0.94)]
+            [(Quantization::Q8_0, 0.996), (Quantization::Q4_K, 0.96), (q4_0, 0.9), (q4_1, 0.92)]
         {
             let (_, cosine) = compare(&rig.with(Setup { quantize: Some(quantization), ..rig.setup }));
             println!("seed {}, {quantization}: cosine {cosine}", synthetic.seed);
