@@ -99,8 +99,8 @@ fn least_cosine(expected: &AllLogits, found: &AllLogits) -> f64 {
 
 /// Between GPUs. Activations are bfloat16: three digits, and rows of small models are short.
 const LEAST_COSINE: f64 = 0.9997;
-/// Between a GPU and a CPU, where some activations are 8-bit codes.
-const LEAST_COSINE_OF_CPU: f64 = 0.999;
+/// Between a GPU and a CPU, where activations are 8-bit codes but for the head of small models.
+const LEAST_COSINE_OF_CPU: f64 = 0.996;
 
 #[test]
 fn all_models_are_near_the_cpu() {
