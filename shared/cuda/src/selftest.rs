@@ -25,7 +25,7 @@ use crate::pack::Kind;
 
 /// Least cosine of a row of logits with the CPU's: activations have eight bits of mantissa here, there some are codes of
 /// eight bits.
-const LEAST_COSINE: f64 = 0.999;
+const LEAST_COSINE: f64 = 0.996;
 /// How long ranks wait for each other.
 const DEADLINE: Duration = Duration::from_secs(120);
 
