@@ -307,9 +307,7 @@ impl Print {
             println!("{line}");
         }
     }
-}
 
-impl Print {
     /// How a group is doing now; `ready` is what is said of all of them.
     fn status(self, group: usize, status: &GroupStatus, ready: &str) {
         match status {

@@ -323,41 +323,18 @@ fn inverse_of(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::encode_testing::{
+        bytes_of, errors_beside_the_oracle, normal, round_trip, squared_error,
+    };
     use crate::testing::Numbers;
-    use candle_core::quantized::{GgmlDType, QTensor};
-    use candle_core::{Device, Tensor};
+    use candle_core::quantized::GgmlDType;
     use proptest::prelude::*;
-
-    fn bytes_of(weights: &[f32]) -> Vec<u8> {
-        weights.iter().flat_map(|weight| weight.to_le_bytes()).collect()
-    }
-
-    /// What the weights have become.
-    fn round_trip(weights: &[f32], to: WeightType) -> Vec<f32> {
-        let mut out = vec![0.0; weights.len()];
-        dequantize_row(to, &requantize_row(WeightType::F32, &bytes_of(weights), to), &mut out);
-        out
-    }
-
-    fn squared_error(a: &[f32], b: &[f32]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
-    }
-
-    /// About normal, as weights are.
-    fn normal(seed: u64, n: usize) -> Vec<f32> {
-        let mut numbers = Numbers::new(seed);
-        (0..n).map(|_| 0.02 * (numbers.value() + numbers.value() + numbers.value())).collect()
-    }
 
     #[test]
     fn errors_are_not_above_those_of_the_oracle() {
         let weights = normal(1, 64 * SUPER_LEN);
-        let tensor = Tensor::from_vec(weights.clone(), weights.len(), &Device::Cpu).unwrap();
         for (to, oracle) in [(WeightType::Q8_0, GgmlDType::Q8_0), (WeightType::Q4_K, GgmlDType::Q4K)] {
-            let theirs = QTensor::quantize(&tensor, oracle).unwrap().dequantize(&Device::Cpu).unwrap();
-            let theirs = squared_error(&theirs.to_vec1::<f32>().unwrap(), &weights);
-            let ours = squared_error(&round_trip(&weights, to), &weights);
-            println!("{}: squared error {ours:.3e}, the oracle's {theirs:.3e}", to.name());
+            let (ours, theirs) = errors_beside_the_oracle(&weights, to, oracle);
             assert!(ours <= 1.001 * theirs, "{}: {ours} is above {theirs}", to.name());
         }
     }

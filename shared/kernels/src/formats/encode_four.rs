@@ -112,37 +112,16 @@ fn inverse_of(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::{GgmlDType, QTensor};
-    use candle_core::{Device, Tensor};
+    use candle_core::quantized::GgmlDType;
     use paceline_domain::WeightType::{self, Q4_0, Q4_1, Q4_K, Q5_0, Q6_K, Q8_0};
     use proptest::prelude::*;
 
     use super::*;
-    use crate::formats::{dequantize_row, requantize_row};
+    use crate::formats::encode_testing::{
+        bytes_of, errors_beside_the_oracle, normal, numbers_of, round_trip, squared_error,
+    };
+    use crate::formats::requantize_row;
     use crate::testing::Numbers;
-
-    fn bytes_of(weights: &[f32]) -> Vec<u8> {
-        weights.iter().flat_map(|weight| weight.to_le_bytes()).collect()
-    }
-
-    fn numbers_of(weight_type: WeightType, bytes: &[u8]) -> Vec<f32> {
-        let mut out = vec![0.0; bytes.len() / weight_type.block_bytes() * weight_type.block_len()];
-        dequantize_row(weight_type, bytes, &mut out);
-        out
-    }
-
-    fn round_trip(weights: &[f32], to: WeightType) -> Vec<f32> {
-        numbers_of(to, &requantize_row(WeightType::F32, &bytes_of(weights), to))
-    }
-
-    fn squared_error(a: &[f32], b: &[f32]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
-    }
-
-    fn normal(seed: u64, n: usize) -> Vec<f32> {
-        let mut numbers = Numbers::new(seed);
-        (0..n).map(|_| 0.02 * (numbers.value() + numbers.value() + numbers.value())).collect()
-    }
 
     /// The plainest coding of one group: the range in 15 steps, each weight to the nearest.
     fn by_definition(group: &[f32], to: WeightType) -> Vec<f32> {
@@ -161,12 +140,8 @@ mod tests {
     #[test]
     fn errors_are_below_those_of_the_oracle() {
         let weights = normal(1, 512 * 32);
-        let tensor = Tensor::from_vec(weights.clone(), weights.len(), &Device::Cpu).unwrap();
         for (to, oracle) in [(Q4_0, GgmlDType::Q4_0), (Q4_1, GgmlDType::Q4_1)] {
-            let theirs = QTensor::quantize(&tensor, oracle).unwrap().dequantize(&Device::Cpu).unwrap();
-            let theirs = squared_error(&theirs.to_vec1::<f32>().unwrap(), &weights);
-            let ours = squared_error(&round_trip(&weights, to), &weights);
-            println!("{}: squared error {ours:.3e}, the oracle's {theirs:.3e}", to.name());
+            let (ours, theirs) = errors_beside_the_oracle(&weights, to, oracle);
             assert!(ours < 0.9 * theirs, "{}: {ours} is not below {theirs}", to.name());
         }
     }
@@ -214,7 +189,8 @@ mod tests {
             }
         }
         for from in [Q5_0, Q6_K] {
-            let bytes: Vec<u8> = (0..from.row_bytes(256).unwrap()).map(|i| (i * 7 % 59) as u8).collect();
+            let bytes: Vec<u8> =
+                (0..from.row_bytes(256).expect("whole blocks")).map(|i| (i * 7 % 59) as u8).collect();
             let expected = requantize_row(WeightType::F32, &bytes_of(&numbers_of(from, &bytes)), Q4_0);
             assert_eq!(requantize_row(from, &bytes, Q4_0), expected, "{from:?}");
         }

@@ -8,6 +8,8 @@
 
 mod encode;
 mod encode_four;
+#[cfg(test)]
+mod encode_testing;
 mod float;
 mod k_quants;
 mod legacy;
