@@ -11,6 +11,7 @@ use std::{
 use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
 use paceline_model::ModelConfig;
+use paceline_serving::{ProcessOptions, listen};
 use paceline_wire::{
     DESCRIPTORS,
     inference::{Model, ServingGroup, inference_server::InferenceServer},
@@ -55,9 +56,7 @@ const MAX_REQUEST_BYTES: usize = 4 << 20;
 pub async fn run(config: Config, shutdown: impl Future<Output = ()> + Send + 'static) -> anyhow::Result<()> {
     on_one_thread(async move {
         let parts = Parts::open(&config)?;
-        let listener = TcpListener::bind(config.listen)
-            .await
-            .with_context(|| format!("cannot listen on {}: is another process there?", config.listen))?;
+        let listener = listen(config.listen).await?;
         serve(parts, config, listener, shutdown).await
     })
     .await
@@ -100,8 +99,7 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     tracing::info!(%address, model = parts.served.model, "coordinator listening");
-    let print = if config.process.events { Print::Events } else { Print::Nothing };
-    print.event(format_args!("{{\"event\":\"listening\",\"address\":\"{address}\"}}"));
+    config.process.listening(address);
 
     let metrics = Arc::new(Metrics::new().context("metrics")?);
     let n_vocab = parts.served.n_vocab;
@@ -113,7 +111,7 @@ async fn serve(
     let http = Http::start(&config, &metrics, groups.status()).await?;
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let ready = ready_fields(&config, address, http.address);
-    tokio::spawn(announce(groups.status().clone(), health_reporter, print, ready));
+    tokio::spawn(announce(groups.status().clone(), health_reporter, config.process, ready));
 
     let service = InferenceService {
         served: parts.served,
@@ -181,10 +179,8 @@ impl Http {
         metrics: &Arc<Metrics>,
         status: &watch::Receiver<Vec<GroupStatus>>,
     ) -> anyhow::Result<Self> {
-        let Some(listen) = config.http_listen else { return Ok(Self { address: None, server: None }) };
-        let listener = TcpListener::bind(listen)
-            .await
-            .with_context(|| format!("cannot listen on {listen} for HTTP: is another process there?"))?;
+        let Some(address) = config.http_listen else { return Ok(Self { address: None, server: None }) };
+        let listener = listen(address).await.context("the HTTP port")?;
         let address = listener.local_addr()?;
         tracing::info!(%address, "metrics and health by HTTP");
         let serving = http::serve(listener, metrics.clone(), status.clone());
@@ -295,36 +291,22 @@ impl Parts {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Print {
-    Events,
-    Nothing,
-}
-
-impl Print {
-    fn event(self, line: std::fmt::Arguments<'_>) {
-        if self == Self::Events {
-            println!("{line}");
-        }
-    }
-
-    /// How a group is doing now; `ready` is what is said of all of them.
-    fn status(self, group: usize, status: &GroupStatus, ready: &str) {
-        match status {
-            GroupStatus::Ready { n_ranks, weight_bytes, saved_bytes, .. } => self.event(format_args!(
-                "{{\"event\":\"ready\",\"group\":{group},{ready},\"ranks\":{n_ranks},\"weight_bytes\":{weight_bytes},\
-                 \"saved_bytes\":{saved_bytes}}}"
-            )),
-            GroupStatus::Loading { rank, done_bytes, total_bytes } => self.event(format_args!(
-                "{{\"event\":\"loading\",\"group\":{group},\"rank\":{rank},\"done_bytes\":{done_bytes},\
-                 \"total_bytes\":{total_bytes}}}"
-            )),
-            GroupStatus::Forming(None) => {}
-            GroupStatus::Forming(Some(problem)) => self.event(format_args!(
-                "{{\"event\":\"forming\",\"group\":{group},\"problem\":{}}}",
-                json_string(problem)
-            )),
-        }
+/// How a group is doing now; `ready` is what is said of all of them.
+fn tell(process: ProcessOptions, group: usize, status: &GroupStatus, ready: &str) {
+    match status {
+        GroupStatus::Ready { n_ranks, weight_bytes, saved_bytes, .. } => process.event(format_args!(
+            "{{\"event\":\"ready\",\"group\":{group},{ready},\"ranks\":{n_ranks},\"weight_bytes\":{weight_bytes},\
+             \"saved_bytes\":{saved_bytes}}}"
+        )),
+        GroupStatus::Loading { rank, done_bytes, total_bytes } => process.event(format_args!(
+            "{{\"event\":\"loading\",\"group\":{group},\"rank\":{rank},\"done_bytes\":{done_bytes},\
+             \"total_bytes\":{total_bytes}}}"
+        )),
+        GroupStatus::Forming(None) => {}
+        GroupStatus::Forming(Some(problem)) => process.event(format_args!(
+            "{{\"event\":\"forming\",\"group\":{group},\"problem\":{}}}",
+            json_string(problem)
+        )),
     }
 }
 
@@ -332,7 +314,7 @@ impl Print {
 async fn announce(
     mut status: watch::Receiver<Vec<GroupStatus>>,
     health: HealthReporter,
-    print: Print,
+    process: ProcessOptions,
     ready: String,
 ) {
     let mut told = Vec::new();
@@ -346,7 +328,7 @@ async fn announce(
             health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         }
         for (group, status) in now.iter().enumerate().filter(|(group, new)| told.get(*group) != Some(*new)) {
-            print.status(group, status, &ready);
+            tell(process, group, status, &ready);
         }
         told = now;
         if status.changed().await.is_err() {
