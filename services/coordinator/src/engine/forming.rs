@@ -25,17 +25,12 @@ impl Engine {
             tokio::time::sleep(delay).await;
             let (rank_events, forwarded) = mpsc::channel(64);
             tokio::spawn(forward(forwarded, events.clone()));
-            let (loading, mut reports) = mpsc::channel::<LoadReport>(64);
-            let formed = async move {
-                let outcome = ShardGroup::form(&spec, epoch, loading, rank_events).await;
-                let _ = events.send(Event::Formed(outcome)).await;
-            };
-            let watched = async move {
-                while let Some((rank, done_bytes, total_bytes)) = reports.recv().await {
-                    member.tell(GroupStatus::Loading { rank, done_bytes, total_bytes });
-                }
-            };
-            tokio::join!(formed, watched);
+            let (loading, reports) = mpsc::channel(64);
+            let forming = ShardGroup::form(&spec, epoch, loading, rank_events);
+            let outcome = while_telling(forming, reports, |(rank, done_bytes, total_bytes)| {
+                member.tell(GroupStatus::Loading { rank, done_bytes, total_bytes });
+            });
+            let _ = events.send(Event::Formed(outcome.await)).await;
         });
     }
 
@@ -125,5 +120,39 @@ async fn forward(mut ranks: mpsc::Receiver<RankEvent>, events: mpsc::Sender<Even
         if events.send(Event::Rank(event)).await.is_err() {
             return;
         }
+    }
+}
+
+/// What comes of forming a group, when all that it reports has been told: a report that is told later would say of a group
+/// that is ready that it loads.
+async fn while_telling<T>(
+    forming: impl Future<Output = T>,
+    mut reports: mpsc::Receiver<LoadReport>,
+    mut tell: impl FnMut(LoadReport),
+) -> T {
+    let telling = async {
+        while let Some(report) = reports.recv().await {
+            tell(report);
+        }
+    };
+    tokio::join!(forming, telling).0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn all_of_loading_is_told_before_the_group_is_there() {
+        let (loading, reports) = mpsc::channel(8);
+        let forming = async move {
+            for done in 1..=3 {
+                loading.send((0, done, 3)).await.expect("room");
+            }
+            "formed"
+        };
+        let mut told = Vec::new();
+        let outcome = while_telling(forming, reports, |(_, done, _)| told.push(done)).await;
+        assert_eq!((outcome, told), ("formed", vec![1, 2, 3]));
     }
 }
