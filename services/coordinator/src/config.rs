@@ -65,7 +65,7 @@ pub struct Config {
     #[arg(long, env = "PACELINE_MAX_SEQUENCES", default_value_t = 64)]
     pub max_sequences: usize,
     /// Milliseconds that decoding sequences may wait between two tokens while prompts are read; prompts always get a
-    /// fifth of the time [default: about twice the time without prompts]
+    /// fifth of the time [default: about twice the time without prompts while one is read, more while there are several]
     #[arg(long, env = "PACELINE_ITL_BOUND_MS")]
     pub itl_bound_ms: Option<u32>,
     /// Milliseconds a step may be expected to take for the next one to be sent before it is done; 0 always waits

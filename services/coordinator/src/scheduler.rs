@@ -133,6 +133,8 @@ pub struct Scheduler {
     next_step: StepNumber,
     next_sequence: u64,
     next_age: u64,
+    /// Tokens of prompts in all plans.
+    n_read: u64,
     waiting: Waiting,
     /// Oldest place first.
     running: Vec<SequenceId>,
@@ -163,6 +165,7 @@ impl Scheduler {
             next_step: StepNumber(1),
             next_sequence: 1,
             next_age: 1,
+            n_read: 0,
             waiting: Waiting::new(limits.promote_after),
             running: Vec::new(),
             sequences: IdMap::default(),

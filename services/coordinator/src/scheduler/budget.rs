@@ -7,8 +7,12 @@ use paceline_speculation::{Load, StepTimes};
 
 /// Rows that proposals leave to prompts.
 pub const ROWS_FOR_PROMPTS: usize = 16;
-/// What a step with prompts may take compared with one of decode rows alone: twice, less what is around a step.
-const RELATIVE_BOUND: f64 = 1.8;
+/// What a step with prompts may take compared with one of decode rows alone: twice, less what is around a step; and at most,
+/// when there are more prompts than rows that decode.
+const RELATIVE_BOUND: (f64, f64) = (1.8, 8.0);
+/// Time between tokens that is fast enough for whoever reads them while several prompts wait: 25 tokens a second. Each of them
+/// makes a step longer up to that.
+const FAST_ENOUGH_MS: f64 = 40.0;
 /// What a step with prompts may always take compared with one of decode rows alone, however tight the bound is. With at
 /// least one row, prompts never starve.
 const LEAST_BOUND: f64 = 1.25;
@@ -16,19 +20,28 @@ const LEAST_BOUND: f64 = 1.25;
 /// How long decoding sequences may wait between two tokens while prompts are read.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum ItlBound {
-    /// About twice as long as without prompts.
+    /// About twice as long as without prompts while one is read; longer while there are several, up to 40 ms, or as long as
+    /// gives each prompt the time of a sequence that decodes.
     Twice,
     /// So many milliseconds.
     Millis(f64),
 }
 
-/// Rows for prompts in a step that has `decoding` already and room for `n_rows_left` more. The first prompt goes on at
-/// `start_pos`.
+/// Prompts that are not read to their ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unread {
+    /// How many.
+    pub n_prompts: usize,
+    /// Where the first one goes on.
+    pub start_pos: usize,
+}
+
+/// Rows for prompts in a step that has `decoding` already and room for `n_rows_left` more.
 pub fn prefill_rows(
     times: &StepTimes,
     bound: ItlBound,
     decoding: Load,
-    start_pos: usize,
+    unread: Unread,
     n_rows_left: usize,
 ) -> usize {
     if decoding.n_rows == 0 {
@@ -37,11 +50,16 @@ pub fn prefill_rows(
     // Once for each class of row counts a step goes without prompts, or nobody would know what they add.
     let Some(alone_ms) = times.predict(decoding).filter(|_| times.knows(decoding.n_rows)) else { return 0 };
     let bound_ms = match bound {
-        ItlBound::Twice => RELATIVE_BOUND * alone_ms,
+        ItlBound::Twice => {
+            let n_prompts = unread.n_prompts as f64;
+            let shares = 1.0 + n_prompts / decoding.n_rows as f64;
+            let fair_ms = shares.clamp(RELATIVE_BOUND.0, RELATIVE_BOUND.1) * alone_ms;
+            fair_ms.max((RELATIVE_BOUND.0 * n_prompts * alone_ms).min(FAST_ENOUGH_MS))
+        }
         ItlBound::Millis(ms) => ms.max(LEAST_BOUND * alone_ms),
     };
     let fits = |n_rows: usize| {
-        let load = decoding.and(Load::rows(start_pos, n_rows));
+        let load = decoding.and(Load::rows(unread.start_pos, n_rows));
         times.predict(load).is_some_and(|ms| ms <= bound_ms)
     };
     let least = n_rows_left.min(1);
@@ -53,17 +71,33 @@ pub fn prefill_rows(
     fitting
 }
 
-/// Shares rows among prompts that want so many each, oldest first. The oldest has at least half, the others the rest,
-/// short ones first: a long prompt makes nobody wait for its end, and short ones never stop it.
-pub fn share(n_rows: usize, wanted: &[usize]) -> Vec<usize> {
+/// A prompt in want of rows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// Tokens it has to read.
+    pub n_tokens: usize,
+    /// See [`turn`].
+    pub turn: u64,
+}
+
+/// When a prompt's turn comes, counted in tokens of all prompts: half its own length after it came. So short ones pass long
+/// ones, and a long one lets pass what came before it and half its own length more (start-time fair queueing
+/// knows such tags: Goyal, Vin and Cheng 1996).
+pub fn turn(n_read: u64, n_tokens: usize) -> u64 {
+    n_read + n_tokens as u64 / 2
+}
+
+/// Shares rows among prompts, oldest first. The oldest has at least half, the others the rest, by their turns: a long
+/// prompt makes nobody wait for its end, and short ones never stop it.
+pub fn share(n_rows: usize, wanted: &[Wanted]) -> Vec<usize> {
     let Some(oldest) = wanted.first() else { return Vec::new() };
     let mut granted = vec![0; wanted.len()];
-    granted[0] = n_rows.div_ceil(2).min(*oldest);
+    granted[0] = n_rows.div_ceil(2).min(oldest.n_tokens);
     let mut n_left = n_rows - granted[0];
     let mut others: Vec<usize> = (1..wanted.len()).collect();
-    others.sort_by_key(|i| wanted[*i]);
+    others.sort_by_key(|i| wanted[*i].turn);
     for i in others.into_iter().chain([0]) {
-        let more = n_left.min(wanted[i] - granted[i]);
+        let more = n_left.min(wanted[i].n_tokens - granted[i]);
         granted[i] += more;
         n_left -= more;
     }
@@ -89,7 +123,8 @@ mod tests {
     #[test]
     fn prompts_take_what_the_bound_leaves() {
         let decoding = Load { n_rows: 2, n_keys: 0 };
-        let rows = |bound, decoding, left| prefill_rows(&times(), bound, decoding, 0, left);
+        let one = Unread { n_prompts: 1, start_pos: 0 };
+        let rows = |bound, decoding, left| prefill_rows(&times(), bound, decoding, one, left);
         assert_eq!(rows(ItlBound::Millis(40.0), Load::default(), 256), 256, "nobody waits for tokens");
         assert_eq!(rows(ItlBound::Millis(40.1), decoding, 254), 60);
         assert_eq!(rows(ItlBound::Twice, decoding, 254), 15);
@@ -102,22 +137,55 @@ mod tests {
     }
 
     #[test]
+    fn many_prompts_beside_few_that_decode_have_their_part_of_a_step() {
+        let decoding = Load { n_rows: 2, n_keys: 0 };
+        let rows = |bound, n_prompts| {
+            let unread = Unread { n_prompts, start_pos: 0 };
+            prefill_rows(&times(), bound, decoding, unread, 254)
+        };
+        let found = [1, 2, 6, 14, 60].map(|n_prompts| rows(ItlBound::Twice, n_prompts));
+        assert_eq!(found, [15, 51, 60, 138, 138], "a step of 9.9 ms by 1.8, 3.6, 40 ms, by 8 and no more");
+        assert_eq!(rows(ItlBound::Millis(40.1), 60), 60, "what was asked for holds for any number");
+    }
+
+    /// Prompts that came one after the other when so many tokens of others had been read.
+    fn wanted(prompts: &[(u64, usize)]) -> Vec<Wanted> {
+        let wanted = |(n_read, n_tokens): &(u64, usize)| Wanted {
+            n_tokens: *n_tokens,
+            turn: turn(*n_read, *n_tokens),
+        };
+        prompts.iter().map(wanted).collect()
+    }
+
+    #[test]
     fn the_oldest_has_half_and_short_ones_go_first() {
-        assert!(share(64, &[]).is_empty());
-        assert_eq!(share(64, &[6000]), [64]);
-        assert_eq!(share(64, &[6000, 6000]), [32, 32]);
-        assert_eq!(share(64, &[6000, 500, 10]), [32, 22, 10]);
-        assert_eq!(share(64, &[6000, 5, 10]), [49, 5, 10]);
-        assert_eq!(share(64, &[5, 100, 100]), [5, 59, 0]);
-        assert_eq!(share(1, &[6000, 5]), [1, 0]);
+        let share = |n_tokens: &[usize]| {
+            let prompts: Vec<_> = n_tokens.iter().map(|n_tokens| (0, *n_tokens)).collect();
+            share(64, &wanted(&prompts))
+        };
+        assert!(share(&[]).is_empty());
+        assert_eq!(share(&[6000]), [64]);
+        assert_eq!(share(&[6000, 6000]), [32, 32]);
+        assert_eq!(share(&[6000, 500, 10]), [32, 22, 10]);
+        assert_eq!(share(&[6000, 5, 10]), [49, 5, 10]);
+        assert_eq!(share(&[5, 100, 100]), [5, 59, 0]);
+        assert_eq!(super::share(1, &wanted(&[(0, 6000), (0, 5)])), [1, 0]);
+    }
+
+    #[test]
+    fn short_ones_pass_a_long_one_until_its_turn_comes() {
+        let share = |n_read| share(64, &wanted(&[(0, 6000), (0, 1000), (n_read, 20)]));
+        assert_eq!(share(400), [32, 12, 20]);
+        assert_eq!(share(600), [32, 32, 0]);
     }
 
     proptest! {
         #[test]
-        fn nothing_is_left_while_somebody_wants_it(n_rows in 0usize..300, wanted in prop::collection::vec(1usize..300, 0..9)) {
-            let granted = share(n_rows, &wanted);
-            prop_assert!(granted.iter().zip(&wanted).all(|(granted, wanted)| granted <= wanted));
-            prop_assert_eq!(granted.iter().sum::<usize>(), n_rows.min(wanted.iter().sum()));
+        fn nothing_is_left_while_somebody_wants_it(n_rows in 0usize..300, prompts in prop::collection::vec((0u64..99, 1usize..300), 0..9)) {
+            let granted = share(n_rows, &wanted(&prompts));
+            prop_assert!(granted.iter().zip(&prompts).all(|(granted, (_, wanted))| granted <= wanted));
+            let all: usize = prompts.iter().map(|(_, wanted)| wanted).sum();
+            prop_assert_eq!(granted.iter().sum::<usize>(), n_rows.min(all));
         }
     }
 }

@@ -5,7 +5,7 @@ use paceline_speculation::{Drafting, Load};
 
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
-    budget::{ROWS_FOR_PROMPTS, prefill_rows, share},
+    budget::{ROWS_FOR_PROMPTS, Unread, Wanted, prefill_rows, share, turn},
     fairness::favour,
     sequence::Next,
 };
@@ -148,7 +148,7 @@ impl Scheduler {
             prompts.push(id);
         }
         let Some(first) = prompts.first() else { return };
-        let start = self.sequences[first].n_planned;
+        let unread = Unread { n_prompts: prompts.len(), start_pos: self.sequences[first].n_planned };
         let pending = |id: &SequenceId| match self.copy_for(*id) {
             Some(_) => 1,
             None => self.sequences[id].tokens.len() - self.sequences[id].n_planned,
@@ -162,15 +162,26 @@ impl Scheduler {
             n_spare -= n_spare.min(*wanted);
         }
         let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
-        let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, start, n_rows_left);
-        let mut granted = share(n_rows, &wanted);
+        let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, unread, n_rows_left);
+        let mut granted = share(n_rows, &self.by_turns(&prompts, &wanted));
         let n_unused = n_rows_left - granted.iter().sum::<usize>();
         favour(&mut granted, &wanted, &self.are_light(&prompts), n_unused);
+        self.n_read += granted.iter().sum::<usize>() as u64;
         for (id, n) in prompts.into_iter().zip(granted).filter(|(_, n)| *n > 0) {
             let open = self.open(id);
             let chunk = self.sequence(id).chunk(id, n);
             draft.add(open, chunk);
         }
+    }
+
+    /// What prompts want, with the turns that they got when they wanted something first.
+    fn by_turns(&mut self, prompts: &[SequenceId], n_tokens: &[usize]) -> Vec<Wanted> {
+        let n_read = self.n_read;
+        let wanted = |(id, n_tokens): (&SequenceId, &usize)| Wanted {
+            n_tokens: *n_tokens,
+            turn: *self.sequence(*id).turn.get_or_insert(turn(n_read, *n_tokens)),
+        };
+        prompts.iter().zip(n_tokens).map(wanted).collect()
     }
 
     /// What the shards must know of a sequence they do not know yet.

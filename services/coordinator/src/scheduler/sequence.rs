@@ -37,6 +37,8 @@ pub(super) struct Sequence {
     pub(super) is_held: bool,
     /// Order of first places; kept when the place is lost.
     pub(super) age: Option<u64>,
+    /// When its prompt's turn comes; kept likewise.
+    pub(super) turn: Option<u64>,
     pub(super) n_preempted: u32,
     /// Committed tokens whose keys and values the shards have.
     pub(super) n_computed: usize,
@@ -92,6 +94,7 @@ impl Sequence {
             siblings: Vec::new(),
             is_held: false,
             age: None,
+            turn: None,
             n_preempted: 0,
             n_computed: 0,
             n_planned: 0,
