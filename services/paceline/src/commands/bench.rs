@@ -35,6 +35,9 @@ use crate::{
     progress::Progress,
 };
 
+/// Measurements of a shape unless `--repeat` says otherwise.
+const SHAPE_REPEATS: usize = 5;
+
 /// Measures the engine on a model, or the limits of this machine.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
@@ -66,7 +69,10 @@ memory stands beside it, because on a machine that is shared the best is seldom 
 
 With --prompts a cluster of services is started instead, and each prompt is answered in each mode of speculation in turn,
 greedily: tokens_per_s is after the first token, speedup that beside mode off, total with the time of the prompt,
-acceptance of proposed tokens, tokens_per_pass of a sequence, identical whether all tokens are those of mode off.")]
+acceptance of proposed tokens, tokens_per_pass of a sequence, identical whether all tokens are those of mode off. With --repeat
+each prompt goes through all modes so often, and the median of each mode counts. Speedup_min is the prompt that gains least: the
+median of its ratios to mode off of the same round. What equal work differs by is seen with `--speculate off,off`: the second
+off is compared with the first as every mode is.")]
 pub struct BenchArgs {
     /// Catalogue name, .gguf or .safetensors file, or model directory [default: first of the catalogue]
     #[arg(long, short, value_name = "NAME|PATH")]
@@ -89,9 +95,9 @@ pub struct BenchArgs {
     /// Ranks to split the model over
     #[arg(long, value_name = "N", default_value = "1")]
     ranks: NonZeroUsize,
-    /// Measurements of each shape
-    #[arg(long, value_name = "N", default_value = "5")]
-    repeat: NonZeroUsize,
+    /// Measurements of each shape, or of each prompt in each mode [default: 5 of a shape, 1 of a prompt]
+    #[arg(long, value_name = "N")]
+    repeat: Option<NonZeroUsize>,
     /// Rows of one pass over a prompt; longer prompts take several passes
     #[arg(long, value_name = "N", default_value = "512")]
     pass_rows: NonZeroUsize,
@@ -150,7 +156,9 @@ impl BenchArgs {
 pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()> {
     if args.speculation.prompts.is_some() {
         let format = if args.json { speculation::Format::Json } else { speculation::Format::Table };
-        return speculation::compare(&args.speculation, &args.cluster(), places, format).await;
+        let n_repeats = args.repeat.map_or(1, NonZeroUsize::get);
+        let wanted = speculation::Wanted { args: &args.speculation, n_repeats, format };
+        return speculation::compare(&wanted, &args.cluster(), places).await;
     }
     let (mut interrupts, progress) = (Interrupts::listen()?, Progress::to_stderr());
     let kernels = kernels(&args.isa)?;
@@ -162,7 +170,8 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         return write_stdout(&interruptible(work, &mut interrupts).await?);
     }
     let (path, model) = places.obtain(args.model.as_deref(), &progress, &mut interrupts).await?;
-    let (ranks, shapes, n_repeats) = (args.ranks.get(), args.shapes.clone(), args.repeat.get());
+    let (ranks, shapes, n_repeats) =
+        (args.ranks.get(), args.shapes.clone(), args.repeat.map_or(SHAPE_REPEATS, NonZeroUsize::get));
     let (device, pass_rows) = (args.device.clone(), args.pass_rows.get());
     let (quantize, kv_type) = (args.quantize_alone()?, args.kv_type);
     let n_tokens = args.speculation.draft_weights.draft_vocabulary;

@@ -26,6 +26,7 @@ use crate::{
     draft_weights::DraftWeights,
     interrupt::Interrupts,
     options::{ClusterOptions, ModelPlaces, Speculate},
+    process::Log,
     progress::Progress,
 };
 
@@ -36,7 +37,7 @@ const WARM_UP_TOKENS: u32 = 32;
 #[derive(Args, Clone, Debug)]
 pub struct SpeculationArgs {
     /// Compare modes of speculation on a cluster of services with these prompts: one JSON object a line, with class and prompt
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["shapes", "machine", "repeat"], help_heading = "Speculation")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shapes", "machine"], help_heading = "Speculation")]
     pub prompts: Option<PathBuf>,
     /// Draft model, as catalogue name or path
     #[arg(long, value_name = "NAME|PATH", requires = "prompts", help_heading = "Speculation")]
@@ -47,7 +48,7 @@ pub struct SpeculationArgs {
     /// Without prompts they are about --model itself.
     #[command(flatten, next_help_heading = "Speculation")]
     pub draft_weights: DraftWeights,
-    /// Modes to compare; off is measured in any case
+    /// Modes to compare; off is measured in any case, and a second time when it is given twice
     #[arg(
         long,
         value_name = "MODES",
@@ -102,15 +103,25 @@ pub enum Format {
     Table,
 }
 
+/// What to compare, how often, and how to write it.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// Prompts and modes.
+    pub args: &'a SpeculationArgs,
+    /// Times that each prompt goes through all modes.
+    pub n_repeats: usize,
+    /// How results are written.
+    pub format: Format,
+}
+
 /// Runs the comparison and writes its results, class by class.
 ///
 /// # Errors
 /// When prompts or models cannot be had, the cluster fails, or the user interrupts.
 pub async fn compare(
-    args: &SpeculationArgs,
+    &Wanted { args, n_repeats, format }: &Wanted<'_>,
     options: &ClusterOptions,
     places: &ModelPlaces,
-    format: Format,
 ) -> anyhow::Result<()> {
     let file = args.prompts.as_deref().context("no --prompts are given")?;
     let classes = read_prompts(file, args)?;
@@ -119,13 +130,18 @@ pub async fn compare(
     let model = places.obtain(options.model.as_deref(), &progress, &mut interrupts).await?;
     let mut spec = embedded_spec(options, model, "127.0.0.1:0")?;
     spec.draft = options.draft_spec(places, &progress, &mut interrupts).await?;
-    spec.env.push(("PACELINE_LOG".into(), "warn".into()));
+    if ["PACELINE_LOG", "RUST_LOG"].iter().any(|name| std::env::var_os(name).is_some()) {
+        spec.log = Log::Forward;
+    } else {
+        spec.env.push(("PACELINE_LOG".into(), "warn".into()));
+    }
     let mut cluster = start(&spec, &progress, &mut interrupts).await?;
     let address = cluster.address();
     let measured = async {
         let mut client = connect(&address).await?;
         let model = served_model(&mut client, None).await?;
-        Comparison { client, model, modes, max_tokens: args.max_tokens, format }.run(args, &classes).await
+        let max_tokens = args.max_tokens;
+        Comparison { client, model, modes, n_repeats, max_tokens, format }.run(args, &classes).await
     };
     let result = tokio::select! {
         result = measured => result,
@@ -138,13 +154,15 @@ pub async fn compare(
     }
 }
 
-/// Off first: the others are compared with it.
+/// Off first: the others are compared with it, a second off too. Else each mode once.
 fn modes(args: &SpeculationArgs) -> anyhow::Result<Vec<Speculate>> {
+    if args.speculate.contains(&Speculate::Draft) && args.draft.is_none() {
+        bail!("mode draft needs --draft MODEL; without one give --speculate off,ngram");
+    }
     let mut modes = vec![Speculate::Off];
+    let n_off = args.speculate.iter().filter(|mode| **mode == Speculate::Off).count();
+    modes.extend((n_off > 1).then_some(Speculate::Off));
     for mode in &args.speculate {
-        if *mode == Speculate::Draft && args.draft.is_none() {
-            bail!("mode draft needs --draft MODEL; without one give --speculate off,ngram");
-        }
         if !modes.contains(mode) {
             modes.push(*mode);
         }
@@ -182,6 +200,7 @@ struct Comparison {
     client: InferenceClient<Channel>,
     model: Model,
     modes: Vec<Speculate>,
+    n_repeats: usize,
     max_tokens: u32,
     format: Format,
 }
@@ -238,21 +257,24 @@ impl Comparison {
         rows.map(|(mode, tally)| tally.proposals().rows((class, batch, &name(*mode)))).collect()
     }
 
-    /// All modes in turn with each group of prompts, another one first each time.
+    /// Each group of prompts in all modes in turn, as often as is wanted, and another mode first each time: what the
+    /// machine does for a while is done to all modes alike.
     async fn class(&self, prompts: &[String], batch: usize) -> anyhow::Result<Vec<Tally>> {
         let n_modes = self.modes.len();
         let mut tallies = vec![Tally::default(); n_modes];
         for (turn, start) in (0..prompts.len()).step_by(batch).enumerate() {
             let group: Vec<String> = prompts.iter().cycle().skip(start).take(batch).cloned().collect();
-            let mut answers = vec![Vec::new(); n_modes];
-            for i in (0..n_modes).map(|i| (turn + i) % n_modes) {
-                let mode = self.modes[i];
-                // The prefix cache of one tenant knows nothing of another's prompts: each mode reads them anew.
-                let tenant = format!("{}-{batch}-{turn}", name(mode));
-                answers[i] = self.together(&group, mode, (&tenant, self.max_tokens)).await?;
+            let mut rounds = vec![Vec::new(); n_modes];
+            for round in 0..self.n_repeats {
+                for i in (0..n_modes).map(|i| (turn + round + i) % n_modes) {
+                    let mode = self.modes[i];
+                    // The prefix cache of one tenant knows nothing of another's prompts: all are read anew.
+                    let tenant = format!("{}-{i}-{batch}-{turn}-{round}", name(mode));
+                    rounds[i].push(self.together(&group, mode, (&tenant, self.max_tokens)).await?);
+                }
             }
-            for (tally, answers_of_mode) in tallies.iter_mut().zip(&answers) {
-                tally.add(answers_of_mode, &answers[0]);
+            for (tally, of_mode) in tallies.iter_mut().zip(&rounds) {
+                tally.add(of_mode, &rounds[0]);
             }
         }
         Ok(tallies)
