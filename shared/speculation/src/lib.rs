@@ -7,7 +7,8 @@
 //! # Layout
 //! * [`proposal`] – proposed tokens and where they come from
 //! * [`suffix_automaton`] – all substrings of a growing text, and where they were last
-//! * [`ngram`] – proposes what followed the longest suffix that occurred before
+//! * [`alignment`] – where a text copies from, over small changes
+//! * [`ngram`] – proposes what followed the longest suffix that occurred before, or follows in what is copied
 //! * [`acceptance`] – how often proposals are accepted, by source, position and confidence
 //! * [`step_times`] – how long a step takes, learnt from the steps that were measured
 //! * [`account`] – what speculation may lose
@@ -19,6 +20,7 @@
 
 pub mod acceptance;
 pub mod account;
+pub mod alignment;
 pub mod breaker;
 pub mod controller;
 pub mod ngram;

@@ -1,8 +1,10 @@
-//! Proposes what followed the longest suffix of a request's tokens that occurred before: prompt lookup. It needs no model,
-//! and only tokens that are committed are indexed, so there is nothing to roll back.
+//! Proposes what followed the longest suffix of a request's tokens that occurred before: prompt lookup; and, where a longer
+//! stretch is copied with small changes, what follows in the original. It needs no model, and only tokens that are
+//! committed are indexed, so there is nothing to roll back.
 
 use paceline_domain::TokenId;
 
+use crate::alignment::Alignment;
 use crate::proposal::{ProposedToken, Source};
 use crate::suffix_automaton::{Match, SuffixAutomaton};
 
@@ -13,11 +15,13 @@ pub struct NgramConfig {
     pub min_match: usize,
     /// Tokens the index is made of: at least this many of the last ones, at most twice as many.
     pub window: usize,
+    /// Tokens in a row that may differ from what is copied; 0 follows no copy over a change.
+    pub max_astray: usize,
 }
 
 impl Default for NgramConfig {
     fn default() -> Self {
-        Self { min_match: 2, window: 16_384 }
+        Self { min_match: 2, window: 16_384, max_astray: 6 }
     }
 }
 
@@ -30,6 +34,9 @@ pub struct NgramProposer {
     /// Where the index begins in `tokens`.
     base: usize,
     automaton: SuffixAutomaton,
+    /// What the last indexed tokens are copied from, over changes; and a place that may turn out to be the better one.
+    alignment: Option<Alignment>,
+    rival: Option<Alignment>,
 }
 
 impl NgramProposer {
@@ -39,7 +46,8 @@ impl NgramProposer {
     /// When a limit is 0.
     pub fn new(config: NgramConfig) -> Self {
         assert!(config.min_match > 0 && config.window > 0, "{config:?} has no room");
-        Self { config, tokens: Vec::new(), base: 0, automaton: SuffixAutomaton::new() }
+        let automaton = SuffixAutomaton::new();
+        Self { config, tokens: Vec::new(), base: 0, automaton, alignment: None, rival: None }
     }
 
     /// The committed tokens.
@@ -59,11 +67,35 @@ impl NgramProposer {
         if self.tokens.len() - self.base > 2 * self.config.window {
             self.base = self.tokens.len() - self.config.window;
             self.automaton = SuffixAutomaton::new();
+            (self.alignment, self.rival) = (None, None);
         }
         let start = self.base + self.automaton.len();
         let end = self.tokens.len().min(start.saturating_add(budget));
-        self.tokens[start..end].iter().for_each(|token| self.automaton.push(*token));
+        for at in start..end {
+            self.automaton.push(self.tokens[at]);
+            self.align(at + 1);
+        }
         end == self.tokens.len()
+    }
+
+    /// Follows what the first `n_tokens` are copied from. The place counts that more of the last tokens are copied from.
+    fn align(&mut self, n_tokens: usize) {
+        let NgramConfig { min_match, max_astray, .. } = self.config;
+        if max_astray == 0 {
+            return;
+        }
+        let text = &self.tokens[..n_tokens];
+        let followed = self.alignment.and_then(|alignment| alignment.follow(text, max_astray));
+        let rival = self.rival.and_then(|rival| rival.follow(text, max_astray));
+        let found = self.automaton.suffix().filter(|found| found.len >= min_match);
+        let found = found.map(|found| Alignment::new(self.base + found.end, found.len));
+        let better = |one: Option<Alignment>, other: Option<Alignment>| {
+            let n_copied = |one: Option<Alignment>| one.map_or(0, |one| one.n_copied());
+            if n_copied(other) > n_copied(one) { (other, one) } else { (one, other) }
+        };
+        let is_new = |found: &Alignment| [followed, rival].iter().flatten().all(|one| !one.is_at(found));
+        let (rival, _) = better(rival, found.filter(is_new));
+        (self.alignment, self.rival) = better(followed, rival);
     }
 
     /// At most `n_tokens` tokens to follow the committed ones and `tail`, which is not committed: proposed tokens of
@@ -74,10 +106,26 @@ impl NgramProposer {
         }
         let start = self.automaton.suffix();
         let matched = tail.iter().fold(start, |matched, token| self.automaton.follow(matched, *token));
-        let Some(found) = matched.filter(|found| found.len >= self.config.min_match) else {
-            return Vec::new();
+        let found = matched.filter(|found| found.len >= self.config.min_match);
+        let n_matched = found.map_or(0, |found| found.len);
+        let alignment =
+            self.alignment.filter(|alignment| tail.is_empty() && alignment.is_surer_than(n_matched));
+        match (alignment, found) {
+            (Some(alignment), _) => self.original(alignment, n_tokens),
+            (None, Some(found)) => self.continuation(found, tail, n_tokens),
+            (None, None) => Vec::new(),
+        }
+    }
+
+    /// What follows in the original of a copy.
+    fn original(&self, alignment: Alignment, n_tokens: usize) -> Vec<ProposedToken> {
+        let rest = self.tokens.get(alignment.expected()..).unwrap_or_default();
+        let proposed = |(n_ahead, token): (usize, &TokenId)| ProposedToken {
+            token: *token,
+            source: Source::Ngram,
+            confidence: alignment.confidence(n_ahead),
         };
-        self.continuation(found, tail, n_tokens)
+        rest.iter().take(n_tokens).enumerate().map(proposed).collect()
     }
 
     /// What follows an occurrence. Where it runs into the end of the text it goes on with what it has proposed: a period
@@ -147,7 +195,7 @@ mod tests {
             n_tokens in 0usize..12,
         ) {
             let (text, tail) = (ids(&text), ids(&tail));
-            let proposer = proposer(&text, NgramConfig { min_match, window: 1_000 });
+            let proposer = proposer(&text, NgramConfig { min_match, window: 1_000, max_astray: 0 });
             let proposed = proposer.propose(&tail, n_tokens);
             let tokens: Vec<TokenId> = proposed.iter().map(|proposed| proposed.token).collect();
             prop_assert_eq!(tokens, naive(&text, &tail, min_match, n_tokens));
@@ -159,7 +207,7 @@ mod tests {
             pieces in prop::collection::vec(prop::collection::vec(0u32..3, 0..9), 0..8),
             budget in 1usize..5,
         ) {
-            let config = NgramConfig { min_match: 1, window: 1_000 };
+            let config = NgramConfig { min_match: 1, window: 1_000, max_astray: 3 };
             let mut grown = NgramProposer::new(config);
             for piece in &pieces {
                 grown.extend(&ids(piece));
@@ -174,7 +222,7 @@ mod tests {
 
     #[test]
     fn an_old_beginning_is_left_behind() {
-        let mut proposer = NgramProposer::new(NgramConfig { min_match: 2, window: 8 });
+        let mut proposer = NgramProposer::new(NgramConfig { min_match: 2, window: 8, max_astray: 0 });
         proposer.extend(&ids(&[1, 2, 3]));
         proposer.extend(&ids(&(100..111).collect::<Vec<_>>()));
         proposer.extend(&ids(&[1, 2]));
@@ -194,5 +242,52 @@ mod tests {
         let sometimes = proposer(&ids(&[1, 2, 4, 8, 1, 2, 3, 9, 1, 2]), config).propose(&[], 1);
         assert_eq!((always[0].token, sometimes[0].token), (TokenId(3), TokenId(3)));
         assert!(always[0].confidence > sometimes[0].confidence, "{always:?} {sometimes:?}");
+    }
+
+    /// Passes that a text takes when each verifies up to `n_tokens` proposals.
+    fn n_passes(prompt: &[TokenId], text: &[TokenId], n_tokens: usize, config: NgramConfig) -> usize {
+        let (mut proposer, mut n_done, mut n_passes) = (proposer(prompt, config), 0, 0);
+        while n_done < text.len() {
+            let proposed = proposer.propose(&[], n_tokens);
+            let rest = &text[n_done..];
+            let n_accepted =
+                proposed.iter().zip(rest).take_while(|(one, token)| one.token == **token).count();
+            let n_new = (n_accepted + 1).min(rest.len());
+            proposer.extend(&rest[..n_new]);
+            assert!(proposer.index(usize::MAX));
+            n_done += n_new;
+            n_passes += 1;
+        }
+        n_passes
+    }
+
+    #[test]
+    fn a_copy_with_changes_takes_a_pass_or_two_a_change() {
+        // Lines of seven tokens: the first is their number, the second a name that is changed everywhere.
+        let line = |i: u32, name: u32| ids(&[100 + i, name, 1, 200 + i, 2, 300 + i, 3]);
+        let original: Vec<TokenId> = (0..20).flat_map(|i| line(i, 50)).collect();
+        let renamed: Vec<TokenId> = (0..20).flat_map(|i| line(i, 51)).collect();
+        let config = NgramConfig::default();
+        let with = n_passes(&original, &renamed, 7, config);
+        let without = n_passes(&original, &renamed, 7, NgramConfig { max_astray: 0, ..config });
+        assert!(with <= 30 && without >= 2 * with, "{with} passes, without the place {without}");
+        // A token more in each line.
+        let longer: Vec<TokenId> = (0..20).flat_map(|i| [line(i, 50), ids(&[400 + i])].concat()).collect();
+        let with = n_passes(&original, &longer, 7, config);
+        assert!(with <= 45, "{with} passes");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_copied_proposals_are_of_the_text(
+            text in prop::collection::vec(0u32..6, 0..80),
+            n_tokens in 0usize..12,
+        ) {
+            let text = ids(&text);
+            let proposed = proposer(&text, NgramConfig::default()).propose(&[], n_tokens);
+            prop_assert!(proposed.len() <= n_tokens);
+            prop_assert!(proposed.iter().all(|one| text.contains(&one.token)));
+            prop_assert!(proposed.iter().all(|one| (0.0..=1.0).contains(&one.confidence)));
+        }
     }
 }
