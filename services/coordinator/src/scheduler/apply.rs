@@ -80,7 +80,16 @@ impl Scheduler {
             return Err(ResultMismatch { wanted: "nothing".into(), found: format!("step {}", result.step) });
         };
         check(&in_flight, &result)?;
-        self.times.observe(in_flight.load, result.timings.total_us as f64 / 1e3, in_flight.drafting);
+        let (load, ms) = (in_flight.load, result.timings.total_us as f64 / 1e3);
+        tracing::debug!(
+            load.n_rows,
+            load.n_keys,
+            ms,
+            predicted_ms = in_flight.predicted_ms,
+            drafting = ?in_flight.drafting,
+            "step measured"
+        );
+        self.times.observe(load, ms, in_flight.drafting);
         let (mut samples, mut scores) = (result.samples.into_iter(), result.scores.into_iter());
         let mut applied = Applied { drafting: in_flight.drafting, ..Applied::default() };
         for asked in &in_flight.asked {

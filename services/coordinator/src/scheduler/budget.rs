@@ -8,7 +8,7 @@ use paceline_speculation::{Load, StepTimes};
 /// Rows that proposals leave to prompts.
 pub const ROWS_FOR_PROMPTS: usize = 16;
 /// What a step with prompts may take compared with one of decode rows alone: twice, less what is around a step; and at most,
-/// when there are more prompts than rows that decode.
+/// when there are more prompts than sequences that decode.
 const RELATIVE_BOUND: (f64, f64) = (1.8, 8.0);
 /// Time between tokens that is fast enough for whoever reads them while several prompts wait: 25 tokens a second. Each of them
 /// makes a step longer up to that.
@@ -27,12 +27,14 @@ pub enum ItlBound {
     Millis(f64),
 }
 
-/// Prompts that are not read to their ends.
+/// Who shares a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Unread {
-    /// How many.
+pub struct Sharers {
+    /// Sequences that decode; each may have rows of proposals.
+    pub n_decoding: usize,
+    /// Prompts that are not read to their ends.
     pub n_prompts: usize,
-    /// Where the first one goes on.
+    /// Where the first of them goes on.
     pub start_pos: usize,
 }
 
@@ -41,7 +43,7 @@ pub fn prefill_rows(
     times: &StepTimes,
     bound: ItlBound,
     decoding: Load,
-    unread: Unread,
+    sharers: Sharers,
     n_rows_left: usize,
 ) -> usize {
     if decoding.n_rows == 0 {
@@ -51,15 +53,15 @@ pub fn prefill_rows(
     let Some(alone_ms) = times.predict(decoding).filter(|_| times.knows(decoding.n_rows)) else { return 0 };
     let bound_ms = match bound {
         ItlBound::Twice => {
-            let n_prompts = unread.n_prompts as f64;
-            let shares = 1.0 + n_prompts / decoding.n_rows as f64;
+            let n_prompts = sharers.n_prompts as f64;
+            let shares = 1.0 + n_prompts / sharers.n_decoding.max(1) as f64;
             let fair_ms = shares.clamp(RELATIVE_BOUND.0, RELATIVE_BOUND.1) * alone_ms;
             fair_ms.max((RELATIVE_BOUND.0 * n_prompts * alone_ms).min(FAST_ENOUGH_MS))
         }
         ItlBound::Millis(ms) => ms.max(LEAST_BOUND * alone_ms),
     };
     let fits = |n_rows: usize| {
-        let load = decoding.and(Load::rows(unread.start_pos, n_rows));
+        let load = decoding.and(Load::rows(sharers.start_pos, n_rows));
         times.predict(load).is_some_and(|ms| ms <= bound_ms)
     };
     let least = n_rows_left.min(1);
@@ -123,7 +125,7 @@ mod tests {
     #[test]
     fn prompts_take_what_the_bound_leaves() {
         let decoding = Load { n_rows: 2, n_keys: 0 };
-        let one = Unread { n_prompts: 1, start_pos: 0 };
+        let one = Sharers { n_decoding: 2, n_prompts: 1, start_pos: 0 };
         let rows = |bound, decoding, left| prefill_rows(&times(), bound, decoding, one, left);
         assert_eq!(rows(ItlBound::Millis(40.0), Load::default(), 256), 256, "nobody waits for tokens");
         assert_eq!(rows(ItlBound::Millis(40.1), decoding, 254), 60);
@@ -139,12 +141,14 @@ mod tests {
     #[test]
     fn many_prompts_beside_few_that_decode_have_their_part_of_a_step() {
         let decoding = Load { n_rows: 2, n_keys: 0 };
-        let rows = |bound, n_prompts| {
-            let unread = Unread { n_prompts, start_pos: 0 };
-            prefill_rows(&times(), bound, decoding, unread, 254)
+        let shared = |bound, n_decoding, n_prompts| {
+            let sharers = Sharers { n_decoding, n_prompts, start_pos: 0 };
+            prefill_rows(&times(), bound, decoding, sharers, 254)
         };
+        let rows = |bound, n_prompts| shared(bound, 2, n_prompts);
         let found = [1, 2, 6, 14, 60].map(|n_prompts| rows(ItlBound::Twice, n_prompts));
         assert_eq!(found, [15, 51, 60, 138, 138], "a step of 9.9 ms by 1.8, 3.6, 40 ms, by 8 and no more");
+        assert_eq!(shared(ItlBound::Twice, 1, 6), 118, "one of the rows is a proposal: seven share the step");
         assert_eq!(rows(ItlBound::Millis(40.1), 60), 60, "what was asked for holds for any number");
     }
 

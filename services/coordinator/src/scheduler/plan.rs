@@ -5,7 +5,7 @@ use paceline_speculation::{Drafting, Load};
 
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
-    budget::{ROWS_FOR_PROMPTS, Unread, Wanted, prefill_rows, share, turn},
+    budget::{ROWS_FOR_PROMPTS, Sharers, Wanted, prefill_rows, share, turn},
     fairness::favour,
     sequence::Next,
 };
@@ -18,7 +18,7 @@ pub(super) struct InFlight {
     pub(super) asked: Vec<Asked>,
     pub(super) load: Load,
     pub(super) drafting: Drafting,
-    predicted_ms: Option<f64>,
+    pub(super) predicted_ms: Option<f64>,
 }
 
 /// What a chunk asks for.
@@ -148,7 +148,11 @@ impl Scheduler {
             prompts.push(id);
         }
         let Some(first) = prompts.first() else { return };
-        let unread = Unread { n_prompts: prompts.len(), start_pos: self.sequences[first].n_planned };
+        let sharers = Sharers {
+            n_decoding: draft.chunks.len(),
+            n_prompts: prompts.len(),
+            start_pos: self.sequences[first].n_planned,
+        };
         let pending = |id: &SequenceId| match self.copy_for(*id) {
             Some(_) => 1,
             None => self.sequences[id].tokens.len() - self.sequences[id].n_planned,
@@ -162,7 +166,7 @@ impl Scheduler {
             n_spare -= n_spare.min(*wanted);
         }
         let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
-        let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, unread, n_rows_left);
+        let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, sharers, n_rows_left);
         let mut granted = share(n_rows, &self.by_turns(&prompts, &wanted));
         let n_unused = n_rows_left - granted.iter().sum::<usize>();
         favour(&mut granted, &wanted, &self.are_light(&prompts), n_unused);
