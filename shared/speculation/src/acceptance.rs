@@ -145,12 +145,12 @@ fn bucket(confidence: f32) -> usize {
     EDGES.iter().filter(|edge| confidence >= **edge).count()
 }
 
-fn odds(probability: f64) -> f64 {
+pub(crate) fn odds(probability: f64) -> f64 {
     let probability = probability.clamp(BOUNDS.0, BOUNDS.1);
     probability / (1.0 - probability)
 }
 
-fn odds_times(probability: f64, factor: f64) -> f64 {
+pub(crate) fn odds_times(probability: f64, factor: f64) -> f64 {
     let odds = odds(probability) * factor;
     odds / (1.0 + odds)
 }

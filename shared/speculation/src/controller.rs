@@ -200,6 +200,8 @@ pub struct Controller {
     drafting: Account,
     is_speculating: bool,
     probes: Probes,
+    /// The next choice tries something.
+    is_trying: bool,
     /// Which sequence is tried next.
     probe_turn: usize,
     forecast: Forecast,
@@ -214,6 +216,7 @@ impl Controller {
             drafting: Account::new(config.drafting),
             is_speculating: true,
             probes: Probes::new(config.probes),
+            is_trying: false,
             probe_turn: 0,
             forecast: Forecast::default(),
         }
@@ -253,9 +256,14 @@ impl Controller {
         promise.n_rows > 0 && promise.rate() > plain.rate() * (1.0 + margin)
     }
 
-    /// A step goes without proposals that there would be; whether it is time to try one all the same. The next choice does.
+    /// A step goes without proposals that there would be; whether it is time to try one all the same. The next choice does,
+    /// if there is one then; that it was tried counts in any case, because a step has waited for it.
     pub fn went_without(&mut self) -> bool {
-        self.probes.went_without()
+        if self.probes.went_without() {
+            self.probes.try_it();
+            self.is_trying = true;
+        }
+        self.is_trying
     }
 
     /// Chooses. `acceptance` has for each sequence with proposals the probability of each, given that all before it are
@@ -272,25 +280,20 @@ impl Controller {
         ranked.iter().for_each(|(_, sequence)| n_proposed[*sequence] += 1);
         let mut choice = Choice { n_proposed, expected_tokens: best.tokens, predicted_ms: best.ms, plain_ms };
         let has_offers = load.n_spare_rows > 0 && acceptance.iter().any(|offer| !offer.is_empty());
-        if best.n_rows == 0 && has_offers {
-            self.maybe_probe(&mut choice, acceptance, load, cost);
+        // Where nobody can be asked yet, it is tried in the next step.
+        let is_trying = !acceptance.is_empty() && std::mem::take(&mut self.is_trying);
+        if is_trying && best.n_rows == 0 && has_offers {
+            self.probe(&mut choice, acceptance, load, cost);
         }
         choice
     }
 
-    /// Now and then one proposal is tried although it seems not worth it: what is never tried is never known better.
-    fn maybe_probe(
-        &mut self,
-        choice: &mut Choice,
-        acceptance: &[Vec<f64>],
-        load: StepLoad,
-        cost: &dyn StepCost,
-    ) {
+    /// One proposal is tried although it seems not worth it: what is never tried is never known better.
+    fn probe(&mut self, choice: &mut Choice, acceptance: &[Vec<f64>], load: StepLoad, cost: &dyn StepCost) {
         let step_ms = cost.step_ms(load.n_rows + 1);
-        if !self.probes.is_due() || step_ms - choice.plain_ms > self.rows.balance_ms() {
+        if step_ms - choice.plain_ms > self.rows.balance_ms() {
             return;
         }
-        self.probes.try_it();
         let n = acceptance.len();
         let turns = (0..n).map(|i| (self.probe_turn + i) % n);
         let Some(sequence) = turns.into_iter().find(|sequence| !acceptance[*sequence].is_empty()) else {

@@ -10,6 +10,7 @@
 //! * [`alignment`] – where a text copies from, over small changes
 //! * [`ngram`] – proposes what followed the longest suffix that occurred before, or follows in what is copied
 //! * [`acceptance`] – how often proposals are accepted, by source, position and confidence
+//! * [`newcomers`] – what is expected of a sequence that nothing was drafted for
 //! * [`step_times`] – how long a step takes, learnt from the steps that were measured
 //! * [`account`] – what speculation may lose
 //! * [`controller`] – how many proposals of which sequences enter the next step
@@ -23,6 +24,7 @@ pub mod account;
 pub mod alignment;
 pub mod breaker;
 pub mod controller;
+pub mod newcomers;
 pub mod ngram;
 pub mod proposal;
 pub mod step_times;
@@ -33,6 +35,7 @@ pub use acceptance::{AcceptanceTable, SequenceAcceptance};
 pub use account::{Account, AccountConfig};
 pub use breaker::{Breaker, BreakerConfig, Fault};
 pub use controller::{Choice, Controller, ControllerConfig, Promise, StepCost, StepLoad};
+pub use newcomers::{Newcomers, Tried};
 pub use ngram::{NgramConfig, NgramProposer};
 pub use proposal::{ProposedToken, Source, SourceCounters};
 pub use step_times::{Drafting, Load, StepTimes};
