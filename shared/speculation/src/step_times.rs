@@ -13,6 +13,13 @@ const N_SINGLE: usize = 16;
 const N_CLASSES: usize = N_SINGLE + 24;
 /// A class remembers about this many steps.
 const MEMORY: f64 = 16.0;
+/// A class of few rows remembers more, because it is kept beside the pace: what is left is how classes differ.
+const MEMORY_OF_FEW: f64 = 64.0;
+/// How fast the pace of all classes of few rows is followed, from so many measurements of a class on. They are bound by
+/// memory, whose pace changes for minutes, and what was measured at one pace says nothing at another.
+const PACE: (f64, f64) = (1.0 / 8.0, 16.0);
+/// A step says at most that the pace is so many times what it was, and at least its inverse.
+const MOST_OF_PACE: f64 = 1.5;
 /// A measurement counts as at most this many times the mean, and at least its inverse: something else used the machine.
 const MOST_DEVIATION: f64 = 2.0;
 /// From so many measurements on a deviation can be told.
@@ -21,8 +28,10 @@ const N_SETTLED: f64 = 4.0;
 const LEAST_SHARE_OF_ROWS: f64 = 0.25;
 /// What an older step still weighs for the cost of attention.
 const FORGETTING: f64 = 0.99;
-/// What a further row is thought to cost of a step before so many rows were measured: little, so that it is tried.
-const ASSUMED_SLOPE: f64 = 0.1;
+/// What a further row is thought to cost of a step before so many rows were measured: little, so that it is tried; and how
+/// many rows further, so that a try costs little if it is not so.
+const ASSUMED_SLOPE: f64 = 0.05;
+const ASSUMED_ROWS: usize = 3;
 /// How fast the slowness beside a draft service is learnt at least, and its bounds.
 const SLOWNESS_RATE: f64 = 0.1;
 const SLOWNESS: (f64, f64) = (1.0, 4.0);
@@ -91,6 +100,8 @@ pub struct StepTimes {
     /// adds. It follows from the rest, and changes with each measurement only.
     curve: Vec<(f64, f64)>,
     ms_per_key: f64,
+    /// What steps of few rows take lately beside what their classes say.
+    pace: f64,
     /// Sums over deviations from the means of a class: keys times milliseconds, and keys squared.
     keys_ms: f64,
     keys_keys: f64,
@@ -105,6 +116,7 @@ impl Default for StepTimes {
             classes: [Class::default(); N_CLASSES],
             curve: Vec::with_capacity(N_CLASSES),
             ms_per_key: 0.0,
+            pace: 1.0,
             keys_ms: 0.0,
             keys_keys: 0.0,
             slowness: 1.0,
@@ -144,18 +156,25 @@ impl StepTimes {
     }
 
     fn observe_quiet(&mut self, load: Load, ms: f64) {
-        let class = &mut self.classes[class_of(load.n_rows)];
+        let idx = class_of(load.n_rows);
+        let (pace, memory) = if idx < N_SINGLE { (self.pace, MEMORY_OF_FEW) } else { (1.0, MEMORY) };
+        let (class, ms) = (&mut self.classes[idx], ms / pace);
         let ms = if class.n_seen >= N_SETTLED {
             ms.clamp(class.ms / MOST_DEVIATION, class.ms * MOST_DEVIATION)
         } else {
             ms
         };
         let (more_keys, more_ms) = (load.n_keys as f64 - class.n_keys, ms - class.ms);
+        let usual_ms = class.ms + self.ms_per_key * more_keys;
+        if idx < N_SINGLE && class.n_seen >= PACE.1 && usual_ms > 0.0 {
+            let ratio = (ms / usual_ms).clamp(1.0 / MOST_OF_PACE, MOST_OF_PACE);
+            self.pace *= 1.0 + PACE.0 * (ratio - 1.0);
+        }
         if class.n_seen > 0.0 {
             self.keys_ms = self.keys_ms * FORGETTING + more_keys * more_ms;
             self.keys_keys = self.keys_keys * FORGETTING + more_keys * more_keys;
         }
-        class.n_seen = (class.n_seen + 1.0).min(MEMORY);
+        class.n_seen = (class.n_seen + 1.0).min(memory);
         class.n_rows += (load.n_rows as f64 - class.n_rows) / class.n_seen;
         class.n_keys += more_keys / class.n_seen;
         class.ms += more_ms / class.n_seen;
@@ -178,14 +197,22 @@ impl StepTimes {
     }
 
     /// Milliseconds of a step with `n_more` rows beside those of `load`. Where as many rows were never measured they are
-    /// thought to cost little.
+    /// thought to cost little; prompts, whose rows are bound by arithmetic, say nothing of a few.
     pub fn with_rows(&self, load: Load, n_more: usize) -> Option<f64> {
         let ms = self.predict(load.and_rows(n_more))?;
         let class = class_of(load.n_rows + n_more);
-        if n_more == 0 || self.classes[class..].iter().any(|class| class.n_seen > 0.0) {
+        let n_alike = if class < N_SINGLE { N_SINGLE } else { N_CLASSES };
+        if n_more == 0 || self.classes[class..n_alike].iter().any(|class| class.n_seen > 0.0) {
             return Some(ms);
         }
-        Some(ms.min(self.predict(load)? * (1.0 + ASSUMED_SLOPE * n_more as f64)))
+        // Beyond the most rows that were measured, the plain ones at least.
+        let plain = class_of(load.n_rows).min(class);
+        let known = self.classes[plain..class].iter().rposition(|class| class.n_seen > 0.0);
+        let n_known = known.map_or(0, |known| plain + known + 1).clamp(load.n_rows, load.n_rows + n_more);
+        let known_ms = self.predict(load.and_rows(n_known - load.n_rows))?;
+        let n_beyond = load.n_rows + n_more - n_known;
+        let assumed_ms = known_ms * (1.0 + ASSUMED_SLOPE * n_beyond as f64);
+        Some(if n_beyond <= ASSUMED_ROWS { ms.min(assumed_ms) } else { ms })
     }
 
     /// Milliseconds a step will take while nobody drafts; `None` before the first measurement. Never less for more rows or
@@ -210,10 +237,11 @@ impl StepTimes {
         self.ms_per_key = self.ms_per_key();
         self.curve.clear();
         let mut least = f64::INFINITY;
-        for class in self.classes.iter().rev().filter(|class| class.n_seen > 0.0) {
+        for (idx, class) in self.classes.iter().enumerate().rev().filter(|(_, class)| class.n_seen > 0.0) {
+            let pace = if idx < N_SINGLE { self.pace } else { 1.0 };
             let without_keys =
                 (class.ms - self.ms_per_key * class.n_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
-            least = least.min(without_keys);
+            least = least.min(pace * without_keys);
             self.curve.push((class.n_rows, least));
         }
         self.curve.reverse();
@@ -283,6 +311,40 @@ mod tests {
     }
 
     #[test]
+    fn a_change_of_pace_is_one_of_all_steps_of_few_rows() {
+        let mut times = StepTimes::default();
+        let measure = |times: &mut StepTimes, n_rows: usize, ms: f64| {
+            times.observe(load(n_rows, 0), ms, Drafting::Quiet);
+        };
+        for _ in 0..70 {
+            for (n, ms) in [(1, 40.0), (4, 42.0), (8, 64.0), (200, 900.0)] {
+                measure(&mut times, n, ms);
+            }
+        }
+        // Memory is twice as fast from now on, and nothing but plain steps is measured.
+        (0..80).for_each(|_| measure(&mut times, 1, 20.0));
+        let ratio = |n| times.predict(load(n, 0)).unwrap() / times.predict(load(1, 0)).unwrap();
+        assert!((ratio(4) - 1.05).abs() < 0.12 && (ratio(8) - 1.6).abs() < 0.18, "{} {}", ratio(4), ratio(8));
+        assert_eq!(times.predict(load(200, 0)), Some(900.0), "many rows are bound by something else");
+    }
+
+    #[test]
+    fn a_class_that_began_badly_misleads_no_other() {
+        let mut times = StepTimes::default();
+        (0..60).for_each(|_| times.observe(load(1, 0), 30.0, Drafting::Quiet));
+        // The first steps of four rows were disturbed.
+        (0..3).for_each(|_| times.observe(load(4, 0), 60.0, Drafting::Quiet));
+        for _ in 0..4 {
+            (0..40).for_each(|_| times.observe(load(4, 0), 31.0, Drafting::Quiet));
+            let plain = times.predict(load(1, 0)).unwrap();
+            assert!((26.0..31.5).contains(&plain), "{plain}");
+            (0..40).for_each(|_| times.observe(load(1, 0), 30.0, Drafting::Quiet));
+        }
+        let four = times.predict(load(4, 0)).unwrap();
+        assert!((29.9..33.0).contains(&four), "{four}");
+    }
+
+    #[test]
     fn beyond_what_was_measured_every_row_counts_in_full() {
         let mut times = StepTimes::default();
         times.observe(load(10, 0), 5.0, Drafting::Quiet);
@@ -307,7 +369,12 @@ mod tests {
         assert_eq!(times.with_rows(load(1, 0), 1), None);
         times.observe(load(1, 0), 10.0, Drafting::Quiet);
         assert_eq!(times.with_rows(load(1, 0), 0), Some(10.0));
-        assert_eq!(times.with_rows(load(1, 0), 3), Some(13.0));
+        assert_eq!(times.with_rows(load(1, 0), 3), Some(11.5));
+        times.observe(load(61, 0), 610.0, Drafting::Quiet);
+        assert_eq!(times.with_rows(load(1, 0), 3), Some(11.5), "a prompt is something else");
+        assert!(times.with_rows(load(1, 0), 4).unwrap() > 40.0, "but one does not go far without knowing");
+        times.observe(load(3, 0), 12.0, Drafting::Quiet);
+        assert_eq!(times.with_rows(load(1, 0), 3), Some(12.0 * 1.05), "a row more than was measured");
         times.observe(load(4, 0), 40.0, Drafting::Quiet);
         assert_eq!(times.with_rows(load(1, 0), 3), Some(40.0));
         assert_eq!(load(2, 30).and_rows(1), load(3, 45));
