@@ -23,7 +23,7 @@ use std::{
 
 use paceline_domain::{DraftControl, SequenceId, StepNumber, StepPlan, TokenId};
 use paceline_speculation::{
-    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Load, ProposedToken, Source, SourceCounters,
+    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Load, Newcomers, ProposedToken, Source, SourceCounters,
     StepLoad, StepTimes,
 };
 use tokio::time::Instant as TokioInstant;
@@ -41,8 +41,6 @@ use self::{
 const WORTH_A_SESSION: usize = 8;
 /// How fast it is learnt how often drafted tokens are there when they are needed.
 const AVAILABILITY_RATE: f64 = 0.05;
-/// Accepted tokens, and their share, of a request that shows that there are good texts for the draft.
-const GOOD: (u64, f64) = (16, 0.6);
 
 /// Proposals that a step can use: whose, and how many.
 pub type Open = (SequenceId, usize);
@@ -83,10 +81,11 @@ pub struct Drafter {
     /// Ends of sessions that the service was not told yet.
     farewells: DraftControl,
     table: AcceptanceTable,
+    newcomers: Newcomers,
     goodput: Goodput,
     turns: TurnTaking,
-    /// Who is to get a session in the next turn; a step that was sent ahead may come before it.
-    opening: Option<SequenceId>,
+    /// Whose tokens are to be read in the next turn; a step that was sent ahead may come before it.
+    to_read: Vec<SequenceId>,
     /// Something has changed since the last decision.
     is_due: bool,
     /// How often a draft that runs ahead has something to propose when it is needed.
@@ -117,9 +116,10 @@ impl Drafter {
             sequences: BTreeMap::new(),
             farewells: DraftControl::default(),
             table: AcceptanceTable::new(),
+            newcomers: Newcomers::default(),
             goodput: Goodput::default(),
             turns: TurnTaking::default(),
-            opening: None,
+            to_read: Vec::new(),
             is_due: true,
             availability: 1.0,
             n_tries: 0,
@@ -150,9 +150,8 @@ impl Drafter {
         let sequence = self.sequences.remove(&id)?;
         sequence.remote.close(&mut self.farewells);
         self.goodput.ended(sequence.n_generated());
-        let drafted = sequence.counters()[Source::Draft.idx()];
-        if drafted.accepted_tokens >= GOOD.0 && drafted.acceptance() >= GOOD.1 {
-            self.turns.openings.was_worth_it();
+        if sequence.allows(Source::Draft) && self.connection.is_some() {
+            self.newcomers.ended(sequence.tried());
         }
         if self.sequences.is_empty() {
             self.goodput.idle();

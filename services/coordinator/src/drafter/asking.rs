@@ -87,7 +87,10 @@ impl Drafter {
         }
         if !members.is_empty() {
             self.turns.ask(members, n_passes, n_unread, now);
-            self.turns.probes.used();
+            match self.turns.is_trial {
+                true => self.turns.probes.try_it(),
+                false => self.turns.probes.used(),
+            }
             self.send(&frame, now);
         }
     }

@@ -7,20 +7,20 @@ use paceline_domain::SequenceId;
 use paceline_speculation::{Drafting, Promise, Source, StepLoad, StepTimes, Turn};
 
 use super::{
-    Drafter, Placement, WORTH_A_SESSION,
+    Connection, Drafter, Placement, WORTH_A_SESSION,
     goodput::Costs,
-    sequence::{Sequence, expected_length},
-    turns::patience,
+    sequence::{NextStep, Sequence, expected_length},
+    turns::least_patience,
 };
 
 /// Steps that drafting ahead is tried for when it seems not worth it.
 const TRIED_FOR: u32 = 8;
 /// Rows that a step is thought to have room for.
 const SPARE_ROWS: usize = 256;
-/// A session must promise this many times what reading its prompt takes.
-const SESSION_MARGIN: f64 = 1.25;
-/// And the account must hold this many times that: what is drafted after it costs as well.
-const SESSION_SHARE: f64 = 1.5;
+/// A text must promise this many times what reading it takes.
+const READING_MARGIN: f64 = 1.5;
+/// Who has no more tokens to catch up with than this is read up to them on the way.
+const FEW_UNREAD: usize = 8;
 /// Plain steps that turns after the first may cost one sequence in all; more, and nothing is drafted for it any more.
 const MOST_LOST: f64 = 3.0;
 /// Tokens that a draft must be expected to give beyond those that cost nothing.
@@ -74,10 +74,13 @@ impl Drafter {
 
     /// Rates what there is to propose without a draft, and makes steps wait where that is worth it.
     fn view<'a>(&mut self, times: &'a StepTimes) -> Option<View<'a>> {
+        // A step that runs ahead is told nothing; what is decided now is for the one after it.
+        let is_ahead = !self.in_flight.is_empty();
+        let next = if is_ahead { NextStep::AfterOneSent } else { NextStep::AfterKnown };
         let (table, mut ids, mut own, mut lengths) = (&self.table, Vec::new(), Vec::new(), Vec::new());
         for (id, sequence) in self.sequences.iter_mut().filter(|(_, sequence)| sequence.n_generated() > 0) {
             ids.push(*id);
-            own.push(sequence.expected_of_own(table));
+            own.push(sequence.expected_of_own(table, next));
             lengths.push(sequence.tokens().len());
         }
         let costs = Costs::of(times, lengths.into_iter(), self.drafting())?;
@@ -111,7 +114,7 @@ impl Drafter {
             return;
         }
         let expected = |(id, own): (&SequenceId, &Vec<f64>)| {
-            let mut drafted = self.sequences[id].expected_of_draft(&self.table);
+            let mut drafted = self.sequences[id].expected_of_draft(&self.table, &self.newcomers);
             // What is drafted too late is worth nothing.
             drafted.iter_mut().take(1).for_each(|first| *first *= self.availability);
             if expected_length(&drafted) > expected_length(own) { drafted } else { own.clone() }
@@ -137,19 +140,20 @@ impl Drafter {
     /// A draft on the target's machine costs the time it computes.
     fn decide_turn(&mut self, view: &View<'_>, times: &StepTimes, now: Instant) {
         self.sequences.values_mut().for_each(|sequence| sequence.is_drafted_for = false);
-        self.turns.n_tokens = 0;
+        (self.turns.n_tokens, self.turns.is_trial) = (0, false);
         if !self.can_ask() || !self.goodput.can_pay() {
             return;
         }
         let members = self.readers(view);
         let found = self.turn_of(&members, view, times).filter(|found| self.is_better(found, view));
-        let found = self.with_a_new_session(&members, found, (view, now), times);
+        let found = self.with_new_readers(&members, found, (view, now), times);
         let found = match found {
             Some(found) => {
                 self.turns.probes.was_worth_it();
                 found
             }
             None if !members.is_empty() && self.turns.probes.went_without() => {
+                self.turns.is_trial = true;
                 Found { members, n_tokens: 1, promise: view.base }
             }
             None => return,
@@ -167,17 +171,19 @@ impl Drafter {
 
     /// Sequences the draft service has read for which it can be expected to know more than their own tokens say.
     fn readers(&self, view: &View<'_>) -> Vec<SequenceId> {
+        let most_ms = MOST_LOST * view.costs.plain_ms();
         let is_reader = |(id, own): &(&SequenceId, &Vec<f64>)| {
             let sequence = &self.sequences[id];
-            let drafted = expected_length(&sequence.expected_of_draft(&self.table));
-            let is_hopeless = sequence.lost_ms() > MOST_LOST * view.costs.plain_ms();
-            sequence.remote.is_open() && !is_hopeless && drafted > expected_length(own) + BEYOND_OWN
+            let drafted = expected_length(&sequence.expected_of_draft(&self.table, &self.newcomers));
+            let is_near =
+                sequence.remote.is_open() && sequence.remote.n_unread(sequence.tokens().len()) <= FEW_UNREAD;
+            is_near && sequence.lost_ms() <= most_ms && drafted > expected_length(own) + BEYOND_OWN
         };
         view.ids.iter().zip(&view.own).filter(is_reader).map(|(id, _)| *id).collect()
     }
 
     fn turn_of(&self, members: &[SequenceId], view: &View<'_>, times: &StepTimes) -> Option<Found> {
-        let expected = |id: &SequenceId| self.sequences[id].expected_of_draft(&self.table);
+        let expected = |id: &SequenceId| self.sequences[id].expected_of_draft(&self.table, &self.newcomers);
         let drafted: Vec<_> = members.iter().map(expected).collect();
         let others = view.ids.iter().zip(&view.own).filter(|(id, _)| !members.contains(id));
         let others: Vec<_> = others.map(|(_, own)| own.clone()).collect();
@@ -192,69 +198,102 @@ impl Drafter {
         Some(Found { members: members.to_vec(), n_tokens, promise })
     }
 
-    /// The turn with one more sequence, whose tokens the draft service has to read first, if its gain will pay for that.
-    /// Now and then one is read although that seems not so.
-    fn with_a_new_session(
+    /// The turn with further sequences, whose tokens the draft service has to read first, if their gain will pay for that: all
+    /// that can be read in one wait, because what is not worth it for one may be for several, or the oldest alone.
+    fn with_new_readers(
         &mut self,
         members: &[SequenceId],
         found: Option<Found>,
         (view, now): (&View<'_>, Instant),
         times: &StepTimes,
     ) -> Option<Found> {
-        let is_pending = self.opening.is_some();
-        let Some(id) = self.candidate(view, now) else { return found };
-        let n_unread = self.sequences[&id].tokens().len();
-        let all: Vec<SequenceId> = members.iter().copied().chain([id]).collect();
-        let read_ms = self.turns.read_ms(n_unread, all.len(), times);
-        let affordable_ms = self.goodput.controller().drafting().balance_ms();
-        tracing::debug!(n_unread, read_ms, affordable_ms, is_pending, "a draft session is considered");
-        if SESSION_SHARE * read_ms > affordable_ms || patience(read_ms) > self.config.max_wait {
-            return found;
+        let is_pending = !self.to_read.is_empty();
+        let ids = self.candidates(view, now);
+        let fits = |n: &usize| {
+            let read_ms = self.read_ms(&ids[..*n], members, times);
+            let balance_ms = self.goodput.controller().drafting().balance_ms();
+            read_ms <= balance_ms && least_patience(read_ms) <= self.config.max_wait
+        };
+        let n_most = (1..=ids.len()).take_while(fits).last().unwrap_or(0);
+        for n in [n_most, 1].into_iter().filter(|n| *n <= n_most && *n > 0) {
+            let all: Vec<SequenceId> = members.iter().chain(&ids[..n]).copied().collect();
+            let Some(with) = self.turn_of(&all, view, times) else { continue };
+            if is_pending || self.pays_to_read(&ids[..n], members, (&with, found.as_ref()), (view, times)) {
+                self.to_read = ids[..n].to_vec();
+                return Some(with);
+            }
         }
-        let Some(with) = self.turn_of(&all, view, times) else { return found };
-        if is_pending {
-            self.opening = Some(id);
-            return Some(with);
-        }
-        let before = found.as_ref().map_or(view.base, |found| found.promise);
-        let won_ms = (1.0 / before.rate() - 1.0 / with.promise.rate()) * view.load.n_tokens as f64;
-        let sequence = &self.sequences[&id];
-        let n_left = self.goodput.expected_left(sequence.n_generated(), sequence.n_left());
-        if self.is_better(&with, view) && won_ms * n_left > SESSION_MARGIN * read_ms {
-            self.turns.openings.was_worth_it();
-            self.opening = Some(id);
-            return Some(with);
-        }
-        if self.turns.openings.went_without() {
-            self.turns.openings.try_it();
-            self.opening = Some(id);
-            return Some(with);
+        if !ids.is_empty() {
+            self.newcomers.passed_over();
         }
         found
     }
 
-    /// The sequence that was decided to get a session, or the oldest one that could.
-    fn candidate(&mut self, view: &View<'_>, now: Instant) -> Option<SequenceId> {
-        let about = &self.connection.as_ref()?.about;
+    /// Milliseconds until the draft service has read these beside the members of a turn.
+    fn read_ms(&self, ids: &[SequenceId], members: &[SequenceId], times: &StepTimes) -> f64 {
+        let n_unread = |id: &SequenceId| {
+            let sequence = &self.sequences[id];
+            sequence.remote.n_unread(sequence.tokens().len())
+        };
+        self.turns.read_ms(ids.iter().map(n_unread).sum(), ids.len() + members.len(), times)
+    }
+
+    /// Whether the turn with these sequences will have won what reading them takes, beside the best turn without them.
+    fn pays_to_read(
+        &self,
+        ids: &[SequenceId],
+        members: &[SequenceId],
+        (with, without): (&Found, Option<&Found>),
+        (view, times): (&View<'_>, &StepTimes),
+    ) -> bool {
+        let before = without.map_or(view.base, |found| found.promise);
+        let won_ms = (1.0 / before.rate() - 1.0 / with.promise.rate()) * view.load.n_tokens as f64;
+        let n_left = |id: &SequenceId| {
+            let sequence = &self.sequences[id];
+            self.goodput.expected_left(sequence.n_generated(), sequence.n_left())
+        };
+        let n_left = ids.iter().map(n_left).sum::<f64>() / ids.len() as f64;
+        let read_ms = self.read_ms(ids, members, times);
+        let pays = self.is_better(with, view) && won_ms * n_left > READING_MARGIN * read_ms;
+        tracing::debug!(
+            n = ids.len(),
+            n_members = members.len(),
+            read_ms,
+            pass_ms = self.turns.pass_ms(ids.len() + members.len(), times),
+            plain_ms = view.costs.plain_ms(),
+            newcomers = self.newcomers.acceptance(),
+            n_tokens = with.n_tokens,
+            won_ms,
+            n_left,
+            pays,
+            "reading for the draft is considered"
+        );
+        pays
+    }
+
+    /// Sequences that were decided to be read; or, when it is time to ask for one of them, all that could be, oldest first.
+    fn candidates(&mut self, view: &View<'_>, now: Instant) -> Vec<SequenceId> {
+        let Some(Connection { about, .. }) = &self.connection else { return Vec::new() };
         let n_open = self.sequences.values().filter(|sequence| sequence.remote.is_open()).count();
-        if n_open >= about.max_sessions {
-            return None;
+        let mut n_room = about.max_sessions.saturating_sub(n_open);
+        let n_most = about.context.saturating_sub(self.config.max_ahead as usize);
+        let (most_ms, pending) = (MOST_LOST * view.costs.plain_ms(), std::mem::take(&mut self.to_read));
+        let (mut found, mut is_due) = (Vec::new(), !pending.is_empty());
+        for id in &view.ids {
+            let sequence = self.sequences.get_mut(id).expect("invariant: it was found a moment ago");
+            let n_tokens = sequence.tokens().len();
+            let is_unread = match sequence.remote.is_open() {
+                true => sequence.remote.n_unread(n_tokens) > FEW_UNREAD,
+                false => n_room > 0 && sequence.remote.may_open(now),
+            };
+            let is_good = sequence.lost_ms() <= most_ms && sequence.n_left() >= WORTH_A_SESSION;
+            let is_meant = pending.is_empty() || pending.contains(id);
+            if is_unread && is_good && is_meant && n_tokens <= n_most && sequence.allows(Source::Draft) {
+                n_room -= usize::from(!sequence.remote.is_open());
+                is_due |= pending.is_empty() && sequence.is_considered();
+                found.push(*id);
+            }
         }
-        let context = about.context;
-        let could = |sequence: &mut Sequence| {
-            let fits = sequence.tokens().len() + self.config.max_ahead as usize <= context;
-            let is_free = !sequence.remote.is_open() && sequence.remote.may_open(now);
-            is_free && fits && sequence.n_left() >= WORTH_A_SESSION && sequence.allows(Source::Draft)
-        };
-        let (sequences, pending) = (&mut self.sequences, self.opening.take());
-        let is_next = |id: SequenceId, sequence: &mut Sequence| match pending {
-            Some(pending) => pending == id,
-            None => sequence.is_considered(),
-        };
-        let mut found = view.ids.iter().filter_map(|id| {
-            let sequence = sequences.get_mut(id)?;
-            (could(sequence) && is_next(*id, sequence)).then_some(*id)
-        });
-        found.next()
+        if is_due { found } else { Vec::new() }
     }
 }

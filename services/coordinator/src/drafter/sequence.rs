@@ -6,8 +6,8 @@ use paceline_domain::{
     DraftControl, DraftProposal, SamplingParams, SequenceId, Speculation, SpeculationOptions, TokenId,
 };
 use paceline_speculation::{
-    AcceptanceTable, NgramConfig, NgramProposer, ProposedToken, SequenceAcceptance, Source, SourceCounters,
-    turns::MOST_IN_TURN,
+    AcceptanceTable, Newcomers, NgramConfig, NgramProposer, ProposedToken, SequenceAcceptance, Source,
+    SourceCounters, Tried, turns::MOST_IN_TURN,
 };
 
 use super::remote::{Known, Nonsense, Remote};
@@ -19,8 +19,17 @@ const LEAST_AHEAD: f64 = 2.0;
 
 /// How sure of its tokens a draft model is thought to be at first, and how fast that is corrected.
 const CONFIDENCE: (f32, f32) = (0.8, 0.1);
-/// Tokens after which it is asked again whether a draft session is worth its prompt.
-const RECONSIDERED_AFTER: usize = 32;
+/// Tokens after which it is asked again whether the draft is to read its tokens.
+const RECONSIDERED_AFTER: usize = 16;
+
+/// The next step that can be told what to verify.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NextStep {
+    /// It follows the tokens that are known.
+    AfterKnown,
+    /// A step in flight gives one more token before.
+    AfterOneSent,
+}
 
 /// A sequence to propose for.
 #[derive(Clone, Debug)]
@@ -60,6 +69,7 @@ pub struct Sequence {
     /// Milliseconds that turns have cost beyond what they brought, but for the first.
     lost_ms: f64,
     has_had_turn: bool,
+    tried: Tried,
     /// Its next step must not be planned before its last token is known.
     pub needs_each_token: bool,
     /// The draft service is to draft for it.
@@ -88,6 +98,7 @@ impl Sequence {
             reconsidered_at: 1,
             lost_ms: 0.0,
             has_had_turn: false,
+            tried: Tried::default(),
             needs_each_token: false,
             is_drafted_for: true,
             remote: Remote::new(new.id.0),
@@ -151,6 +162,11 @@ impl Sequence {
         self.lost_ms
     }
 
+    /// What became of its drafted tokens.
+    pub fn tried(&self) -> Tried {
+        self.tried
+    }
+
     /// Tokens it may still generate.
     pub fn n_left(&self) -> usize {
         self.n_limit.saturating_sub(self.tokens().len())
@@ -190,23 +206,35 @@ impl Sequence {
         for proposed in proposal.iter().take(n_accepted + 1).filter(|one| one.source == Source::Draft) {
             self.confidence += CONFIDENCE.1 * (proposed.confidence - self.confidence);
         }
+        let is_drafted = |(_, proposed): &(usize, &ProposedToken)| proposed.source == Source::Draft;
+        for (position, _) in proposal.iter().take(n_accepted + 1).enumerate().filter(is_drafted) {
+            self.tried.n_tokens += 1;
+            self.tried.n_accepted += u64::from(position < n_accepted);
+        }
     }
 
     /// What can be expected of the tokens that the draft would propose next.
-    pub fn expected_of_draft(&self, table: &AcceptanceTable) -> Vec<f64> {
+    pub fn expected_of_draft(&self, table: &AcceptanceTable, newcomers: &Newcomers) -> Vec<f64> {
         if !self.allows(Source::Draft) {
             return Vec::new();
         }
         let n = MOST_IN_TURN.min(self.options.max_tokens).min(self.n_left().saturating_sub(1));
         let typical = ProposedToken { token: TokenId(0), source: Source::Draft, confidence: self.confidence };
-        self.acceptance.estimates(table, &vec![typical; n])
+        let estimates = self.acceptance.estimates(table, &vec![typical; n]);
+        newcomers.applied(estimates, table.estimate(0, &typical), self.tried)
     }
 
-    /// What can be expected of what its own tokens say.
-    pub fn expected_of_own(&mut self, table: &AcceptanceTable) -> Vec<f64> {
+    /// What can be expected of what its own tokens say for the next step that can be told.
+    pub fn expected_of_own(&mut self, table: &AcceptanceTable, next: NextStep) -> Vec<f64> {
         self.index();
         let room = self.options.max_tokens.min(self.n_left().saturating_sub(1));
-        self.acceptance.estimates(table, &self.own_tokens_say(&[], room))
+        let mut estimates = self.acceptance.estimates(table, &self.own_tokens_say(&[], room));
+        if next == NextStep::AfterOneSent && !estimates.is_empty() {
+            // The first token comes from the step that was sent; the rest is of use if it is that token.
+            let first = estimates.remove(0);
+            estimates.iter_mut().take(1).for_each(|next| *next *= first);
+        }
+        estimates
     }
 
     fn index(&mut self) {

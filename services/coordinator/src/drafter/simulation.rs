@@ -101,6 +101,18 @@ pub struct World {
     death: Arc<Mutex<Death>>,
     /// Verified tokens of the draft after each step.
     drafted: Vec<(Instant, u64)>,
+    /// What passes of few rows take beside what they are said to.
+    slowness: Slowness,
+}
+
+/// Memory is faster or slower for a while: what passes of few rows take beside what they are said to.
+#[derive(Clone, Debug)]
+struct Slowness(Arc<Mutex<f64>>);
+
+impl Slowness {
+    fn of(&self, n_rows: usize, ms: f64) -> f64 {
+        if n_rows <= 8 { ms * *self.0.lock().expect("no task panicked") } else { ms }
+    }
 }
 
 /// The draft service ends at its next pass, and another one takes its place.
@@ -144,7 +156,7 @@ fn connection() -> (LinkEvent, mpsc::Receiver<ControlFrame>) {
 async fn draft_service(
     mut frames: mpsc::Receiver<ControlFrame>,
     events: mpsc::Sender<LinkEvent>,
-    (machine, hardware, truth): (Arc<Machine>, Hardware, Truth),
+    (machine, hardware, truth, slowness): (Arc<Machine>, Hardware, Truth, Slowness),
     hang: Arc<Mutex<Option<Duration>>>,
     death: Arc<Mutex<Death>>,
 ) {
@@ -184,7 +196,8 @@ async fn draft_service(
         if !chunks.is_empty() {
             let pause = hang.lock().expect("no task panicked").take();
             sleep(pause.unwrap_or_default()).await;
-            machine.work((hardware.pass_ms)(chunks.iter().map(|chunk| chunk.tokens.len()).sum())).await;
+            let n_rows = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+            machine.work(slowness.of(n_rows, (hardware.pass_ms)(n_rows))).await;
         }
         for chunk in &chunks {
             sessions.computed(chunk.key, chunk.end());
@@ -214,7 +227,8 @@ impl World {
             Placement::Together => machine.clone(),
         };
         let hang = Arc::new(Mutex::new(None));
-        let parts = (of_draft, hardware.clone(), truth.clone());
+        let slowness = Slowness(Arc::new(Mutex::new(1.0)));
+        let parts = (of_draft, hardware.clone(), truth.clone(), slowness.clone());
         let death = Arc::new(Mutex::new(Death::default()));
         tokio::spawn(draft_service(frames, events, parts, hang.clone(), death.clone()));
         let mut drafter = Drafter::new(DrafterConfig {
@@ -248,7 +262,13 @@ impl World {
             hang,
             death,
             drafted: Vec::new(),
+            slowness,
         }
+    }
+
+    /// From now on passes of few rows take so many times what they are said to.
+    pub fn slow_down(&self, factor: f64) {
+        *self.slowness.0.lock().expect("no task panicked") = factor;
     }
 
     /// Lets the draft end at its next pass; another one is there after a pause.
@@ -352,7 +372,8 @@ impl World {
         }
         let began = clock();
         // Messages of the draft are taken in while the step runs, as far as the link's queue holds them.
-        self.machine.work((self.hardware.step_ms)(plan.n_rows())).await;
+        let ms = (self.hardware.step_ms)(plan.n_rows());
+        self.machine.work(self.slowness.of(plan.n_rows(), ms)).await;
         let now = clock();
         let compute = now.saturating_duration_since(began);
         let elapsed = now.saturating_duration_since(self.last_done.unwrap_or(sent));

@@ -114,7 +114,10 @@ async fn a_draft_that_is_said_to_be_elsewhere_and_is_not_costs_as_little() {
             assert!(speeds[0] >= 0.85, "{n} of {alpha}: the first finds it out {speeds:.3?}");
             assert!(speeds[1..].iter().all(|speed| *speed >= 0.93), "{n} of {alpha}: {speeds:.3?}");
             let mean = speeds[1..].iter().sum::<f64>() / 4.0;
-            assert!(mean >= if alpha > 0.8 && n == 1 { 1.3 } else { 0.97 }, "{n} of {alpha}: {speeds:.3?}");
+            // What the first has lost has to come back before a prompt is read; then it is used as well as any.
+            let is_good = alpha > 0.8 && n == 1;
+            assert!(mean >= if is_good { 1.2 } else { 0.97 }, "{n} of {alpha}: {speeds:.3?}");
+            assert!(!is_good || speeds[4] >= 1.45, "{n} of {alpha}: {speeds:.3?}");
         }
     }
 }
@@ -178,4 +181,62 @@ async fn a_draft_that_was_killed_is_used_within_two_seconds_of_its_return() {
         waits.push(world.used_after().expect("it is used again").as_millis());
     }
     assert!(waits.iter().all(|ms| *ms < 2_000), "{waits:?}");
+}
+
+/// A request of so many tokens.
+fn of_length(n_tokens: usize, alpha: f64, mode: Speculation) -> Vec<Request> {
+    vec![Request { n_tokens, ..request(alpha, mode) }]
+}
+
+/// Where good texts were followed by others the draft knows little of, short ones at that, the first ones pay for it.
+#[tokio::test(start_paused = true)]
+async fn texts_that_the_draft_knows_little_of_are_left_alone_after_one_or_two() {
+    for mode in [Speculation::Draft, Speculation::Auto] {
+        let kinds = [(128, 0.85), (40, 0.2)].map(|(n_tokens, alpha)| of_length(n_tokens, alpha, mode));
+        let runs: Vec<_> = [vec![kinds[0].clone(); 4], vec![kinds[1].clone(); 8]].concat();
+        let (speeds, stats) = speeds(&hardware(Placement::Together), &runs).await;
+        println!("{mode:?}: {speeds:.3?}, {stats:?}");
+        assert!(speeds[..4].iter().all(|speed| *speed > 1.3), "{speeds:.3?}");
+        assert!(speeds[4..].iter().all(|speed| *speed > 0.85), "{speeds:.3?}");
+        assert!(speeds[6..].iter().all(|speed| *speed > 0.98), "{speeds:.3?}");
+    }
+}
+
+/// After many texts that the draft knows little of, a good one is found out a few texts later.
+#[tokio::test(start_paused = true)]
+async fn what_is_left_alone_is_tried_again() {
+    let poor = vec![of_length(400, 0.1, Speculation::Auto); 6];
+    let good = vec![of_length(400, 0.9, Speculation::Auto); 12];
+    let (speeds, stats) = speeds(&hardware(Placement::Together), &[poor, good].concat()).await;
+    println!("{speeds:.3?}, {stats:?}");
+    assert!(speeds[3..].iter().all(|speed| *speed > 0.98), "{speeds:.3?}");
+    assert!(speeds[17] > 1.4, "{speeds:.3?}");
+}
+
+/// For one of two requests alone drafting would hardly pay.
+#[tokio::test(start_paused = true)]
+async fn two_requests_are_drafted_for_together() {
+    let (speeds, _) = repeated(Placement::Together, 2, request(0.9, Speculation::Auto)).await;
+    assert!(speeds.iter().all(|speed| *speed > 1.2), "{speeds:.3?}");
+}
+
+/// Memory becomes twice as slow and fast again while plain steps are all that is measured.
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_changes_its_pace_is_used_as_well() {
+    let hardware = hardware(Placement::Together);
+    let (mut world, mut plain) = (World::new(hardware.clone()), World::new(hardware));
+    let mut speeds = Vec::new();
+    for slowness in [1.0, 1.0, 2.0, 2.0, 1.0, 1.0] {
+        for world in [&world, &plain] {
+            world.slow_down(slowness);
+        }
+        // Others, without speculation, come before.
+        for mode in [Speculation::Off, Speculation::Auto] {
+            let good = of_length(128, 0.85, mode);
+            let plain_ms = plain.run(&of_length(128, 0.85, Speculation::Off)).await;
+            speeds.push((mode, plain_ms / world.run(&good).await));
+        }
+    }
+    let mut good = speeds.iter().filter(|(mode, _)| *mode == Speculation::Auto);
+    assert!(good.all(|(_, speed)| *speed > 1.25), "{speeds:.2?}");
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use paceline_domain::SequenceId;
 use paceline_speculation::{
-    ControllerConfig, Drafting, Load, StepTimes,
+    Drafting, Load, StepTimes,
     controller::{ProbeConfig, Probes},
 };
 
@@ -13,10 +13,17 @@ use paceline_speculation::{
 const ASSUMED_SHARE: f64 = 0.35;
 /// A step waits for this many times what a turn usually takes, and this long more.
 const PATIENCE: (f64, Duration) = (2.0, Duration::from_millis(20));
+/// Nothing is read that may take this many times as long as a step may wait.
+const LEAST_PATIENCE: f64 = 1.25;
 /// Rows of a sequence that a first pass has anyway: a token that was sampled after the drafted ones, and the last of those.
 const FEW_ROWS: usize = 2;
-/// Requests without a draft session before one is tried although it seems not worth its prompt.
-const OPENINGS: ProbeConfig = ProbeConfig { first: 2, longest: 16 };
+/// From so many tokens on reading them is bound by arithmetic, so that each token takes as long as the others.
+const MANY_TOKENS: usize = 16;
+/// How fast it is learnt that reading takes longer, or less long: the first time a model reads it touches new memory, and
+/// what else delays it is over the next time.
+const READING_RATES: (f64, f64) = (0.2, 0.8);
+/// Steps without a turn before one is tried that seems not worth it: while the draft has little to catch up with.
+const PROBES: ProbeConfig = ProbeConfig { first: 6, longest: 512 };
 
 /// A turn that was asked for.
 #[derive(Clone, Debug)]
@@ -32,26 +39,30 @@ struct Asked {
 pub struct TurnTaking {
     /// Tokens to draft in the next turn.
     pub n_tokens: usize,
-    /// When drafting is tried that seems not worth it.
+    /// When drafting is tried that seems not worth it, and whether the next turn is such a trial.
     pub probes: Probes,
-    /// When a session is opened that seems not worth its prompt.
-    pub openings: Probes,
+    /// See `probes`.
+    pub is_trial: bool,
     /// Sequences of the present turn, with the tokens that they wait for.
     pub members: Vec<(SequenceId, usize)>,
     asked: Option<Asked>,
-    /// What passes of the draft model take, seen from here.
+    /// What passes of the draft model take, seen from here, in plain steps of the target: memory, which binds both, has its
+    /// fast and slow minutes.
     passes: StepTimes,
+    /// Milliseconds in which it reads a token of a long text.
+    reading_ms: Option<f64>,
 }
 
 impl Default for TurnTaking {
     fn default() -> Self {
         Self {
             n_tokens: 0,
-            probes: Probes::new(ControllerConfig::default().probes),
-            openings: Probes::new(OPENINGS),
+            probes: Probes::new(PROBES),
+            is_trial: false,
             members: Vec::new(),
             asked: None,
             passes: StepTimes::default(),
+            reading_ms: None,
         }
     }
 }
@@ -73,12 +84,23 @@ impl TurnTaking {
         let Some(Asked { at, n_passes, n_rows, n_unread }) = self.asked.take() else { return };
         let ms = now.saturating_duration_since(at).as_secs_f64() * 1e3;
         tracing::debug!(n_passes, n_rows, n_unread, ms, "a turn of the draft service");
-        let is_reading = n_unread > FEW_ROWS * n_rows;
-        let (n_rows, ms) = match is_reading {
-            true => (n_unread, ms - self.pass_ms(n_rows, target) * n_passes.saturating_sub(1) as f64),
-            false => (n_rows, ms / n_passes.max(1) as f64),
-        };
-        self.passes.observe(Load { n_rows, n_keys: 0 }, ms, Drafting::Quiet);
+        if n_unread > FEW_ROWS * n_rows {
+            self.has_read(n_unread, ms - self.pass_ms(n_rows, target) * n_passes.saturating_sub(1) as f64);
+        } else if let Some(step_ms) = plain_ms(target) {
+            let load = Load { n_rows, n_keys: 0 };
+            self.passes.observe(load, ms / n_passes.max(1) as f64 / step_ms, Drafting::Quiet);
+        }
+    }
+
+    /// What reading took, the first token after it included.
+    fn has_read(&mut self, n_unread: usize, ms: f64) {
+        // Fewer are read as fast as one.
+        if n_unread > MANY_TOKENS {
+            let ms = ms.max(0.0) / n_unread as f64;
+            let usual = self.reading_ms.unwrap_or(ms);
+            let rate = if ms > usual { READING_RATES.0 } else { READING_RATES.1 };
+            self.reading_ms = Some(usual + rate * (ms - usual));
+        }
     }
 
     /// It will never be answered.
@@ -90,7 +112,9 @@ impl TurnTaking {
     pub fn pass_ms(&self, n_rows: usize, target: &StepTimes) -> f64 {
         let load = Load { n_rows: n_rows.max(1), n_keys: 0 };
         let assumed = target.predict(load).unwrap_or(0.0) * ASSUMED_SHARE;
-        match self.passes.predict(load) {
+        let measured =
+            self.passes.predict(load).zip(plain_ms(target)).map(|(share, step_ms)| share * step_ms);
+        match measured {
             Some(ms) if self.passes.knows(n_rows) => ms,
             Some(ms) => ms.min(assumed),
             None => assumed,
@@ -102,7 +126,9 @@ impl TurnTaking {
         if n_unread <= FEW_ROWS * n_rows {
             return 0.0;
         }
-        (self.pass_ms(n_unread, target) - self.pass_ms(n_rows, target)).max(0.0)
+        let assumed = || target.predict(Load { n_rows: n_unread, n_keys: 0 }).unwrap_or(0.0) * ASSUMED_SHARE;
+        let ms = self.reading_ms.map_or_else(assumed, |reading_ms| reading_ms * n_unread as f64);
+        (ms - self.pass_ms(n_rows, target)).max(0.0)
     }
 
     /// How long a step waits for the present turn.
@@ -114,8 +140,18 @@ impl TurnTaking {
 }
 
 /// How long is waited for what should take so many milliseconds.
-pub fn patience(ms: f64) -> Duration {
+fn patience(ms: f64) -> Duration {
     Duration::from_secs_f64(PATIENCE.0 * ms.max(0.0) / 1e3) + PATIENCE.1
+}
+
+/// The least that must be waited for what should take so many milliseconds.
+pub fn least_patience(ms: f64) -> Duration {
+    Duration::from_secs_f64(LEAST_PATIENCE * ms.max(0.0) / 1e3) + PATIENCE.1
+}
+
+/// What a step of one row takes.
+fn plain_ms(target: &StepTimes) -> Option<f64> {
+    target.predict(Load { n_rows: 1, n_keys: 0 }).filter(|ms| *ms > 0.0)
 }
 
 #[cfg(test)]
@@ -138,10 +174,14 @@ mod tests {
         turns.ask(vec![(SequenceId(1), 3)], 3, 40, start);
         assert_eq!(turns.patience(&target), Duration::from_millis(2 * 126 + 20));
         turns.answered(start + Duration::from_millis(161), &target);
-        assert_eq!(turns.pass_ms(40, &target), 140.0);
+        assert_eq!(turns.read_ms(40, 1, &target), 140.0 - 10.5);
         turns.ask(vec![(SequenceId(1), 3)], 3, 1, start);
         turns.answered(start + Duration::from_millis(24), &target);
         assert_eq!((turns.pass_ms(1, &target), turns.read_ms(40, 1, &target)), (8.0, 132.0));
+        assert_eq!(turns.read_ms(20, 1, &target), 62.0, "half as many take half as long");
+        let mut faster = StepTimes::default();
+        faster.observe(Load { n_rows: 1, n_keys: 0 }, 15.0, Drafting::Quiet);
+        assert_eq!(turns.pass_ms(1, &faster), 4.0, "what is bound by memory is as fast as that");
         assert!(!turns.is_asked());
         turns.answered(start + Duration::from_secs(9), &target);
         assert_eq!(turns.pass_ms(1, &target), 8.0, "nothing was asked");
