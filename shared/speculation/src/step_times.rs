@@ -13,15 +13,13 @@ const N_SINGLE: usize = 16;
 const N_CLASSES: usize = N_SINGLE + 24;
 /// A class remembers about this many steps.
 const MEMORY: f64 = 16.0;
-/// A class of few rows remembers more, because it is kept beside the pace: what is left is how classes differ.
-const MEMORY_OF_FEW: f64 = 64.0;
-/// How fast the pace of all classes of few rows is followed, from so many measurements of a class on. They are bound by
-/// memory, whose pace changes for minutes, and what was measured at one pace says nothing at another.
-const PACE: (f64, f64) = (1.0 / 8.0, 16.0);
-/// A step says at most that the pace is so many times what it was, and at least its inverse.
-const MOST_OF_PACE: f64 = 1.5;
+/// How much of what a step of few rows takes longer or less long than expected is thought to be the pace of all of them, from
+/// so many measurements of its class on: memory, which binds them, changes its pace for minutes, and what was measured at
+/// one pace says nothing at another. The class itself moves by a little more: that is how classes are told apart.
+const PACE: (f64, f64) = (1.0 / 8.0, 32.0);
+const OWN_PACE: f64 = 1.0 / 64.0;
 /// A measurement counts as at most this many times the mean, and at least its inverse: something else used the machine.
-const MOST_DEVIATION: f64 = 2.0;
+const MOST_DEVIATION: f64 = 1.5;
 /// From so many measurements on a deviation can be told.
 const N_SETTLED: f64 = 4.0;
 /// What rows take of a step at least, however many keys they look at; a wrong cost of keys does no more harm than that.
@@ -100,8 +98,6 @@ pub struct StepTimes {
     /// adds. It follows from the rest, and changes with each measurement only.
     curve: Vec<(f64, f64)>,
     ms_per_key: f64,
-    /// What steps of few rows take lately beside what their classes say.
-    pace: f64,
     /// Sums over deviations from the means of a class: keys times milliseconds, and keys squared.
     keys_ms: f64,
     keys_keys: f64,
@@ -116,7 +112,6 @@ impl Default for StepTimes {
             classes: [Class::default(); N_CLASSES],
             curve: Vec::with_capacity(N_CLASSES),
             ms_per_key: 0.0,
-            pace: 1.0,
             keys_ms: 0.0,
             keys_keys: 0.0,
             slowness: 1.0,
@@ -157,27 +152,33 @@ impl StepTimes {
 
     fn observe_quiet(&mut self, load: Load, ms: f64) {
         let idx = class_of(load.n_rows);
-        let (pace, memory) = if idx < N_SINGLE { (self.pace, MEMORY_OF_FEW) } else { (1.0, MEMORY) };
-        let (class, ms) = (&mut self.classes[idx], ms / pace);
-        let ms = if class.n_seen >= N_SETTLED {
-            ms.clamp(class.ms / MOST_DEVIATION, class.ms * MOST_DEVIATION)
-        } else {
-            ms
+        let class = &mut self.classes[idx];
+        let more_keys = load.n_keys as f64 - class.n_keys;
+        let usual_ms = (class.ms + self.ms_per_key * more_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
+        let ms = match class.n_seen >= N_SETTLED {
+            true => ms.clamp(usual_ms / MOST_DEVIATION, usual_ms * MOST_DEVIATION),
+            false => ms,
         };
-        let (more_keys, more_ms) = (load.n_keys as f64 - class.n_keys, ms - class.ms);
-        let usual_ms = class.ms + self.ms_per_key * more_keys;
-        if idx < N_SINGLE && class.n_seen >= PACE.1 && usual_ms > 0.0 {
-            let ratio = (ms / usual_ms).clamp(1.0 / MOST_OF_PACE, MOST_OF_PACE);
-            self.pace *= 1.0 + PACE.0 * (ratio - 1.0);
-        }
+        let more_ms = ms - class.ms;
         if class.n_seen > 0.0 {
             self.keys_ms = self.keys_ms * FORGETTING + more_keys * more_ms;
             self.keys_keys = self.keys_keys * FORGETTING + more_keys * more_keys;
         }
-        class.n_seen = (class.n_seen + 1.0).min(memory);
-        class.n_rows += (load.n_rows as f64 - class.n_rows) / class.n_seen;
-        class.n_keys += more_keys / class.n_seen;
-        class.ms += more_ms / class.n_seen;
+        class.n_seen = (class.n_seen + 1.0).min(PACE.1);
+        let is_pace = idx < N_SINGLE && class.n_seen >= PACE.1;
+        let rate = match is_pace {
+            true => PACE.0 + OWN_PACE,
+            false if idx < N_SINGLE => 1.0 / class.n_seen,
+            false => 1.0 / class.n_seen.min(MEMORY),
+        };
+        class.n_rows += rate * (load.n_rows as f64 - class.n_rows);
+        class.n_keys += rate * more_keys;
+        class.ms += rate * more_ms;
+        if is_pace {
+            let pace = 1.0 + PACE.0 * (ms / usual_ms - 1.0);
+            let few = self.classes[..N_SINGLE].iter_mut().enumerate();
+            few.filter(|(other, _)| *other != idx).for_each(|(_, class)| class.ms *= pace);
+        }
         self.draw();
     }
 
@@ -237,11 +238,10 @@ impl StepTimes {
         self.ms_per_key = self.ms_per_key();
         self.curve.clear();
         let mut least = f64::INFINITY;
-        for (idx, class) in self.classes.iter().enumerate().rev().filter(|(_, class)| class.n_seen > 0.0) {
-            let pace = if idx < N_SINGLE { self.pace } else { 1.0 };
+        for class in self.classes.iter().rev().filter(|class| class.n_seen > 0.0) {
             let without_keys =
                 (class.ms - self.ms_per_key * class.n_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
-            least = least.min(pace * without_keys);
+            least = least.min(without_keys);
             self.curve.push((class.n_rows, least));
         }
         self.curve.reverse();
@@ -326,6 +326,22 @@ mod tests {
         let ratio = |n| times.predict(load(n, 0)).unwrap() / times.predict(load(1, 0)).unwrap();
         assert!((ratio(4) - 1.05).abs() < 0.12 && (ratio(8) - 1.6).abs() < 0.18, "{} {}", ratio(4), ratio(8));
         assert_eq!(times.predict(load(200, 0)), Some(900.0), "many rows are bound by something else");
+    }
+
+    #[test]
+    fn longer_and_longer_texts_at_one_pace_leave_all_classes_where_they_are() {
+        let mut times = StepTimes::default();
+        for i in 0..3_000 {
+            // Texts grow from 40 tokens to 168, again and again; four rows are seen now and then at first.
+            let n_rows = if i < 200 && i % 5 == 0 { 4 } else { 1 };
+            let load = load(n_rows, n_rows * (40 + i % 128));
+            times.observe(load, 30.0 + 0.002 * load.n_keys as f64, Drafting::Quiet);
+        }
+        for n_rows in [1, 4] {
+            let (found, expected) =
+                (times.predict(load(n_rows, n_rows * 100)).unwrap(), 30.0 + 0.2 * n_rows as f64);
+            assert!((found / expected - 1.0).abs() < 0.05, "{n_rows} rows: {found} ms instead of {expected}");
+        }
     }
 
     #[test]
