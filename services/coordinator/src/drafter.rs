@@ -23,8 +23,8 @@ use std::{
 
 use paceline_domain::{DraftControl, SequenceId, StepNumber, StepPlan, TokenId};
 use paceline_speculation::{
-    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Load, Newcomers, ProposedToken, Source, SourceCounters,
-    StepLoad, StepTimes,
+    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Load, Newcomers, ProposedToken, Source,
+    SourceCounters, StepLoad, StepTimes,
 };
 use tokio::time::Instant as TokioInstant;
 

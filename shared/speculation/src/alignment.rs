@@ -12,6 +12,9 @@ const NEAR: (usize, usize) = (16, 32);
 /// Where a single token is looked for: no farther than this after it, because single tokens are everywhere.
 const VERY_NEAR: usize = 4;
 
+/// So many copied tokens of the last ones say more than one that occurred before.
+const SURE: usize = 6;
+
 /// A place that is copied from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Alignment {
@@ -69,9 +72,10 @@ impl Alignment {
     }
 
     /// Whether what follows in the original is likelier than what followed `n_matched` last tokens elsewhere: after a change
-    /// those know better.
+    /// those know better, unless it is one alone.
     pub fn is_surer_than(&self, n_matched: usize) -> bool {
-        n_matched == 0 || (self.n_astray == 0 && self.n_copied() as usize > n_matched)
+        let n_copied = self.n_copied() as usize;
+        n_matched == 0 || (n_matched == 1 && n_copied >= SURE) || (self.n_astray == 0 && n_copied > n_matched)
     }
 
     /// How sure it is that the token `n_ahead` after the expected one follows, when all before it do, 0 to 1: surer the longer

@@ -116,7 +116,7 @@ async fn a_draft_that_is_said_to_be_elsewhere_and_is_not_costs_as_little() {
             let mean = speeds[1..].iter().sum::<f64>() / 4.0;
             // What the first has lost has to come back before a prompt is read; then it is used as well as any.
             let is_good = alpha > 0.8 && n == 1;
-            assert!(mean >= if is_good { 1.2 } else { 0.97 }, "{n} of {alpha}: {speeds:.3?}");
+            assert!(mean >= if is_good { 1.3 } else { 0.97 }, "{n} of {alpha}: {speeds:.3?}");
             assert!(!is_good || speeds[4] >= 1.45, "{n} of {alpha}: {speeds:.3?}");
         }
     }
