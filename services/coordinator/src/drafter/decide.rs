@@ -141,7 +141,9 @@ impl Drafter {
     fn decide_turn(&mut self, view: &View<'_>, times: &StepTimes, now: Instant) {
         self.sequences.values_mut().for_each(|sequence| sequence.is_drafted_for = false);
         (self.turns.n_tokens, self.turns.is_trial) = (0, false);
-        if !self.can_ask() || !self.goodput.can_pay() {
+        // While prompts are read, their readers would wait for tokens of others, and proposals take their rows.
+        let has_unread = self.sequences.values().any(|sequence| sequence.n_generated() == 0);
+        if has_unread || !self.can_ask() || !self.goodput.can_pay() {
             return;
         }
         let members = self.readers(view);
