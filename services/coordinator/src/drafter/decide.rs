@@ -201,7 +201,8 @@ impl Drafter {
     }
 
     /// The turn with further sequences, whose tokens the draft service has to read first, if their gain will pay for that: all
-    /// that can be read in one wait, because what is not worth it for one may be for several, or the oldest alone.
+    /// that can be read in one wait, because what is not worth it for one may be for several, or the oldest alone. Seldom one is
+    /// read although that seems not so: how long the draft takes is measured by nothing else.
     fn with_new_readers(
         &mut self,
         members: &[SequenceId],
@@ -220,10 +221,17 @@ impl Drafter {
         for n in [n_most, 1].into_iter().filter(|n| *n <= n_most && *n > 0) {
             let all: Vec<SequenceId> = members.iter().chain(&ids[..n]).copied().collect();
             let Some(with) = self.turn_of(&all, view, times) else { continue };
-            if is_pending || self.pays_to_read(&ids[..n], members, (&with, found.as_ref()), (view, times)) {
-                self.to_read = ids[..n].to_vec();
-                return Some(with);
+            let pays =
+                is_pending || self.pays_to_read(&ids[..n], members, (&with, found.as_ref()), (view, times));
+            if pays {
+                self.turns.readings.was_worth_it();
+            } else if n == 1 && self.turns.readings.went_without() {
+                self.turns.readings.try_it();
+            } else {
+                continue;
             }
+            self.to_read = ids[..n].to_vec();
+            return Some(with);
         }
         if !ids.is_empty() {
             self.newcomers.passed_over();

@@ -24,6 +24,8 @@ const MANY_TOKENS: usize = 16;
 const READING_RATES: (f64, f64) = (0.2, 0.8);
 /// Steps without a turn before one is tried that seems not worth it: while the draft has little to catch up with.
 const PROBES: ProbeConfig = ProbeConfig { first: 6, longest: 512 };
+/// Times that reading was not worth it before it is tried all the same; a request asks once for some tokens.
+const READINGS: ProbeConfig = ProbeConfig { first: 64, longest: 1_024 };
 
 /// A turn that was asked for.
 #[derive(Clone, Debug)]
@@ -43,6 +45,8 @@ pub struct TurnTaking {
     pub probes: Probes,
     /// See `probes`.
     pub is_trial: bool,
+    /// When a text is read although that seems not worth it.
+    pub readings: Probes,
     /// Sequences of the present turn, with the tokens that they wait for.
     pub members: Vec<(SequenceId, usize)>,
     asked: Option<Asked>,
@@ -59,6 +63,7 @@ impl Default for TurnTaking {
             n_tokens: 0,
             probes: Probes::new(PROBES),
             is_trial: false,
+            readings: Probes::new(READINGS),
             members: Vec::new(),
             asked: None,
             passes: StepTimes::default(),
