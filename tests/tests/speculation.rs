@@ -11,7 +11,11 @@ use paceline_wire::inference::{
     GenerateRequest, ProposalCounts, SamplingOptions, SpeculationMode, SpeculationOptions, StopOptions,
     generate_request::Input, inference_client::InferenceClient,
 };
+use tokio::sync::Mutex;
 use tonic::transport::Channel;
+
+/// One cluster at a time: whether drafting pays is measured, and on cores that two share it does not.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 const N_TOKENS: u32 = 60;
 
@@ -80,6 +84,7 @@ fn proposals<'a>(generations: &'a [Generation], source: &'a str) -> impl Iterato
 
 #[tokio::test]
 async fn whoever_proposes_the_tokens_are_the_same() {
+    let _alone = ALONE.lock().await;
     // The draft is the target itself: it computes the same bits, so nothing it proposes is ever rejected.
     let spec = ClusterSpec::small(1).draft(models::small_model());
     let cluster = TestCluster::start(spec).await;
@@ -119,6 +124,7 @@ async fn whoever_proposes_the_tokens_are_the_same() {
 /// It proposes worse, and nothing else.
 #[tokio::test]
 async fn a_draft_that_lost_bits_and_tokens_changes_nothing() {
+    let _alone = ALONE.lock().await;
     let spec = ClusterSpec::small(1).draft(models::small_model());
     let spec = spec.env("PACELINE_DRAFT_QUANTIZE", "q4_0").env("PACELINE_DRAFT_VOCABULARY", "8192");
     let cluster = TestCluster::start(spec.coordinator_args(&["--draft-placement", "apart"])).await;
@@ -141,6 +147,7 @@ async fn a_draft_that_lost_bits_and_tokens_changes_nothing() {
 
 #[tokio::test]
 async fn a_draft_service_that_is_killed_takes_nothing_with_it() {
+    let _alone = ALONE.lock().await;
     let spec = ClusterSpec::small(1).draft(models::small_model());
     let mut cluster = TestCluster::start(spec).await;
     let client = cluster.client().await;
@@ -184,6 +191,7 @@ async fn wait_for_drafts(client: &InferenceClient<Channel>, plain: &[Generation]
 
 #[tokio::test]
 async fn a_draft_service_that_is_stopped_is_missed_by_nobody_and_used_again() {
+    let _alone = ALONE.lock().await;
     // It is said to have a machine of its own, so that it drafts whatever that costs here.
     let spec = ClusterSpec::small(1).draft(models::small_model());
     let mut cluster = TestCluster::start(spec.coordinator_args(&["--draft-placement", "apart"])).await;
@@ -202,6 +210,7 @@ async fn a_draft_service_that_is_stopped_is_missed_by_nobody_and_used_again() {
 
 #[tokio::test]
 async fn a_draft_service_that_ends_is_started_again() {
+    let _alone = ALONE.lock().await;
     let spec = ClusterSpec::small(1).draft(models::small_model());
     let mut cluster = TestCluster::start(spec.coordinator_args(&["--draft-placement", "apart"])).await;
     let client = cluster.client().await;
