@@ -1,5 +1,6 @@
 //! `CorruptNetwork`: a test double of the way between two services, a TCP proxy. While it is corrupt it flips bytes, leaves
-//! some out and cuts connections, in both directions, as its seed says; else it passes on what it gets.
+//! some out and cuts connections, in both directions, as its seed says; while it holds, nothing arrives; else it passes on
+//! what it gets.
 
 use std::{
     io,
@@ -15,6 +16,7 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
+    sync::watch,
     task::{JoinHandle, JoinSet},
 };
 
@@ -49,9 +51,10 @@ pub struct CorruptNetwork {
     task: JoinHandle<()>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     is_corrupt: AtomicBool,
+    holds: watch::Sender<bool>,
     n_harmed: [AtomicU64; Harm::ALL.len()],
 }
 
@@ -63,7 +66,11 @@ impl CorruptNetwork {
     pub async fn start(seed: u64, service: &str) -> io::Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = format!("http://{}", listener.local_addr()?);
-        let state = Arc::new(State::default());
+        let state = Arc::new(State {
+            is_corrupt: AtomicBool::new(false),
+            holds: watch::Sender::new(false),
+            n_harmed: Default::default(),
+        });
         let task = tokio::spawn(accept(listener, service.to_owned(), Random::new(seed), state.clone()));
         Ok(Self { address, state, task })
     }
@@ -78,9 +85,15 @@ impl CorruptNetwork {
         self.state.is_corrupt.store(true, Ordering::Relaxed);
     }
 
-    /// From now on it is well.
+    /// From now on nothing arrives, as if the service were stopped.
+    pub fn hold(&self) {
+        self.state.holds.send_replace(true);
+    }
+
+    /// From now on it is well; what was held arrives.
     pub fn repair(&self) {
         self.state.is_corrupt.store(false, Ordering::Relaxed);
+        self.state.holds.send_replace(false);
     }
 
     /// Pieces that were harmed so far, as [`Harm::ALL`].
@@ -103,6 +116,12 @@ impl State {
         let harm = *random.pick(&Harm::ALL);
         self.n_harmed[harm as usize].fetch_add(1, Ordering::Relaxed);
         Some(harm)
+    }
+
+    /// Until nothing is held.
+    async fn passes(&self) {
+        let mut holds = self.holds.subscribe();
+        holds.wait_for(|holds| !holds).await.expect("invariant: the sender is here");
     }
 }
 
@@ -140,6 +159,7 @@ async fn pump(
         if n_bytes == 0 {
             return to.shutdown().await;
         }
+        state.passes().await;
         let piece = &mut buffer[..n_bytes];
         let mut missing = 0..0;
         match state.harm(&mut random) {
@@ -158,6 +178,8 @@ async fn pump(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     /// A service that sends back what it gets.
@@ -201,6 +223,18 @@ mod tests {
         let before = network.n_harmed();
         assert!(is_whole(&network).await?);
         assert_eq!(network.n_harmed(), before);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn what_it_holds_arrives_when_it_is_well() -> io::Result<()> {
+        let network = CorruptNetwork::start(1, &echo().await?).await?;
+        network.hold();
+        let mut held = Box::pin(is_whole(&network));
+        let waited = tokio::time::timeout(Duration::from_millis(100), &mut held).await;
+        assert!(waited.is_err(), "something has arrived");
+        network.repair();
+        assert!(held.await?);
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
-//! A network to the draft service that flips bytes, leaves some out and cuts connections, while requests run without a pause:
-//! every request gets the tokens it gets without speculation, and when the network is well again, so is speculation. The
-//! services are the real ones; the models are doubles, so that the draft is worth asking on any machine.
+//! A network to the draft service that flips bytes, leaves some out, cuts connections, or lets nothing arrive, while requests
+//! run without a pause: every request gets the tokens it gets without speculation, and when the network is well again, so is
+//! speculation. The services are the real ones; the models are doubles, so that the draft is worth asking on any machine.
 
 use std::time::{Duration, Instant};
 
@@ -56,17 +56,32 @@ impl Load<'_> {
     async fn until(&self, what: &str, is_enough: impl Fn(u64) -> bool) {
         let mut n_drafted = 0;
         while !is_enough(n_drafted) {
-            let round = during(self.client, (self.known, SpeculationMode::Draft), N_CLIENTS, async {}).await;
-            let ((), seen) = round.expect("every request ends");
-            assert_eq!(seen.n_different, 0, "of {} requests: {what}", seen.n_requests);
-            n_drafted += seen.n_drafted;
+            n_drafted += self.round(what).await;
             assert!(self.started.elapsed() < DEADLINE, "not after {DEADLINE:?}: {what}");
         }
     }
+
+    /// One request of each client; drafted tokens that were verified.
+    async fn round(&self, what: &str) -> u64 {
+        let round = during(self.client, (self.known, SpeculationMode::Draft), N_CLIENTS, async {}).await;
+        let ((), seen) = round.expect("every request ends");
+        assert_eq!(seen.n_different, 0, "of {} requests: {what}", seen.n_requests);
+        seen.n_drafted
+    }
 }
 
-async fn is_outlived(placement: &str, seed: u64) {
+/// What a network does to what passes.
+#[derive(Clone, Copy, Debug)]
+enum Trouble {
+    /// It harms pieces, until all kinds of harm were met.
+    Corrupts { seed: u64 },
+    /// It lets nothing arrive while rounds of requests end without it.
+    Holds { n_rounds: u32 },
+}
+
+async fn is_outlived(placement: &str, trouble: Trouble) {
     let draft = ForeseeingDraft::start().await.expect("a port");
+    let seed = if let Trouble::Corrupts { seed } = trouble { seed } else { 0 };
     let network = CorruptNetwork::start(seed, draft.address()).await.expect("a port");
     let flags = ["--draft", network.address(), "--draft-placement", placement, "--draft-wait-ms", "50"];
     let device = HashModel::taking(PASS);
@@ -76,9 +91,19 @@ async fn is_outlived(placement: &str, seed: u64) {
     let load = Load { client: &client, known: &known, started: Instant::now() };
 
     load.until("drafted tokens are verified", |n_drafted| n_drafted > 0).await;
-    network.corrupt();
-    let has_met_all = || network.n_harmed().iter().all(|n_harmed| *n_harmed >= N_HARMS);
-    load.until("all kinds of harm are met", |n_drafted| n_drafted > 0 && has_met_all()).await;
+    match trouble {
+        Trouble::Corrupts { .. } => {
+            network.corrupt();
+            let has_met_all = || network.n_harmed().iter().all(|n_harmed| *n_harmed >= N_HARMS);
+            load.until("all kinds of harm are met", |n_drafted| n_drafted > 0 && has_met_all()).await;
+        }
+        Trouble::Holds { n_rounds } => {
+            network.hold();
+            for _ in 0..n_rounds {
+                load.round("nothing arrives").await;
+            }
+        }
+    }
     network.repair();
     load.until("drafted tokens are verified again", |n_drafted| n_drafted > N_AGAIN).await;
     drop(client);
@@ -87,10 +112,20 @@ async fn is_outlived(placement: &str, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_corrupt_network_changes_no_token_and_is_outlived_by_a_draft_on_its_own_machine() {
-    is_outlived("apart", 3).await;
+    is_outlived("apart", Trouble::Corrupts { seed: 3 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_corrupt_network_changes_no_token_and_is_outlived_by_a_draft_that_takes_turns() {
-    is_outlived("together", 4).await;
+    is_outlived("together", Trouble::Corrupts { seed: 4 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_draft_on_its_own_machine_that_says_nothing_is_missed_by_nobody_and_used_again() {
+    is_outlived("apart", Trouble::Holds { n_rounds: 3 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_draft_that_takes_turns_and_says_nothing_is_missed_by_nobody_and_used_again() {
+    is_outlived("together", Trouble::Holds { n_rounds: 3 }).await;
 }

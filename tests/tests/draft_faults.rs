@@ -82,6 +82,8 @@ async fn stopped_and_killed_under_load_it_is_missed_by_nobody_and_comes_back() {
             }
         };
         under_load(&client, &known, mode, killed).await;
+        let after = cluster.processes().draft().and_then(|draft| draft.pid()).expect("it runs again");
+        assert_ne!(after, pid);
     }
     cluster.stop().await;
 }
