@@ -30,6 +30,9 @@ const FORGETTING: f64 = 0.99;
 /// many rows further, so that a try costs little if it is not so.
 const ASSUMED_SLOPE: f64 = 0.05;
 const ASSUMED_ROWS: usize = 3;
+/// From so many rows on a further one costs at least this part of what those of the last doubling cost each: what is bound by
+/// arithmetic does not become cheaper, though classes that were measured at different paces may look like it.
+const STEEP: (usize, f64) = (8, 0.9);
 /// How fast the slowness beside a draft service is learnt at least, and its bounds.
 const SLOWNESS_RATE: f64 = 0.1;
 const SLOWNESS: (f64, f64) = (1.0, 4.0);
@@ -200,7 +203,7 @@ impl StepTimes {
     /// Milliseconds of a step with `n_more` rows beside those of `load`. Where as many rows were never measured they are
     /// thought to cost little; prompts, whose rows are bound by arithmetic, say nothing of a few.
     pub fn with_rows(&self, load: Load, n_more: usize) -> Option<f64> {
-        let ms = self.predict(load.and_rows(n_more))?;
+        let ms = self.predict(load.and_rows(n_more))?.max(self.least_with_rows(load, n_more)?);
         let class = class_of(load.n_rows + n_more);
         let n_alike = if class < N_SINGLE { N_SINGLE } else { N_CLASSES };
         if n_more == 0 || self.classes[class..n_alike].iter().any(|class| class.n_seen > 0.0) {
@@ -214,6 +217,17 @@ impl StepTimes {
         let n_beyond = load.n_rows + n_more - n_known;
         let assumed_ms = known_ms * (1.0 + ASSUMED_SLOPE * n_beyond as f64);
         Some(if n_beyond <= ASSUMED_ROWS { ms.min(assumed_ms) } else { ms })
+    }
+
+    /// What further rows cost at least beside many.
+    fn least_with_rows(&self, load: Load, n_more: usize) -> Option<f64> {
+        let ms = self.predict(load)?;
+        if load.n_rows < STEEP.0 {
+            return Some(ms);
+        }
+        let half = Load { n_rows: load.n_rows / 2, n_keys: load.n_keys / 2 };
+        let a_row_ms = (ms - self.predict(half)?) / (load.n_rows - half.n_rows) as f64;
+        Some(ms + STEEP.1 * a_row_ms * n_more as f64)
     }
 
     /// Milliseconds a step will take while nobody drafts; `None` before the first measurement. Never less for more rows or
@@ -394,6 +408,18 @@ mod tests {
         times.observe(load(4, 0), 40.0, Drafting::Quiet);
         assert_eq!(times.with_rows(load(1, 0), 3), Some(40.0));
         assert_eq!(load(2, 30).and_rows(1), load(3, 45));
+    }
+
+    #[test]
+    fn rows_beside_many_cost_no_less_than_those_before() {
+        let mut times = StepTimes::default();
+        for (n_rows, ms) in [(4, 4.0), (8, 5.0), (16, 9.0), (20, 9.5)] {
+            times.observe(load(n_rows, 0), ms, Drafting::Quiet);
+        }
+        // Half a millisecond for each of the last eight rows.
+        assert_eq!(times.with_rows(load(16, 0), 4), Some(9.0 + 4.0 * 0.9 * 0.5));
+        assert_eq!(times.with_rows(load(4, 0), 4), Some(5.0), "a few may be free");
+        assert_eq!(times.predict(load(20, 0)), Some(9.5));
     }
 
     #[test]
