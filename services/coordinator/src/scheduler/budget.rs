@@ -10,9 +10,9 @@ pub const ROWS_FOR_PROMPTS: usize = 16;
 /// What a step with prompts may take compared with one of decode rows alone: twice, less what is around a step; and at most,
 /// when there are more prompts than sequences that decode.
 const RELATIVE_BOUND: (f64, f64) = (1.8, 8.0);
-/// Time between tokens that is fast enough for whoever reads them while several prompts wait: 11 tokens a second, twice as many
-/// as people read. Each of them makes a step longer up to that.
-const FAST_ENOUGH_MS: f64 = 90.0;
+/// Time between tokens that is fast enough for whoever reads them while several prompts wait: 25 tokens a second. Each of them
+/// makes a step longer up to that.
+const FAST_ENOUGH_MS: f64 = 40.0;
 /// What a step with prompts may always take compared with one of decode rows alone, however tight the bound is. With at
 /// least one row, prompts never starve.
 const LEAST_BOUND: f64 = 1.25;
@@ -20,7 +20,7 @@ const LEAST_BOUND: f64 = 1.25;
 /// How long decoding sequences may wait between two tokens while prompts are read.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum ItlBound {
-    /// About twice as long as without prompts while one is read; longer while there are several, up to 90 ms, or as long as
+    /// About twice as long as without prompts while one is read; longer while there are several, up to 40 ms, or as long as
     /// gives each prompt the time of a sequence that decodes.
     Twice,
     /// So many milliseconds.
@@ -140,22 +140,16 @@ mod tests {
 
     #[test]
     fn many_prompts_beside_few_that_decode_have_their_part_of_a_step() {
-        let shared = |bound, n_rows, n_decoding, n_prompts| {
+        let decoding = Load { n_rows: 2, n_keys: 0 };
+        let shared = |bound, n_decoding, n_prompts| {
             let sharers = Sharers { n_decoding, n_prompts, start_pos: 0 };
-            prefill_rows(&times(), bound, Load { n_rows, n_keys: 0 }, sharers, 1_000)
+            prefill_rows(&times(), bound, decoding, sharers, 254)
         };
-        let rows = |n_prompts| shared(ItlBound::Twice, 2, 2, n_prompts);
-        assert_eq!(
-            [1, 2, 3, 6, 14].map(rows),
-            [15, 51, 87, 160, 160],
-            "a step of 9.9 ms by 1.8, 3.6, 5.4, 90 ms"
-        );
-        let rows = |n_prompts| shared(ItlBound::Twice, 66, 66, n_prompts);
-        assert_eq!([66, 198].map(rows), [96, 247], "a step of 41.9 ms: 90 ms, by 4");
-        assert_eq!(rows(600), rows(6_000), "by 8 and no more");
-        let with_proposals = shared(ItlBound::Twice, 66, 33, 99);
-        assert_eq!(with_proposals, 247, "half of the rows are proposals: 132 share the step");
-        assert_eq!(shared(ItlBound::Millis(40.1), 2, 2, 60), 60, "what was asked for holds for any number");
+        let rows = |bound, n_prompts| shared(bound, 2, n_prompts);
+        let found = [1, 2, 6, 14, 60].map(|n_prompts| rows(ItlBound::Twice, n_prompts));
+        assert_eq!(found, [15, 51, 60, 138, 138], "a step of 9.9 ms by 1.8, 3.6, 40 ms, by 8 and no more");
+        assert_eq!(shared(ItlBound::Twice, 1, 6), 118, "one of the rows is a proposal: seven share the step");
+        assert_eq!(rows(ItlBound::Millis(40.1), 60), 60, "what was asked for holds for any number");
     }
 
     /// Prompts that came one after the other when so many tokens of others had been read.
