@@ -10,8 +10,8 @@ use paceline_domain::ReduceTree;
 use std::time::{Duration, Instant};
 
 /// Rows, columns, repetitions.
-const SHAPES: [(usize, usize, u32); 4] =
-    [(1, 576, 20_000), (1, 1_536, 20_000), (8, 1_536, 10_000), (512, 1_536, 200)];
+const SHAPES: [(usize, usize, u32); 5] =
+    [(1, 576, 20_000), (1, 1_536, 20_000), (8, 1_536, 10_000), (512, 576, 500), (512, 1_536, 200)];
 
 fn main() {
     if let Some((_, mut collective)) = support::join(Duration::from_secs(60)) {

@@ -96,13 +96,16 @@ impl AcceptanceTable {
 }
 
 impl SequenceAcceptance {
+    /// As [`AcceptanceTable::estimate`], for this sequence.
+    pub fn estimate(&self, table: &AcceptanceTable, position: usize, proposed: &ProposedToken) -> f64 {
+        let ratio = self.sources[proposed.source.idx()].ratio();
+        odds_times(table.estimate(position, proposed), ratio).clamp(BOUNDS.0, BOUNDS.1)
+    }
+
     /// Estimates for each token of a proposal, given that all before it were accepted.
     pub fn estimates(&self, table: &AcceptanceTable, proposal: &[ProposedToken]) -> Vec<f64> {
-        let estimate = |(position, proposed): (usize, &ProposedToken)| {
-            let ratio = self.sources[proposed.source.idx()].ratio();
-            odds_times(table.estimate(position, proposed), ratio).clamp(BOUNDS.0, BOUNDS.1)
-        };
-        proposal.iter().enumerate().map(estimate).collect()
+        let tokens = proposal.iter().enumerate();
+        tokens.map(|(position, proposed)| self.estimate(table, position, proposed)).collect()
     }
 
     /// As [`AcceptanceTable::observe`]; `table` must not have seen it yet.

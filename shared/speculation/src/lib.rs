@@ -38,6 +38,6 @@ pub use controller::{Choice, Controller, ControllerConfig, Promise, StepCost, St
 pub use newcomers::{Newcomers, Tried};
 pub use ngram::{NgramConfig, NgramProposer};
 pub use proposal::{ProposedToken, Source, SourceCounters};
-pub use step_times::{Drafting, Load, StepTimes};
+pub use step_times::{Beside, Drafting, Load, StepTimes};
 pub use suffix_automaton::SuffixAutomaton;
 pub use turns::Turn;

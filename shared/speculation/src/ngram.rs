@@ -2,6 +2,8 @@
 //! stretch is copied with small changes, what follows in the original. It needs no model, and only tokens that are
 //! committed are indexed, so there is nothing to roll back.
 
+use std::iter;
+
 use paceline_domain::TokenId;
 
 use crate::alignment::Alignment;
@@ -98,51 +100,58 @@ impl NgramProposer {
         (self.alignment, self.rival) = better(followed, rival);
     }
 
-    /// At most `n_tokens` tokens to follow the committed ones and `tail`, which is not committed: proposed tokens of
-    /// another source, for instance. Empty when too few tokens match or not all are indexed.
+    /// At most `n_tokens` tokens to follow the committed ones and `tail`, as [`Self::following`].
     pub fn propose(&self, tail: &[TokenId], n_tokens: usize) -> Vec<ProposedToken> {
-        if self.base + self.automaton.len() != self.tokens.len() {
-            return Vec::new();
-        }
+        self.following(tail).take(n_tokens).collect()
+    }
+
+    /// Tokens to follow the committed ones and `tail`, which is not committed: proposed tokens of another source, for
+    /// instance. They are found as they are asked for. None when too few tokens match or not all are indexed.
+    pub fn following<'a>(&'a self, tail: &'a [TokenId]) -> impl Iterator<Item = ProposedToken> + 'a {
+        let is_indexed = self.base + self.automaton.len() == self.tokens.len();
         let start = self.automaton.suffix();
         let matched = tail.iter().fold(start, |matched, token| self.automaton.follow(matched, *token));
-        let found = matched.filter(|found| found.len >= self.config.min_match);
+        let found = matched.filter(|found| is_indexed && found.len >= self.config.min_match);
         let n_matched = found.map_or(0, |found| found.len);
-        let alignment =
-            self.alignment.filter(|alignment| tail.is_empty() && alignment.is_surer_than(n_matched));
-        match (alignment, found) {
-            (Some(alignment), _) => self.original(alignment, n_tokens),
-            (None, Some(found)) => self.continuation(found, tail, n_tokens),
-            (None, None) => Vec::new(),
-        }
+        let is_surer =
+            |alignment: &Alignment| is_indexed && tail.is_empty() && alignment.is_surer_than(n_matched);
+        let alignment = self.alignment.filter(is_surer);
+        let found = found.filter(|_| alignment.is_none());
+        let original = alignment.into_iter().flat_map(|alignment| self.original(alignment));
+        original.chain(found.into_iter().flat_map(|found| self.continuation(found, tail)))
     }
 
     /// What follows in the original of a copy.
-    fn original(&self, alignment: Alignment, n_tokens: usize) -> Vec<ProposedToken> {
+    fn original(&self, alignment: Alignment) -> impl Iterator<Item = ProposedToken> + '_ {
         let rest = self.tokens.get(alignment.expected()..).unwrap_or_default();
-        let proposed = |(n_ahead, token): (usize, &TokenId)| ProposedToken {
+        let proposed = move |(n_ahead, token): (usize, &TokenId)| ProposedToken {
             token: *token,
             source: Source::Ngram,
             confidence: alignment.confidence(n_ahead),
         };
-        rest.iter().take(n_tokens).enumerate().map(proposed).collect()
+        rest.iter().enumerate().map(proposed)
     }
 
     /// What follows an occurrence. Where it runs into the end of the text it goes on with what it has proposed: a period
     /// repeats.
-    fn continuation(&self, found: Match, tail: &[TokenId], n_tokens: usize) -> Vec<ProposedToken> {
-        let mut proposed: Vec<ProposedToken> = Vec::with_capacity(n_tokens);
+    fn continuation<'a>(
+        &'a self,
+        found: Match,
+        tail: &'a [TokenId],
+    ) -> impl Iterator<Item = ProposedToken> + 'a {
+        let mut proposed: Vec<TokenId> = Vec::new();
         let mut context = Some(found);
-        for i in 0..n_tokens {
+        iter::repeat_with(move || {
+            let i = proposed.len();
             let at = self.base + found.end + i;
             let committed = self.tokens.get(at).or_else(|| tail.get(at - self.tokens.len())).copied();
-            let token = committed.unwrap_or_else(|| proposed[at - self.tokens.len() - tail.len()].token);
+            let token = committed.unwrap_or_else(|| proposed[at - self.tokens.len() - tail.len()]);
             let next = self.automaton.follow(context, token);
             let confidence = confidence(context, next, found.len + i);
             context = next;
-            proposed.push(ProposedToken { token, source: Source::Ngram, confidence });
-        }
-        proposed
+            proposed.push(token);
+            ProposedToken { token, source: Source::Ngram, confidence }
+        })
     }
 }
 

@@ -200,34 +200,15 @@ impl StepTimes {
         self.n_busy >= SHARED.0 && self.slowness >= SHARED.1
     }
 
-    /// Milliseconds of a step with `n_more` rows beside those of `load`. Where as many rows were never measured they are
-    /// thought to cost little; prompts, whose rows are bound by arithmetic, say nothing of a few.
-    pub fn with_rows(&self, load: Load, n_more: usize) -> Option<f64> {
-        let ms = self.predict(load.and_rows(n_more))?.max(self.least_with_rows(load, n_more)?);
-        let class = class_of(load.n_rows + n_more);
-        let n_alike = if class < N_SINGLE { N_SINGLE } else { N_CLASSES };
-        if n_more == 0 || self.classes[class..n_alike].iter().any(|class| class.n_seen > 0.0) {
-            return Some(ms);
-        }
-        // Beyond the most rows that were measured, the plain ones at least.
-        let plain = class_of(load.n_rows).min(class);
-        let known = self.classes[plain..class].iter().rposition(|class| class.n_seen > 0.0);
-        let n_known = known.map_or(0, |known| plain + known + 1).clamp(load.n_rows, load.n_rows + n_more);
-        let known_ms = self.predict(load.and_rows(n_known - load.n_rows))?;
-        let n_beyond = load.n_rows + n_more - n_known;
-        let assumed_ms = known_ms * (1.0 + ASSUMED_SLOPE * n_beyond as f64);
-        Some(if n_beyond <= ASSUMED_ROWS { ms.min(assumed_ms) } else { ms })
-    }
-
-    /// What further rows cost at least beside many.
-    fn least_with_rows(&self, load: Load, n_more: usize) -> Option<f64> {
+    /// A step as it is, to ask what further rows would take; `None` before the first measurement.
+    pub fn beside(&self, load: Load) -> Option<Beside<'_>> {
         let ms = self.predict(load)?;
-        if load.n_rows < STEEP.0 {
-            return Some(ms);
+        let mut least_row_ms = 0.0;
+        if load.n_rows >= STEEP.0 {
+            let half = Load { n_rows: load.n_rows / 2, n_keys: load.n_keys / 2 };
+            least_row_ms = STEEP.1 * (ms - self.predict(half)?) / (load.n_rows - half.n_rows) as f64;
         }
-        let half = Load { n_rows: load.n_rows / 2, n_keys: load.n_keys / 2 };
-        let a_row_ms = (ms - self.predict(half)?) / (load.n_rows - half.n_rows) as f64;
-        Some(ms + STEEP.1 * a_row_ms * n_more as f64)
+        Some(Beside { times: self, load, ms, least_row_ms })
     }
 
     /// Milliseconds a step will take while nobody drafts; `None` before the first measurement. Never less for more rows or
@@ -266,6 +247,45 @@ impl StepTimes {
     }
 }
 
+/// What a step takes with further rows, where many counts of them are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside<'a> {
+    times: &'a StepTimes,
+    load: Load,
+    /// Without further rows.
+    ms: f64,
+    /// What a further row takes at least.
+    least_row_ms: f64,
+}
+
+impl Beside<'_> {
+    /// The step without further rows.
+    pub fn load(&self) -> Load {
+        self.load
+    }
+
+    /// Milliseconds with `n_more` rows. Where as many were never measured they are thought to cost little; prompts, whose
+    /// rows are bound by arithmetic, say nothing of a few.
+    pub fn ms(&self, n_more: usize) -> f64 {
+        let Self { times, load, .. } = *self;
+        let predict = |load| times.predict(load).unwrap_or(self.ms);
+        let ms = predict(load.and_rows(n_more)).max(self.ms + self.least_row_ms * n_more as f64);
+        let class = class_of(load.n_rows + n_more);
+        let n_alike = if class < N_SINGLE { N_SINGLE } else { N_CLASSES };
+        if n_more == 0 || times.classes[class..n_alike].iter().any(|class| class.n_seen > 0.0) {
+            return ms;
+        }
+        // Beyond the most rows that were measured, the plain ones at least.
+        let plain = class_of(load.n_rows).min(class);
+        let known = times.classes[plain..class].iter().rposition(|class| class.n_seen > 0.0);
+        let n_known = known.map_or(0, |known| plain + known + 1).clamp(load.n_rows, load.n_rows + n_more);
+        let known_ms = predict(load.and_rows(n_known - load.n_rows));
+        let n_beyond = load.n_rows + n_more - n_known;
+        let assumed_ms = known_ms * (1.0 + ASSUMED_SLOPE * n_beyond as f64);
+        if n_beyond <= ASSUMED_ROWS { ms.min(assumed_ms) } else { ms }
+    }
+}
+
 fn between((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
     y0 + (y1 - y0) * ((x - x0) / (x1 - x0).max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
 }
@@ -278,6 +298,10 @@ mod tests {
 
     fn load(n_rows: usize, n_keys: usize) -> Load {
         Load { n_rows, n_keys }
+    }
+
+    fn with_rows(times: &StepTimes, load: Load, n_more: usize) -> f64 {
+        times.beside(load).unwrap().ms(n_more)
     }
 
     /// A machine: flat up to 8 rows, then half a millisecond a row; a microsecond for 10 keys.
@@ -396,17 +420,17 @@ mod tests {
     #[test]
     fn rows_that_were_never_tried_are_thought_cheap_until_they_are() {
         let mut times = StepTimes::default();
-        assert_eq!(times.with_rows(load(1, 0), 1), None);
+        assert_eq!(times.beside(load(1, 0)).map(|step| step.ms(1)), None);
         times.observe(load(1, 0), 10.0, Drafting::Quiet);
-        assert_eq!(times.with_rows(load(1, 0), 0), Some(10.0));
-        assert_eq!(times.with_rows(load(1, 0), 3), Some(11.5));
+        assert_eq!(with_rows(&times, load(1, 0), 0), 10.0);
+        assert_eq!(with_rows(&times, load(1, 0), 3), 11.5);
         times.observe(load(61, 0), 610.0, Drafting::Quiet);
-        assert_eq!(times.with_rows(load(1, 0), 3), Some(11.5), "a prompt is something else");
-        assert!(times.with_rows(load(1, 0), 4).unwrap() > 40.0, "but one does not go far without knowing");
+        assert_eq!(with_rows(&times, load(1, 0), 3), 11.5, "a prompt is something else");
+        assert!(with_rows(&times, load(1, 0), 4) > 40.0, "but one does not go far without knowing");
         times.observe(load(3, 0), 12.0, Drafting::Quiet);
-        assert_eq!(times.with_rows(load(1, 0), 3), Some(12.0 * 1.05), "a row more than was measured");
+        assert_eq!(with_rows(&times, load(1, 0), 3), 12.0 * 1.05, "a row more than was measured");
         times.observe(load(4, 0), 40.0, Drafting::Quiet);
-        assert_eq!(times.with_rows(load(1, 0), 3), Some(40.0));
+        assert_eq!(with_rows(&times, load(1, 0), 3), 40.0);
         assert_eq!(load(2, 30).and_rows(1), load(3, 45));
     }
 
@@ -417,8 +441,8 @@ mod tests {
             times.observe(load(n_rows, 0), ms, Drafting::Quiet);
         }
         // Half a millisecond for each of the last eight rows.
-        assert_eq!(times.with_rows(load(16, 0), 4), Some(9.0 + 4.0 * 0.9 * 0.5));
-        assert_eq!(times.with_rows(load(4, 0), 4), Some(5.0), "a few may be free");
+        assert_eq!(with_rows(&times, load(16, 0), 4), 9.0 + 4.0 * 0.9 * 0.5);
+        assert_eq!(with_rows(&times, load(4, 0), 4), 5.0, "a few may be free");
         assert_eq!(times.predict(load(20, 0)), Some(9.5));
     }
 

@@ -57,7 +57,8 @@ fn run(
         let proposal = [token; N_OFFERED];
         let estimates: Vec<_> =
             sequences.iter().map(|sequence| sequence.estimates(&table, &proposal)).collect();
-        let cost = |n_rows: usize| times.with_rows(plain, n_rows - n_sequences).expect("it was measured");
+        let beside = times.beside(plain).expect("it was measured");
+        let cost = |n_rows: usize| beside.ms(n_rows - n_sequences);
         controller.went_without();
         let choice = controller.choose(&estimates, load, &cost);
         let mut n_tokens = 0;

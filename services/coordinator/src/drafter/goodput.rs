@@ -2,7 +2,7 @@
 //! Pure.
 
 use paceline_speculation::{
-    Choice, Controller, ControllerConfig, Drafting, Load, Promise, StepCost, StepLoad, StepTimes,
+    Beside, Choice, Controller, ControllerConfig, Drafting, Load, Promise, StepCost, StepLoad, StepTimes,
     controller::{Settlement, promise},
 };
 
@@ -43,8 +43,7 @@ pub struct Done {
 /// A step that may be planned: what it takes with some rows more.
 #[derive(Clone, Copy, Debug)]
 pub struct Costs<'a> {
-    times: &'a StepTimes,
-    load: Load,
+    beside: Beside<'a>,
     factor: f64,
 }
 
@@ -57,26 +56,24 @@ impl<'a> Costs<'a> {
     ) -> Option<Self> {
         let rows = lengths.map(|n_tokens| Load::rows(n_tokens.saturating_sub(1), 1));
         let load = rows.fold(Load::default(), Load::and);
-        let factor = times.slowness(drafting);
-        (load.n_rows > 0 && times.knows(load.n_rows)).then_some(Self { times, load, factor })
+        let beside = times.beside(load).filter(|_| load.n_rows > 0 && times.knows(load.n_rows))?;
+        Some(Self { beside, factor: times.slowness(drafting) })
     }
 
     /// Milliseconds without further rows.
     pub fn plain_ms(&self) -> f64 {
-        self.step_ms(self.load.n_rows)
+        self.step_ms(self.n_rows())
     }
 
     /// Rows without further ones.
     pub fn n_rows(&self) -> usize {
-        self.load.n_rows
+        self.beside.load().n_rows
     }
 }
 
 impl StepCost for Costs<'_> {
     fn step_ms(&self, n_rows: usize) -> f64 {
-        let n_more = n_rows.saturating_sub(self.load.n_rows);
-        let ms = self.times.with_rows(self.load, n_more).expect("invariant: of() found that it is measured");
-        self.factor * ms
+        self.factor * self.beside.ms(n_rows.saturating_sub(self.n_rows()))
     }
 }
 

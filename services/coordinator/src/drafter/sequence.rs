@@ -22,6 +22,11 @@ const CONFIDENCE: (f32, f32) = (0.8, 0.1);
 /// Tokens after which it is asked again whether the draft is to read its tokens.
 const RECONSIDERED_AFTER: usize = 16;
 
+/// Of a proposal so many tokens are looked at, and those that are all right up to there with at least this probability: a row
+/// for less never pays.
+const ALWAYS_ASKED: usize = 2;
+const NEGLIGIBLE: f64 = 0.01;
+
 /// The next step that can be told what to verify.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum NextStep {
@@ -228,7 +233,7 @@ impl Sequence {
     pub fn expected_of_own(&mut self, table: &AcceptanceTable, next: NextStep) -> Vec<f64> {
         self.index();
         let room = self.options.max_tokens.min(self.n_left().saturating_sub(1));
-        let mut estimates = self.acceptance.estimates(table, &self.own_tokens_say(&[], room));
+        let (_, mut estimates) = self.rated(table, self.own_tokens_say(&[]).take(room));
         if next == NextStep::AfterOneSent && !estimates.is_empty() {
             // The first token comes from the step that was sent; the rest is of use if it is that token.
             let first = estimates.remove(0);
@@ -255,30 +260,43 @@ impl Sequence {
     pub fn proposal(&mut self, room: usize, table: &AcceptanceTable) -> (Vec<ProposedToken>, Vec<f64>) {
         let room = room.min(self.options.max_tokens);
         self.index();
-        let candidates = [self.drafted(room), self.own_tokens_say(&[], room)];
-        let rated = candidates.into_iter().map(|candidate| {
-            let estimates = self.acceptance.estimates(table, &candidate);
-            (expected_length(&estimates), candidate, estimates)
-        });
-        let best = rated.max_by(|one, other| one.0.total_cmp(&other.0));
-        let (_, proposal, estimates) = best.expect("invariant: there are two candidates");
+        let drafted: Vec<ProposedToken> = match self.allows(Source::Draft) {
+            true => self.remote.buffer().take(room).collect(),
+            false => Vec::new(),
+        };
+        let tail: Vec<TokenId> = drafted.iter().map(|proposed| proposed.token).collect();
+        let own = self.rated(table, self.own_tokens_say(&[]).take(room));
+        if drafted.is_empty() {
+            return own;
+        }
+        let and_own = self.own_tokens_say(&tail).take(room - tail.len());
+        let drafted = self.rated(table, drafted.into_iter().chain(and_own));
+        if expected_length(&own.1) >= expected_length(&drafted.1) { own } else { drafted }
+    }
+
+    /// A proposal as far as it is likely enough, and the probability that each of its tokens is accepted when all before it
+    /// are.
+    fn rated(
+        &self,
+        table: &AcceptanceTable,
+        proposed: impl Iterator<Item = ProposedToken>,
+    ) -> (Vec<ProposedToken>, Vec<f64>) {
+        let (mut proposal, mut estimates, mut likelihood) = (Vec::new(), Vec::new(), 1.0);
+        for (position, proposed) in proposed.enumerate() {
+            let estimate = self.acceptance.estimate(table, position, &proposed);
+            likelihood *= estimate;
+            if likelihood < NEGLIGIBLE && position >= ALWAYS_ASKED {
+                break;
+            }
+            proposal.push(proposed);
+            estimates.push(estimate);
+        }
         (proposal, estimates)
     }
 
-    fn drafted(&self, room: usize) -> Vec<ProposedToken> {
-        if !self.allows(Source::Draft) {
-            return Vec::new();
-        }
-        let mut proposal: Vec<ProposedToken> = self.remote.buffer().take(room).collect();
-        if !proposal.is_empty() {
-            let tail: Vec<TokenId> = proposal.iter().map(|proposed| proposed.token).collect();
-            proposal.extend(self.own_tokens_say(&tail, room - tail.len()));
-        }
-        proposal
-    }
-
-    fn own_tokens_say(&self, tail: &[TokenId], room: usize) -> Vec<ProposedToken> {
-        if self.allows(Source::Ngram) { self.ngram.propose(tail, room) } else { Vec::new() }
+    fn own_tokens_say<'a>(&'a self, tail: &'a [TokenId]) -> impl Iterator<Item = ProposedToken> + 'a {
+        let may_say = self.allows(Source::Ngram);
+        may_say.then(|| self.ngram.following(tail)).into_iter().flatten()
     }
 }
 

@@ -10,9 +10,11 @@ pub const ROWS_FOR_PROMPTS: usize = 16;
 /// What a step with prompts may take compared with one of decode rows alone: twice, less what is around a step; and at most,
 /// when there are more prompts than sequences that decode.
 const RELATIVE_BOUND: (f64, f64) = (1.8, 8.0);
-/// Time between tokens that is fast enough for whoever reads them while several prompts wait: 25 tokens a second. Each of them
-/// makes a step longer up to that.
-const FAST_ENOUGH_MS: f64 = 40.0;
+/// How long a step becomes at most while several prompts are read, each of which makes it longer: so long that whoever reads
+/// its tokens, 11 a second, hardly waits, and all prompts of a burst are read soon. When more requests wait for a place than there
+/// are, the next one to come waits for the step under way, whoever sent the others: 25 a second.
+const BURST_MS: f64 = 90.0;
+const CROWDED_MS: f64 = 40.0;
 /// What a step with prompts may always take compared with one of decode rows alone, however tight the bound is. With at
 /// least one row, prompts never starve.
 const LEAST_BOUND: f64 = 1.25;
@@ -20,8 +22,8 @@ const LEAST_BOUND: f64 = 1.25;
 /// How long decoding sequences may wait between two tokens while prompts are read.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum ItlBound {
-    /// About twice as long as without prompts while one is read; longer while there are several, up to 40 ms, or as long as
-    /// gives each prompt the time of a sequence that decodes.
+    /// About twice as long as without prompts while one is read; longer while there are several, up to 90 ms, 40 while others
+    /// wait for a place, or as long as gives each prompt the time of a sequence that decodes.
     Twice,
     /// So many milliseconds.
     Millis(f64),
@@ -36,6 +38,8 @@ pub struct Sharers {
     pub n_prompts: usize,
     /// Where the first of them goes on.
     pub start_pos: usize,
+    /// Whether others wait for a place.
+    pub is_crowded: bool,
 }
 
 /// Rows for prompts in a step that has `decoding` already and room for `n_rows_left` more.
@@ -56,7 +60,8 @@ pub fn prefill_rows(
             let n_prompts = sharers.n_prompts as f64;
             let shares = 1.0 + n_prompts / sharers.n_decoding.max(1) as f64;
             let fair_ms = shares.clamp(RELATIVE_BOUND.0, RELATIVE_BOUND.1) * alone_ms;
-            fair_ms.max((RELATIVE_BOUND.0 * n_prompts * alone_ms).min(FAST_ENOUGH_MS))
+            let most_ms = if sharers.is_crowded { CROWDED_MS } else { BURST_MS };
+            fair_ms.max((RELATIVE_BOUND.0 * n_prompts * alone_ms).min(most_ms))
         }
         ItlBound::Millis(ms) => ms.max(LEAST_BOUND * alone_ms),
     };
@@ -125,7 +130,7 @@ mod tests {
     #[test]
     fn prompts_take_what_the_bound_leaves() {
         let decoding = Load { n_rows: 2, n_keys: 0 };
-        let one = Sharers { n_decoding: 2, n_prompts: 1, start_pos: 0 };
+        let one = Sharers { n_decoding: 2, n_prompts: 1, start_pos: 0, is_crowded: false };
         let rows = |bound, decoding, left| prefill_rows(&times(), bound, decoding, one, left);
         assert_eq!(rows(ItlBound::Millis(40.0), Load::default(), 256), 256, "nobody waits for tokens");
         assert_eq!(rows(ItlBound::Millis(40.1), decoding, 254), 60);
@@ -141,15 +146,18 @@ mod tests {
     #[test]
     fn many_prompts_beside_few_that_decode_have_their_part_of_a_step() {
         let decoding = Load { n_rows: 2, n_keys: 0 };
-        let shared = |bound, n_decoding, n_prompts| {
-            let sharers = Sharers { n_decoding, n_prompts, start_pos: 0 };
+        let shared = |bound, n_decoding, n_prompts, is_crowded| {
+            let sharers = Sharers { n_decoding, n_prompts, start_pos: 0, is_crowded };
             prefill_rows(&times(), bound, decoding, sharers, 254)
         };
-        let rows = |bound, n_prompts| shared(bound, 2, n_prompts);
-        let found = [1, 2, 6, 14, 60].map(|n_prompts| rows(ItlBound::Twice, n_prompts));
-        assert_eq!(found, [15, 51, 60, 138, 138], "a step of 9.9 ms by 1.8, 3.6, 40 ms, by 8 and no more");
-        assert_eq!(shared(ItlBound::Twice, 1, 6), 118, "one of the rows is a proposal: seven share the step");
-        assert_eq!(rows(ItlBound::Millis(40.1), 60), 60, "what was asked for holds for any number");
+        let found =
+            |is_crowded| [1, 2, 6, 14, 60].map(|n_prompts| shared(ItlBound::Twice, 2, n_prompts, is_crowded));
+        assert_eq!(found(false), [15, 51, 160, 160, 160], "a step of 9.9 ms by 1.8, 3.6, 90 ms and no more");
+        assert_eq!(found(true), [15, 51, 60, 138, 138], "by 1.8, 3.6, 40 ms, by 8 and no more");
+        let one = shared(ItlBound::Twice, 1, 6, true);
+        assert_eq!(one, 118, "one of the rows is a proposal: seven share the step");
+        let asked = shared(ItlBound::Millis(40.1), 2, 60, false);
+        assert_eq!(asked, 60, "what was asked for holds for any number");
     }
 
     /// Prompts that came one after the other when so many tokens of others had been read.

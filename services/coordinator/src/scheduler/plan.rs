@@ -152,6 +152,7 @@ impl Scheduler {
             n_decoding: draft.chunks.len(),
             n_prompts: prompts.len(),
             start_pos: self.sequences[first].n_planned,
+            is_crowded: !self.waiting.is_empty(),
         };
         let pending = |id: &SequenceId| match self.copy_for(*id) {
             Some(_) => 1,
