@@ -9,9 +9,10 @@ use paceline_kernels::{
 use std::time::Instant;
 
 /// Type, output rows, columns.
-const CASES: [(WeightType, usize, usize); 10] = [
+const CASES: [(WeightType, usize, usize); 11] = [
     (WeightType::Q4_1, 576, 1536),
     (WeightType::Q4_1, 1536, 576),
+    (WeightType::Q4_K, 8960, 1536),
     (WeightType::Q4_K, 1536, 8960),
     (WeightType::Q6_K, 1536, 8960),
     (WeightType::Q5_0, 1536, 8960),
@@ -43,7 +44,7 @@ fn main() {
             matrix.bytes()
         );
         for isa in Isa::available().into_iter().filter(|isa| *isa != Isa::Scalar) {
-            for n_tokens in [1, 2, 4, 8, 16, 64] {
+            for n_tokens in [1, 2, 4, 8, 16, 32, 64, 512] {
                 measure(&pool, &matrix, isa, n_tokens);
             }
         }

@@ -65,6 +65,7 @@ impl Lanes for Avx2 {
     type Simd = simd::Avx2;
     type Bytes = [__m256i; 2];
     type Ints = [__m256i; 2];
+    const HOLDS_SUMS: bool = false;
 
     #[inline(always)]
     fn simd(self) -> simd::Avx2 {

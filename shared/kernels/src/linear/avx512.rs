@@ -9,6 +9,8 @@ use std::arch::x86_64::*;
 
 /// Tokens whose sums fit the registers beside the codes of a group.
 const MOST_TOKENS: usize = 16;
+/// Tokens of plain numbers that are summed at once: each has a row of its own to read, and an address for it.
+const MOST_FLOAT_TOKENS: usize = 8;
 
 /// Proof that the CPU has AVX-512 F, BW, VL and DQ, and VNNI if so marked.
 #[derive(Clone, Copy)]
@@ -60,7 +62,7 @@ pub(crate) fn sum_quantized_avx512<F: QuantFormat, const P: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(crate) fn sum_float_avx512<F: FloatFormat>(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]) {
     let v = Avx512::<false>::token();
-    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+    for_tokens!(sums.len(), MOST_FLOAT_TOKENS, T, first => {
         sum_float::<_, F, T>(v, &leaf.starting_at(first), &mut sums[first..first + T])
     });
 }
@@ -80,6 +82,7 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     type Simd = simd::Avx512;
     type Bytes = __m512i;
     type Ints = __m512i;
+    const HOLDS_SUMS: bool = true;
 
     #[inline(always)]
     fn simd(self) -> simd::Avx512 {

@@ -16,6 +16,8 @@ pub(super) trait Lanes: Copy {
     type Bytes: Copy;
     /// An i32 for each row.
     type Ints: Copy;
+    /// Whether registers hold the sums of as many tokens as are summed at once, beside the codes of a group.
+    const HOLDS_SUMS: bool;
 
     fn simd(self) -> Self::Simd;
 
@@ -70,6 +72,20 @@ macro_rules! for_tokens {
 }
 pub(super) use for_tokens;
 
+/// Calls `$body` for each of `$n` tokens, at most 16, with its number as a constant, so that its sums stay in a register: a
+/// loop of that many is left a loop by the compiler, and its sums in memory.
+macro_rules! each_token {
+    ($n:ident, $t:ident => $body:expr) => {
+        each_token!(@each $n, $t, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (@each $n:ident, $t:ident, $body:expr, $($token:literal)*) => {
+        $(if $token < $n {
+            let $t = $token;
+            $body;
+        })*
+    };
+}
+
 /// Sums a leaf of quantized weights for `T` tokens with codes of `P` planes.
 #[inline(always)]
 pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: usize>(
@@ -90,8 +106,13 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
         let x_codes: &[[Quads; P]; T] = x_codes.first_chunk().expect("invariant: all tokens have the group");
         let x_scales: &[GroupScale; T] =
             x_scales.first_chunk().expect("invariant: all tokens have the group");
-        for t in 0..T {
+        let mut add = |t: usize| {
             acc[t] = add_group::<V, F, P>(v, &codes, &scales, (&x_codes[t], &x_scales[t]), acc[t]);
+        };
+        if V::HOLDS_SUMS {
+            each_token!(T, t => add(t));
+        } else {
+            (0..T).for_each(add);
         }
     }
     for (sums, acc) in sums.iter_mut().zip(acc) {
