@@ -5,21 +5,27 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use paceline_domain::SequenceId;
 
-use super::Scheduler;
+use super::{
+    Scheduler,
+    budget::{Wanted, share},
+};
 
-/// Of this many places one is kept from a tenant that has all others, while other tenants come now and then.
+/// Of this many places one is kept from a tenant that has more than its share, while other tenants come now and then.
 const PLACES_FOR_ONE_KEPT: usize = 8;
 
 impl Scheduler {
-    /// The tenant that gets no further place, if there is one.
+    /// The tenant that gets no further place, if there is one: the last places are for those who have less than their share,
+    /// however many of them are there already.
     pub(super) fn crowding(&self) -> Option<Arc<str>> {
-        let n_most = self.limits.max_sequences - self.limits.max_sequences / PLACES_FOR_ONE_KEPT;
-        if n_most == self.limits.max_sequences || self.running.len() < n_most {
+        let n_kept = self.limits.max_sequences / PLACES_FOR_ONE_KEPT;
+        if n_kept == 0 || self.running.len() < self.limits.max_sequences - n_kept {
             return None;
         }
         let places = self.places();
-        let (tenant, _) = places.into_iter().find(|(_, n_places)| *n_places >= n_most)?;
-        self.waiting.saw_others(tenant).then(|| tenant.clone())
+        // Those who come now and then are one more at least.
+        let n_fair = self.limits.max_sequences / places.len().max(2);
+        let (tenant, n_places) = places.into_iter().max_by_key(|(_, n_places)| *n_places)?;
+        (n_places > n_fair && self.waiting.saw_others(tenant)).then(|| tenant.clone())
     }
 
     /// Which of these sequences belong to tenants that have at most half of their fair share of the places.
@@ -42,14 +48,23 @@ impl Scheduler {
     }
 }
 
-/// Adds to what prompts were granted: those of light tenants get all they want, as far as there are rows. Others wait
-/// longer for their tokens, because it is they who take more than their share.
-pub fn favour(granted: &mut [usize], wanted: &[usize], is_light: &[bool], mut n_rows_left: usize) {
-    for ((granted, wanted), _) in granted.iter_mut().zip(wanted).zip(is_light).filter(|(_, light)| **light) {
-        let more = (wanted - *granted).min(n_rows_left);
-        *granted += more;
-        n_rows_left -= more;
-    }
+/// Shares rows among prompts as [`share`] does, but those of light tenants get all they want, as far as there is room for
+/// it: others have what that leaves of `n_rows`, and at least half of them, so that nobody starves. Where that makes a step
+/// longer than the bound, it is those who take more than their share that wait for their tokens.
+pub fn favour(wanted: &[Wanted], is_light: &[bool], (n_rows, n_room): (usize, usize)) -> Vec<usize> {
+    let n_tokens_if = |light: bool| {
+        let of = move |(wanted, is_light): (&Wanted, &bool)| match *is_light == light {
+            true => *wanted,
+            false => Wanted { n_tokens: 0, ..*wanted },
+        };
+        wanted.iter().zip(is_light).map(of).collect::<Vec<Wanted>>()
+    };
+    let (light, others) = (n_tokens_if(true), n_tokens_if(false));
+    let n_light: usize = light.iter().map(|wanted| wanted.n_tokens).sum();
+    let n_others = n_rows.saturating_sub(n_light).max(n_rows.div_ceil(2)).min(n_rows);
+    let others = share(n_others, &others);
+    let light = share(n_room - others.iter().sum::<usize>(), &light);
+    light.iter().zip(others).map(|(light, other)| light + other).collect()
 }
 
 #[cfg(test)]
@@ -110,9 +125,13 @@ mod tests {
         }
         let most = (0..6).map(|_| step(&mut scheduler).chunks.len()).max();
         assert_eq!(most, Some(PLACES - 1), "one place is kept");
-        let light = scheduler.submit(of("light", 2, 2));
-        let plan = step(&mut scheduler);
-        assert!(plan.chunks.iter().any(|chunk| chunk.sequence == light), "it gets it at once");
+        for which in ["the first", "a second one", "a third one"] {
+            let light = scheduler.submit(of("light", 2, 20));
+            let plan = step(&mut scheduler);
+            let has_place = plan.chunks.iter().any(|chunk| chunk.sequence == light);
+            assert!(has_place, "{which} gets a place at once beside those that are there");
+            (0..4).for_each(|_| _ = step(&mut scheduler));
+        }
     }
 
     #[test]
@@ -131,10 +150,22 @@ mod tests {
         assert_eq!(rows_of_last("light"), Some(40), "one of eight places is less than half a share");
     }
 
+    fn granted(n_tokens: &[usize], is_light: &[bool], rows: (usize, usize)) -> Vec<usize> {
+        let wanted: Vec<Wanted> = n_tokens.iter().map(|n| Wanted { n_tokens: *n, turn: 0 }).collect();
+        favour(&wanted, is_light, rows)
+    }
+
     #[test]
-    fn light_tenants_get_what_rows_are_left() {
-        let mut granted = [4, 2, 0, 1];
-        favour(&mut granted, &[9, 9, 9, 9], &[false, true, false, true], 10);
-        assert_eq!(granted, [4, 9, 0, 4]);
+    fn light_tenants_come_first_and_leave_half() {
+        assert_eq!(granted(&[9, 4, 9], &[false, true, false], (12, 40)), [4, 4, 4]);
+        assert_eq!(granted(&[9, 20, 9], &[false, true, false], (12, 40)), [3, 20, 3], "beyond the bound");
+        assert_eq!(
+            granted(&[9, 20, 9], &[false, true, false], (12, 16)),
+            [3, 10, 3],
+            "and not beyond the room"
+        );
+        assert_eq!(granted(&[9, 9], &[false, true], (1, 40)), [1, 9]);
+        assert_eq!(granted(&[30, 9], &[false, false], (12, 40)), [6, 6], "nobody is light");
+        assert_eq!(granted(&[30, 9], &[true, true], (12, 40)), [30, 9]);
     }
 }

@@ -5,7 +5,7 @@ use paceline_speculation::{Drafting, Load};
 
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
-    budget::{ROWS_FOR_PROMPTS, Sharers, Wanted, prefill_rows, share, turn},
+    budget::{ROWS_FOR_PROMPTS, Sharers, Wanted, prefill_rows, turn},
     fairness::favour,
     sequence::Next,
 };
@@ -168,9 +168,8 @@ impl Scheduler {
         }
         let n_rows_left = self.limits.max_rows as usize - draft.load.n_rows;
         let n_rows = prefill_rows(&self.times, self.limits.itl_bound, draft.load, sharers, n_rows_left);
-        let mut granted = share(n_rows, &self.by_turns(&prompts, &wanted));
-        let n_unused = n_rows_left - granted.iter().sum::<usize>();
-        favour(&mut granted, &wanted, &self.are_light(&prompts), n_unused);
+        let granted =
+            favour(&self.by_turns(&prompts, &wanted), &self.are_light(&prompts), (n_rows, n_rows_left));
         self.n_read += granted.iter().sum::<usize>() as u64;
         for (id, n) in prompts.into_iter().zip(granted).filter(|(_, n)| *n > 0) {
             let open = self.open(id);
