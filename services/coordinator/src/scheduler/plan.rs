@@ -10,6 +10,9 @@ use super::{
     sequence::Next,
 };
 
+/// While requests wait for a place a step is sent ahead only beside one that is as short as this.
+const CROWDED_AHEAD_MS: f64 = 20.0;
+
 /// A plan that was not answered yet, as far as its answer needs it.
 #[derive(Debug)]
 pub(super) struct InFlight {
@@ -87,7 +90,9 @@ impl Scheduler {
 
     fn may_plan(&self) -> bool {
         let Some(last) = self.in_flight.back() else { return true };
-        let below_ms = self.limits.run_ahead_below.as_secs_f64() * 1e3;
+        // Whoever comes next waits for all that was sent, and where others wait somebody is likely to come.
+        let most_ms = if self.waiting.is_empty() { f64::INFINITY } else { CROWDED_AHEAD_MS };
+        let below_ms = (self.limits.run_ahead_below.as_secs_f64() * 1e3).min(most_ms);
         let is_short = last.predicted_ms.is_some_and(|ms| ms < below_ms);
         let is_known = |id: &SequenceId| !self.sequences[id].needs_its_token();
         self.in_flight.len() < MAX_STEPS_IN_FLIGHT && is_short && self.running.iter().all(is_known)
