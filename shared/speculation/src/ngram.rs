@@ -100,11 +100,6 @@ impl NgramProposer {
         (self.alignment, self.rival) = better(followed, rival);
     }
 
-    /// At most `n_tokens` tokens to follow the committed ones and `tail`, as [`Self::following`].
-    pub fn propose(&self, tail: &[TokenId], n_tokens: usize) -> Vec<ProposedToken> {
-        self.following(tail).take(n_tokens).collect()
-    }
-
     /// Tokens to follow the committed ones and `tail`, which is not committed: proposed tokens of another source, for
     /// instance. They are found as they are asked for. None when too few tokens match or not all are indexed.
     pub fn following<'a>(&'a self, tail: &'a [TokenId]) -> impl Iterator<Item = ProposedToken> + 'a {
@@ -174,6 +169,10 @@ mod tests {
         ids.iter().copied().map(TokenId).collect()
     }
 
+    fn propose(proposer: &NgramProposer, tail: &[TokenId], n_tokens: usize) -> Vec<ProposedToken> {
+        proposer.following(tail).take(n_tokens).collect()
+    }
+
     fn proposer(text: &[TokenId], config: NgramConfig) -> NgramProposer {
         let mut proposer = NgramProposer::new(config);
         proposer.extend(text);
@@ -205,7 +204,7 @@ mod tests {
         ) {
             let (text, tail) = (ids(&text), ids(&tail));
             let proposer = proposer(&text, NgramConfig { min_match, window: 1_000, max_astray: 0 });
-            let proposed = proposer.propose(&tail, n_tokens);
+            let proposed = propose(&proposer, &tail, n_tokens);
             let tokens: Vec<TokenId> = proposed.iter().map(|proposed| proposed.token).collect();
             prop_assert_eq!(tokens, naive(&text, &tail, min_match, n_tokens));
             prop_assert!(proposed.iter().all(|proposed| (0.0..=1.0).contains(&proposed.confidence)));
@@ -221,11 +220,11 @@ mod tests {
             for piece in &pieces {
                 grown.extend(&ids(piece));
                 while !grown.index(budget) {
-                    prop_assert!(grown.propose(&[], 3).is_empty(), "not all is indexed");
+                    prop_assert!(propose(&grown, &[], 3).is_empty(), "not all is indexed");
                 }
             }
             let whole = proposer(&ids(&pieces.concat()), config);
-            prop_assert_eq!(grown.propose(&[], 6), whole.propose(&[], 6));
+            prop_assert_eq!(propose(&grown, &[], 6), propose(&whole, &[], 6));
         }
     }
 
@@ -236,10 +235,14 @@ mod tests {
         proposer.extend(&ids(&(100..111).collect::<Vec<_>>()));
         proposer.extend(&ids(&[1, 2]));
         assert!(proposer.index(usize::MAX));
-        assert_eq!(proposer.propose(&[], 1).first().map(|next| next.token), Some(TokenId(3)), "still there");
+        assert_eq!(
+            propose(&proposer, &[], 1).first().map(|next| next.token),
+            Some(TokenId(3)),
+            "still there"
+        );
         proposer.extend(&ids(&[9, 1, 2]));
         assert!(proposer.index(usize::MAX));
-        assert_eq!(proposer.propose(&[], 1).first().map(|next| next.token), Some(TokenId(9)));
+        assert_eq!(propose(&proposer, &[], 1).first().map(|next| next.token), Some(TokenId(9)));
         assert!(proposer.automaton.len() <= 16);
         assert_eq!(proposer.tokens().len(), 19);
     }
@@ -247,8 +250,8 @@ mod tests {
     #[test]
     fn what_always_followed_is_surer_than_what_sometimes_did() {
         let config = NgramConfig::default();
-        let always = proposer(&ids(&[1, 2, 3, 8, 1, 2, 3, 9, 1, 2]), config).propose(&[], 1);
-        let sometimes = proposer(&ids(&[1, 2, 4, 8, 1, 2, 3, 9, 1, 2]), config).propose(&[], 1);
+        let always = propose(&proposer(&ids(&[1, 2, 3, 8, 1, 2, 3, 9, 1, 2]), config), &[], 1);
+        let sometimes = propose(&proposer(&ids(&[1, 2, 4, 8, 1, 2, 3, 9, 1, 2]), config), &[], 1);
         assert_eq!((always[0].token, sometimes[0].token), (TokenId(3), TokenId(3)));
         assert!(always[0].confidence > sometimes[0].confidence, "{always:?} {sometimes:?}");
     }
@@ -257,7 +260,7 @@ mod tests {
     fn n_passes(prompt: &[TokenId], text: &[TokenId], n_tokens: usize, config: NgramConfig) -> usize {
         let (mut proposer, mut n_done, mut n_passes) = (proposer(prompt, config), 0, 0);
         while n_done < text.len() {
-            let proposed = proposer.propose(&[], n_tokens);
+            let proposed = propose(&proposer, &[], n_tokens);
             let rest = &text[n_done..];
             let n_accepted =
                 proposed.iter().zip(rest).take_while(|(one, token)| one.token == **token).count();
@@ -295,7 +298,7 @@ mod tests {
             n_tokens in 0usize..12,
         ) {
             let text = ids(&text);
-            let proposed = proposer(&text, NgramConfig::default()).propose(&[], n_tokens);
+            let proposed = propose(&proposer(&text, NgramConfig::default()), &[], n_tokens);
             prop_assert!(proposed.len() <= n_tokens);
             prop_assert!(proposed.iter().all(|one| text.contains(&one.token)));
             prop_assert!(proposed.iter().all(|one| (0.0..=1.0).contains(&one.confidence)));
