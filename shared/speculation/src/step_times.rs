@@ -301,7 +301,7 @@ mod tests {
     }
 
     fn with_rows(times: &StepTimes, load: Load, n_more: usize) -> f64 {
-        times.beside(load).unwrap().ms(n_more)
+        times.beside(load).expect("something was measured").ms(n_more)
     }
 
     /// A machine: flat up to 8 rows, then half a millisecond a row; a microsecond for 10 keys.

@@ -11,8 +11,8 @@ pub const ROWS_FOR_PROMPTS: usize = 16;
 /// when there are more prompts than sequences that decode.
 const RELATIVE_BOUND: (f64, f64) = (1.8, 8.0);
 /// How long a step becomes at most while several prompts are read, each of which makes it longer: so long that whoever reads
-/// its tokens, 11 a second, hardly waits, and all prompts of a burst are read soon. When more requests wait for a place than there
-/// are, the next one to come waits for the step under way, whoever sent the others: 25 a second.
+/// its tokens, 11 a second, hardly waits, and all prompts of a burst are read soon. While requests wait for a place, others are
+/// likely to come, and wait for the step under way, whoever sent it: 25 a second.
 const BURST_MS: f64 = 90.0;
 const CROWDED_MS: f64 = 40.0;
 /// What a step with prompts may always take compared with one of decode rows alone, however tight the bound is. With at

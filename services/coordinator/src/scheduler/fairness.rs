@@ -135,6 +135,21 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_sent_ahead_of_a_long_step_while_others_wait() {
+        // 60 rows of prompts are a step of 60 ms; more are left to be read.
+        let sends_ahead = |n_sequences: usize| {
+            let mut scheduler = scheduler();
+            scheduler.limits.run_ahead_below = std::time::Duration::from_secs(9);
+            // Tenants of their own, so that nobody waits for a prefix.
+            (0..n_sequences).for_each(|i| _ = scheduler.submit(of(&format!("tenant {i}"), 50, 5)));
+            assert_eq!(scheduler.plan().expect("something to do").n_rows(), 60);
+            scheduler.plan().is_some()
+        };
+        assert!(sends_ahead(PLACES), "all have a place");
+        assert!(!sends_ahead(PLACES + 1), "one waits");
+    }
+
+    #[test]
     fn prompts_of_light_tenants_are_read_beyond_the_bound() {
         // Of seven sequences that decode and one that comes after them, the rows of the last one.
         let rows_of_last = |tenant: &str| {
