@@ -1,8 +1,8 @@
 //! The SIMD twins of one chunk of attention: tiles of a few queries by a few registers of keys or values. What is
 //! computed, and in which order, is defined by `chunk`.
 //!
-//! Keys and values of a head lie in pieces of a few KB all over the pool, so the CPU's own prefetchers find little: each
-//! tile asks for what comes next. In a chunk those are keys of its blocks, values of its blocks, keys of the next chunk.
+//! Keys and values of a head lie in pieces of a few KB, often but not always one behind the other, and a tile goes through
+//! several at once, so the CPU's own prefetchers find too little: each tile asks for what comes next. In a chunk those are keys of its blocks, values of its blocks, keys of the next chunk.
 
 use paceline_domain::group::{BLOCK_POSITIONS, KV_GROUP};
 

@@ -1,14 +1,15 @@
 //! The 16 rows of a tile in one AVX-512 register, with and without VNNI.
 
 use super::lanes::{Lanes, for_tokens, sum_float, sum_quantized};
-use super::{FloatLeaf, QuantizedLeaf, RowSums};
+use super::{AHEAD_BYTES, FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat};
 use crate::packed::{Line, TILE_ROWS};
 use crate::simd;
 use std::arch::x86_64::*;
 
-/// Tokens whose sums fit the registers beside the codes of a group.
-const MOST_TOKENS: usize = 16;
+/// Tokens whose sums fit the registers beside the codes of a group, by planes of their codes, less one. With two planes
+/// sixteen fit as well, and are a third slower than twice eight for most types of weights.
+const MOST_TOKENS: [usize; 2] = [16, 8];
 /// Tokens of plain numbers that are summed at once: each has a row of its own to read, and an address for it.
 const MOST_FLOAT_TOKENS: usize = 8;
 
@@ -40,10 +41,7 @@ pub(crate) fn sum_quantized_vnni<F: QuantFormat, const P: usize>(
     leaf: &QuantizedLeaf<'_>,
     sums: &mut [RowSums],
 ) {
-    let v = Avx512::<true>::token();
-    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
-        sum_quantized::<_, F, P, T>(v, &leaf.starting_at::<P>(first), &mut sums[first..first + T])
-    });
+    sum_quantized_of::<_, F, P>(Avx512::<true>::token(), leaf, sums);
 }
 
 /// Sums a leaf of quantized weights.
@@ -52,8 +50,16 @@ pub(crate) fn sum_quantized_avx512<F: QuantFormat, const P: usize>(
     leaf: &QuantizedLeaf<'_>,
     sums: &mut [RowSums],
 ) {
-    let v = Avx512::<false>::token();
-    for_tokens!(sums.len(), MOST_TOKENS, T, first => {
+    sum_quantized_of::<_, F, P>(Avx512::<false>::token(), leaf, sums);
+}
+
+#[inline(always)]
+fn sum_quantized_of<const VNNI: bool, F: QuantFormat, const P: usize>(
+    v: Avx512<VNNI>,
+    leaf: &QuantizedLeaf<'_>,
+    sums: &mut [RowSums],
+) {
+    for_tokens!(sums.len(), MOST_TOKENS[P - 1], T, first => {
         sum_quantized::<_, F, P, T>(v, &leaf.starting_at::<P>(first), &mut sums[first..first + T])
     });
 }
@@ -90,9 +96,13 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn prefetch<T>(self, first: &T, ahead: usize) {
-        let address = std::ptr::from_ref(first).cast::<i8>().wrapping_add(ahead);
-        op!(_mm_prefetch::<_MM_HINT_T1>(address));
+    fn prefetch<const NEAREST: bool, T>(self, first: &T) {
+        let address = std::ptr::from_ref(first).cast::<i8>().wrapping_add(AHEAD_BYTES);
+        if NEAREST {
+            op!(_mm_prefetch::<_MM_HINT_NTA>(address));
+        } else {
+            op!(_mm_prefetch::<_MM_HINT_T1>(address));
+        }
     }
 
     #[inline(always)]

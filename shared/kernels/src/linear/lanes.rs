@@ -1,7 +1,7 @@
 //! The SIMD twins of matrix products, written once over a small set of operations on the 16 rows of a tile. Which
 //! instructions those are is for the instruction set's own file.
 
-use super::{FloatLeaf, QuantizedLeaf, RowSums};
+use super::{Fetch, FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat, ScaleLayout};
 use crate::packed::{Line, PackedGroup, QUADS, TILE_ROWS, planes};
 use crate::quantize::{GroupScale, Quads};
@@ -21,8 +21,9 @@ pub(super) trait Lanes: Copy {
 
     fn simd(self) -> Self::Simd;
 
-    /// Starts to fetch the cache line that many bytes behind this one. It need not be there.
-    fn prefetch<T>(self, first: &T, ahead: usize);
+    /// Starts to fetch the cache line [`super::AHEAD_BYTES`] behind this one, which need not be there, into the first-level
+    /// cache alone or into the second.
+    fn prefetch<const NEAREST: bool, T>(self, first: &T);
     fn load_bytes(self, line: &Line) -> Self::Bytes;
     /// `(bytes >> right) & mask` in each byte, `<<` for negative `right`; `mask` removes what crosses bytes.
     fn field(self, bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
@@ -62,7 +63,7 @@ macro_rules! for_tokens {
     }};
     (@each $size:literal $n:expr, $max:expr, $count:ident, $first:ident, $body:expr) => {
         if $size <= $max {
-            const $count: usize = if $size <= $max { $size } else { 1 };
+            const $count: usize = $size;
             while $first + $count <= $n {
                 $body;
                 $first += $count;
@@ -98,8 +99,10 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
     let tokens = codes.zip(leaf.scales.chunks(leaf.step));
     for (group, (x_codes, x_scales)) in tokens.take(leaf.n_groups).enumerate() {
         let PackedGroup { planes, own, shared } = leaf.weights.group::<F>(group);
-        if leaf.ahead > 0 {
-            prefetch_group::<V, F>(v, leaf.weights.group::<F>(group), leaf.ahead);
+        match leaf.fetch {
+            Fetch::Nowhere => (),
+            Fetch::Nearest => prefetch_group::<V, F, true>(v, leaf.weights.group::<F>(group)),
+            Fetch::Second => prefetch_group::<V, F, false>(v, leaf.weights.group::<F>(group)),
         }
         let codes = unpack::<V, F>(v, planes);
         let scales = resolve::<V, F>(v, own, shared);
@@ -120,16 +123,16 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
     }
 }
 
-/// Starts to fetch what lies so many bytes behind a group: each line of the stream, because the CPU's own prefetchers stand
+/// Starts to fetch what lies behind a group: each line of the stream, because the CPU's own prefetchers stand
 /// back where a program fetches, and would miss the ones left out.
 #[inline(always)]
-fn prefetch_group<V: Lanes, F: QuantFormat>(v: V, group: PackedGroup<'_>, ahead: usize) {
+fn prefetch_group<V: Lanes, F: QuantFormat, const NEAREST: bool>(v: V, group: PackedGroup<'_>) {
     for line in group.planes {
-        v.prefetch(line, ahead);
+        v.prefetch::<NEAREST, _>(line);
     }
-    v.prefetch(&group.own[0], ahead);
+    v.prefetch::<NEAREST, _>(&group.own[0]);
     if F::SCALES.has_super() {
-        v.prefetch(&group.shared[0], ahead);
+        v.prefetch::<NEAREST, _>(&group.shared[0]);
     }
 }
 
@@ -278,8 +281,10 @@ pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
     let mut acc = [v.simd().splat(0.0); T];
     let columns = leaf.weights.chunks_exact(TILE_ROWS * F::BYTES).take(leaf.n_cols);
     for (column, weights) in columns.enumerate() {
-        if leaf.ahead > 0 {
-            v.prefetch(&weights[0], leaf.ahead);
+        match leaf.fetch {
+            Fetch::Nowhere => (),
+            Fetch::Nearest => v.prefetch::<true, _>(&weights[0]),
+            Fetch::Second => v.prefetch::<false, _>(&weights[0]),
         }
         let weights = match F::TYPE {
             WeightType::F32 => v.load_f32(chunk(weights, 0)),

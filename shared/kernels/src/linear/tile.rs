@@ -1,17 +1,14 @@
 //! One tile for some tokens: its leaves are summed by the kernels of the dispatch table and added up as the canonical
 //! tree says. How tiles become tasks is not known here.
 
-use super::{FloatLeaf, Input, MAX_TOKENS, QuantizedLeaf, RowSums};
+use super::{Fetch, FloatLeaf, Input, MAX_TOKENS, QuantizedLeaf, RowSums};
 use crate::Kernels;
+use crate::cache::is_nearest_roomy;
 use crate::formats::GROUP_LEN;
 use crate::packed::{InputKind, Leaf, MAX_DEPTH, PackedMatrix, TILE_ROWS};
 use crate::quantize::QuantizedRows;
 use std::cell::RefCell;
 use std::ops::Range;
-
-/// How far ahead weights are fetched: a few thousand cycles of reading, far less than the second-level cache holds. Nearer
-/// comes too late and keeps the CPU's own prefetchers away (2 KiB: a third slower).
-const AHEAD_BYTES: usize = 10 * 1024;
 
 /// Sums waiting for their right neighbours.
 pub(super) type Stack = [[RowSums; MAX_TOKENS]; MAX_DEPTH];
@@ -43,13 +40,14 @@ impl TileProduct<'_> {
         stack: &mut Stack,
         finish: &mut dyn FnMut(usize, usize, &[RowSums]),
     ) {
-        let (mut first, mut ahead) = (tokens.start, AHEAD_BYTES);
+        let mut first = tokens.start;
+        let mut fetch = if is_nearest_roomy() { Fetch::Nearest } else { Fetch::Second };
         while first < tokens.end {
             // Tokens that lie side by side; see `QuantizedRows`.
             let end = tokens.end.min((first / MAX_TOKENS + 1) * MAX_TOKENS);
-            self.run_block(tile, first..end, ahead, stack, finish);
+            self.run_block(tile, first..end, fetch, stack, finish);
             // Later tokens find the tile in the caches.
-            (first, ahead) = (end, 0);
+            (first, fetch) = (end, Fetch::Nowhere);
         }
     }
 
@@ -57,14 +55,14 @@ impl TileProduct<'_> {
         &self,
         tile: usize,
         tokens: Range<usize>,
-        ahead: usize,
+        fetch: Fetch,
         stack: &mut Stack,
         finish: &mut dyn FnMut(usize, usize, &[RowSums]),
     ) {
         let n = tokens.len();
         let (mut depth, mut subtree) = (0, 0);
         for leaf in self.matrix.leaves() {
-            self.sum_leaf(tile, leaf, (tokens.start, ahead), &mut stack[depth][..n]);
+            self.sum_leaf(tile, leaf, (tokens.start, fetch), &mut stack[depth][..n]);
             for _ in 0..leaf.n_adds {
                 let (left, right) = stack.split_at_mut(depth);
                 add(&mut left[depth - 1][..n], &right[0][..n]);
@@ -79,12 +77,12 @@ impl TileProduct<'_> {
         }
     }
 
-    /// Sums a leaf for the tokens from one on, fetching what lies so many bytes ahead.
-    fn sum_leaf(&self, tile: usize, leaf: &Leaf, (first_token, ahead): (usize, usize), sums: &mut [RowSums]) {
+    /// Sums a leaf for the tokens from one on.
+    fn sum_leaf(&self, tile: usize, leaf: &Leaf, (first_token, fetch): (usize, Fetch), sums: &mut [RowSums]) {
         let weight_type = self.matrix.weight_type();
         match (self.matrix.input_kind(), self.input.quantized) {
             (InputKind::Quantized, Some(rows)) => {
-                let leaf = QuantizedLeaf { ahead, ..self.quantized_leaf(tile, leaf, rows, first_token) };
+                let leaf = QuantizedLeaf { fetch, ..self.quantized_leaf(tile, leaf, rows, first_token) };
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                 unsafe { (self.kernels.linear.quantized(weight_type, rows.bits()))(&leaf, sums) }
             }
@@ -98,7 +96,7 @@ impl TileProduct<'_> {
                     n_cols: leaf.columns.len(),
                     tokens: &self.input.float[first_token * n_cols + leaf.columns.start..],
                     stride: n_cols,
-                    ahead,
+                    fetch,
                 };
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                 unsafe { (self.kernels.linear.float(weight_type))(&leaf, sums) }
@@ -122,7 +120,7 @@ impl TileProduct<'_> {
             codes: &rows.codes()[first * rows.bits().n_planes()..],
             scales: &rows.scales()[first..],
             step,
-            ahead: 0,
+            fetch: Fetch::Nowhere,
         }
     }
 }
