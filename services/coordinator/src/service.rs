@@ -135,12 +135,13 @@ impl InferenceService {
             response_format: request.response_format,
         };
         let mut options = validate::options(&self.served, given, seed)?;
+        let source = validate::source(&self.served, request.input)?;
         // Who has no place anyway is told so before any work is done.
-        let n_least = validate::least_tokens(&self.served, &options);
+        let outline = validate::outline(&self.served, &options, &source);
         let refused = |refusal: Busy| busy(refusal.to_string(), refusal.retry_after);
-        self.admission.check(&caller.tenant, n_least, Instant::now()).map_err(refused)?;
+        self.admission.check(&caller.tenant, outline, Instant::now()).map_err(refused)?;
         let matcher = self.matcher(options.grammar.take()).await?;
-        let tokens = match validate::source(&self.served, request.input)? {
+        let tokens = match source {
             Source::Tokens(tokens) => tokens,
             Source::Text(input) => {
                 let work = self.text.prompt_tokens(input);
@@ -153,7 +154,8 @@ impl InferenceService {
         let n_prompt_tokens = request.prompt.tokens().len() as u32;
         let n_tokens =
             u64::from(n_prompt_tokens) + u64::from(request.stop.max_tokens) * u64::from(request.n_choices);
-        let place = self.admission.admit(&caller.tenant, n_tokens, Instant::now()).map_err(refused)?;
+        let place =
+            self.admission.admit(&caller.tenant, (outline, n_tokens), Instant::now()).map_err(refused)?;
         let (reader, chunks) = Reader::new(self.reader_buffer);
         let (route, span) = (self.groups.route(&request, &caller.tenant), Span::current());
         let group = route.group();

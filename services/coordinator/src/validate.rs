@@ -11,6 +11,7 @@ use paceline_wire::{inference as proto, status::bad_request};
 use tonic::Status;
 
 use crate::{
+    admission::Outline,
     scheduler::{Priority, Scheduler},
     text::TextInput,
 };
@@ -267,10 +268,18 @@ fn stop_problems(served: &Served, stop: &proto::StopOptions) -> Vec<String> {
     problems
 }
 
-/// Fewest tokens, prompt and output still allowed, that a request with these options can count as, whatever its prompt.
-pub fn least_tokens(served: &Served, options: &Options) -> u64 {
-    let context = served.context as u64;
-    options.stop.max_tokens.map_or(context, |max| context.min(1 + u64::from(max)))
+/// How large a request with these options is at least, as far as that is known before its text is tokenized.
+pub fn outline(served: &Served, options: &Options, source: &Source) -> Outline {
+    let (n_prompt, n_bytes) = match source {
+        Source::Tokens(tokens) => (tokens.len() as u64, 0),
+        Source::Text(TextInput::Raw(text, _)) => (1, text.len()),
+        Source::Text(TextInput::Chat(messages)) => {
+            (1, messages.iter().map(|message| message.content.len()).sum())
+        }
+    };
+    let room = (served.context as u64).saturating_sub(n_prompt);
+    let n_answer = options.stop.max_tokens.map_or(room, |max| room.min(u64::from(max)));
+    Outline { n_least: n_prompt + n_answer * u64::from(options.n_choices), n_bytes }
 }
 
 /// Puts prompt and options together. `max_tokens` is cut to what the context leaves; the pool has `n_kv_blocks`.
@@ -331,6 +340,22 @@ mod tests {
         assert_eq!(status.code(), Code::NotFound);
         assert!(status.message().contains("\"tiny\""));
         assert!(model(&served(), Some("tiny")).is_ok() && model(&served(), None).is_ok());
+    }
+
+    #[test]
+    fn the_size_of_a_request_is_outlined_before_its_text_is_tokenized() {
+        let options = |max_tokens, n| {
+            let stop = proto::StopOptions { max_tokens, ..Default::default() };
+            options(&served(), GivenOptions { stop: Some(stop), n: Some(n), ..Default::default() }, 1)
+                .unwrap()
+        };
+        let outline_of = |options, source| outline(&served(), &options, &source);
+        let message = |content: &str| ChatMessage { role: "user".into(), content: content.into() };
+        let tokens = || Source::Tokens(vec![TokenId(1); 40]);
+        let chat = Source::Text(TextInput::Chat(vec![message("four"), message("seven")]));
+        assert_eq!(outline_of(options(Some(7), 2), tokens()), Outline { n_least: 54, n_bytes: 0 });
+        assert_eq!(outline_of(options(None, 1), tokens()), Outline { n_least: 100, n_bytes: 0 });
+        assert_eq!(outline_of(options(Some(7), 1), chat), Outline { n_least: 8, n_bytes: 9 });
     }
 
     #[test]

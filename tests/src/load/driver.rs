@@ -29,6 +29,15 @@ const PROGRESS: (Duration, Duration) = (Duration::from_millis(500), Duration::fr
 /// # Errors
 /// Options or prompts that are wrong, a server that cannot be reached, or a warm-up request that fails.
 pub async fn run(options: &Options) -> anyhow::Result<(Figures, Interrupted)> {
+    let (answers, interrupted) = answers(options).await?;
+    Ok((Figures::new(options, &answers), interrupted))
+}
+
+/// What [`run`] counts: the answer to each request that was sent.
+///
+/// # Errors
+/// As [`run`].
+pub async fn answers(options: &Options) -> anyhow::Result<(Vec<Answer>, Interrupted)> {
     options.check()?;
     let path = options.prompts.clone().unwrap_or_else(Prompts::default_path);
     let prompts = Prompts::read(&path, options.only.as_deref())?;
@@ -73,7 +82,7 @@ pub async fn run(options: &Options) -> anyhow::Result<(Figures, Interrupted)> {
     progress.abort();
     listener.abort();
     let interrupted = if load.is_interrupted() { Interrupted::Yes } else { Interrupted::No };
-    Ok((Figures::new(options, &answers), interrupted))
+    Ok((answers, interrupted))
 }
 
 /// Whether the user has broken the run off.

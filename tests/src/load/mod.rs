@@ -20,5 +20,5 @@ pub mod prompts;
 pub mod sse;
 pub mod target;
 
-pub use driver::run;
+pub use driver::{answers, run};
 pub use options::Options;

@@ -58,7 +58,8 @@ pub fn prefill_rows(
     let bound_ms = match bound {
         ItlBound::Twice => {
             let n_prompts = sharers.n_prompts as f64;
-            let shares = 1.0 + n_prompts / sharers.n_decoding.max(1) as f64;
+            let n_each = n_prompts / sharers.n_decoding.max(1) as f64;
+            let shares = if n_each > 1.0 { 1.0 + n_each } else { 0.0 };
             let fair_ms = shares.clamp(RELATIVE_BOUND.0, RELATIVE_BOUND.1) * alone_ms;
             let most_ms = if sharers.is_crowded { CROWDED_MS } else { BURST_MS };
             fair_ms.max((RELATIVE_BOUND.0 * n_prompts * alone_ms).min(most_ms))
@@ -154,6 +155,7 @@ mod tests {
             |is_crowded| [1, 2, 6, 14, 60].map(|n_prompts| shared(ItlBound::Twice, 2, n_prompts, is_crowded));
         assert_eq!(found(false), [15, 51, 160, 160, 160], "a step of 9.9 ms by 1.8, 3.6, 90 ms and no more");
         assert_eq!(found(true), [15, 51, 60, 138, 138], "by 1.8, 3.6, 40 ms, by 8 and no more");
+        assert_eq!(shared(ItlBound::Twice, 1, 1, false), 15, "one prompt is not more than one sequence");
         let one = shared(ItlBound::Twice, 1, 6, true);
         assert_eq!(one, 118, "one of the rows is a proposal: seven share the step");
         let asked = shared(ItlBound::Millis(40.1), 2, 60, false);
