@@ -15,7 +15,7 @@ use tokio::{
     process::{Child, ChildStdin, Command},
     sync::mpsc,
     task::JoinHandle,
-    time::timeout,
+    time::{Instant, timeout, timeout_at},
 };
 
 use crate::event::Event;
@@ -89,6 +89,8 @@ pub struct ServiceProcess {
     tail: Tail,
     /// Reads the log to its end.
     log: Option<JoinHandle<()>>,
+    /// Until when its last words are waited for, once it has ended.
+    last_words_until: Option<Instant>,
 }
 
 impl ServiceProcess {
@@ -114,7 +116,7 @@ impl ServiceProcess {
         }
         let prefix = (spec.log == Log::Forward).then(|| spec.name.clone());
         let log = stderr.map(|stderr| tokio::spawn(read_log(stderr, tail.clone(), prefix)));
-        Ok(Self { name: spec.name.clone(), child, stdin, events, tail, log })
+        Ok(Self { name: spec.name.clone(), child, stdin, events, tail, log, last_words_until: None })
     }
 
     /// For messages.
@@ -145,12 +147,22 @@ impl ServiceProcess {
 
     /// Waits until the service ends, and tells how. Events that come meanwhile are dropped. Safe to cancel.
     pub async fn ended(&mut self) -> ServiceEnded {
-        let drain = async { while self.events.recv().await.is_some() {} };
-        let (status, ()) = tokio::join!(self.child.wait(), drain);
-        // Who inherited its log may hold it open for ever.
-        if let Some(log) = self.log.as_mut().filter(|log| !log.is_finished()) {
-            let _ = timeout(LAST_WORDS, log).await;
-        }
+        let status = loop {
+            tokio::select! {
+                status = self.child.wait() => break status,
+                Some(_) = self.events.recv() => {}
+            }
+        };
+        // Who inherited its output may hold it open for ever; who inherited its input ends like it.
+        self.stdin = None;
+        let until = *self.last_words_until.get_or_insert_with(|| Instant::now() + LAST_WORDS);
+        let last_words = async {
+            while self.events.recv().await.is_some() {}
+            if let Some(log) = self.log.as_mut().filter(|log| !log.is_finished()) {
+                let _ = log.await;
+            }
+        };
+        let _ = timeout_at(until, last_words).await;
         ServiceEnded {
             name: self.name.clone(),
             status: describe(status),
@@ -162,11 +174,7 @@ impl ServiceProcess {
     /// Asks the service to end and waits for it; kills it when it takes longer than `grace`.
     pub async fn stop(mut self, grace: Duration) {
         self.ask_to_end();
-        let exited = timeout(grace, async {
-            let drain = async { while self.events.recv().await.is_some() {} };
-            tokio::join!(self.child.wait(), drain)
-        });
-        if exited.await.is_err() {
+        if timeout(grace, self.ended()).await.is_err() {
             tracing::warn!(service = self.name, "did not end in time and is killed");
             // The only failure is that it has ended after all.
             let _ = self.child.kill().await;
@@ -246,6 +254,22 @@ mod tests {
         let ended = service.next_event().await.expect_err("it ends").to_string();
         assert!(ended.contains("test ended (exit status: 3)"), "{ended}");
         assert!(ended.contains("why") && ended.contains("not json"), "{ended}");
+    }
+
+    #[tokio::test]
+    async fn one_whose_own_child_outlives_it_has_ended_however_often_the_wait_is_cancelled() {
+        let mut service = ServiceProcess::start(&shell("sleep 600 & echo $! >&2; exit 3")).expect("starts");
+        let ended = loop {
+            tokio::select! {
+                biased;
+                ended = service.ended() => break ended,
+                () = tokio::task::yield_now() => {}
+            }
+        };
+        assert!(ended.status.contains("exit status: 3"), "{ended}");
+        // Its output is open still: this fails when its child has ended.
+        let killed = std::process::Command::new("kill").args(&ended.tail).status();
+        assert!(killed.is_ok_and(|status| status.success()), "{ended}");
     }
 
     #[tokio::test]
