@@ -93,8 +93,10 @@ fn mistakes_in_the_wide_kernel_are_found() {
         // Stretches added before all are there.
         ("== (uint32_t)n_stretches", "== 2"),
     ] {
-        let mutated = products(&Sources::product().mutated("linear_wide_super.cu", from, to), 20);
-        let right = products(&Sources::product(), 20).expect("multiplies");
-        assert!(mutated != Some(right), "`{from}` was not found");
+        let mutated = Sources::product().mutated("linear_wide_super.cu", from, to);
+        let right = products(&Sources::product(), 20);
+        assert!(right.is_some(), "it multiplies");
+        // Blocks are threads, and by chance they may come in the one order that does no harm.
+        assert!((0..20).any(|_| products(&mutated, 20) != right), "`{from}` was not found");
     }
 }
