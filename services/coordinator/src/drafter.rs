@@ -321,7 +321,7 @@ impl Drafter {
     /// What a turn has cost and brought each of its sequences.
     fn charge(&mut self, proposed: &Proposed, outcomes: &[Outcome], done: &Done, times: &StepTimes) {
         let n_members = proposed.members.len().max(1) as f64;
-        let row_ms = times.predict(Load { n_rows: done.n_plain_tokens, n_keys: 0 }).unwrap_or(0.0);
+        let row_ms = times.predict(Load::plain(done.n_plain_tokens)).unwrap_or(0.0);
         for id in &proposed.members {
             let outcome = outcomes.iter().find(|outcome| outcome.sequence == *id);
             let n_won = outcome.map_or(0, |outcome| outcome.n_accepted) as f64;

@@ -26,9 +26,6 @@ use crate::{
     response_format::ResponseFormatArgs,
 };
 
-/// Most ranks a cluster is started with when the user does not say.
-const DEFAULT_RANKS: usize = 2;
-
 /// Where models come from and go to.
 #[derive(Args, Clone, Debug)]
 pub struct ModelPlaces {
@@ -108,7 +105,7 @@ pub struct ClusterOptions {
     /// Groups of shards that each have the whole model; requests are shared out, by cached prefix and load
     #[arg(long, value_name = "N", default_value = "1")]
     pub groups: NonZeroUsize,
-    /// Shards to split the model over, in each group [default: 2, or 1 where a group has a single core]
+    /// Shards to split the model over, in each group [default: one for each device that --device names, else 1]
     #[arg(long, value_name = "N")]
     pub ranks: Option<NonZeroUsize>,
     /// Compute threads of all shards together [default: one a core]
@@ -149,7 +146,8 @@ impl ClusterOptions {
     pub fn threads_per_rank(&self) -> Vec<usize> {
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let n_groups = self.groups.get();
-        let n_ranks = self.ranks.map_or((cores / n_groups).clamp(1, DEFAULT_RANKS), NonZeroUsize::get);
+        // Threads of one shard share what ranks have to sum: on one machine nothing is faster.
+        let n_ranks = self.ranks.map_or((self.device.len() / n_groups).max(1), NonZeroUsize::get);
         share_threads(self.threads.map_or(cores, NonZeroUsize::get), n_groups * n_ranks)
     }
 
@@ -432,6 +430,26 @@ mod tests {
         assert_eq!(of(&[Cuda(0), Cpu]).expect("one each"), [Cuda(0), Cpu]);
         let error = of(&[Cpu, Cpu, Cpu]).expect_err("one too many").to_string();
         assert!(error.contains("3 devices") && error.contains("2 ranks"), "{error}");
+    }
+
+    #[test]
+    fn a_group_has_one_rank_or_one_for_each_device() {
+        #[derive(clap::Parser)]
+        struct Cli {
+            #[command(flatten)]
+            cluster: ClusterOptions,
+        }
+        let threads = |args: &[&str]| {
+            let args = [&["test", "--threads", "4"], args].concat();
+            let cli = <Cli as clap::Parser>::try_parse_from(args).expect("valid");
+            cli.cluster.threads_per_rank()
+        };
+        assert_eq!(threads(&[]), [4]);
+        assert_eq!(threads(&["--ranks", "2"]), [2, 2]);
+        assert_eq!(threads(&["--groups", "2"]), [2, 2]);
+        assert_eq!(threads(&["--device", "cpu"]), [4]);
+        assert_eq!(threads(&["--device", "cuda:0,cuda:1"]), [2, 2]);
+        assert_eq!(threads(&["--device", "cuda:0,cuda:1", "--groups", "2"]), [2, 2]);
     }
 
     #[test]

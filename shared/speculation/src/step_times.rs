@@ -2,10 +2,13 @@
 //!
 //! The time of a pass is nearly flat in the number of rows while weights are read from memory and grows in proportion
 //! once the multiply units are busy; where it bends depends on model and machine. So time is kept for classes of row
-//! counts, without a formula; what lies between is interpolated. Attention adds a time for each key that a row looks at,
-//! one number for all classes. A draft service at work on the same machine makes all steps slower by one factor.
+//! counts, without a formula; what lies between is interpolated. Attention adds a time for each key that a row looks at and
+//! one for each that is read, two numbers for all classes: the rows of a chunk read their keys together. A draft service at work on the same machine makes all steps slower by one factor.
 
-use paceline_domain::StepPlan;
+use crate::{
+    key_costs::{Deviations, KeyCosts},
+    load::Load,
+};
 
 /// Row counts that are classes of their own: a few rows more may be nearly free, or meet a cliff.
 const N_SINGLE: usize = 16;
@@ -24,8 +27,8 @@ const MOST_DEVIATION: f64 = 1.5;
 const N_SETTLED: f64 = 4.0;
 /// What rows take of a step at least, however many keys they look at; a wrong cost of keys does no more harm than that.
 const LEAST_SHARE_OF_ROWS: f64 = 0.25;
-/// What an older step still weighs for the cost of attention.
-const FORGETTING: f64 = 0.99;
+/// A step in which attention takes more than this says nothing of others' rows: neither of their pace nor that they take less.
+const MOST_SHARE_OF_KEYS: f64 = 0.5;
 /// What a further row is thought to cost of a step before so many rows were measured: little, so that it is tried; and how
 /// many rows further, so that a try costs little if it is not so.
 const ASSUMED_SLOPE: f64 = 0.05;
@@ -50,46 +53,13 @@ pub enum Drafting {
     Quiet,
 }
 
-/// What a step has to do.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Load {
-    /// Token rows.
-    pub n_rows: usize,
-    /// Keys that all rows look at together.
-    pub n_keys: usize,
-}
-
-impl Load {
-    /// Rows of one sequence from a position on.
-    pub fn rows(start_pos: usize, n_rows: usize) -> Self {
-        Self { n_rows, n_keys: n_rows * start_pos + n_rows * (n_rows + 1) / 2 }
-    }
-
-    /// What a plan has to do.
-    pub fn of(plan: &StepPlan) -> Self {
-        let chunks = plan.chunks.iter();
-        let loads = chunks.map(|chunk| Self::rows(chunk.start_pos as usize, chunk.tokens.len()));
-        loads.fold(Self::default(), Self::and)
-    }
-
-    /// With so many rows more that look at as many keys as the others.
-    pub fn and_rows(self, n_more: usize) -> Self {
-        let n_keys = self.n_keys + self.n_keys * n_more / self.n_rows.max(1);
-        Self { n_rows: self.n_rows + n_more, n_keys }
-    }
-
-    /// Both together.
-    pub fn and(self, other: Self) -> Self {
-        Self { n_rows: self.n_rows + other.n_rows, n_keys: self.n_keys + other.n_keys }
-    }
-}
-
 /// Means of one class.
 #[derive(Clone, Copy, Debug, Default)]
 struct Class {
     n_seen: f64,
     n_rows: f64,
     n_keys: f64,
+    n_reads: f64,
     ms: f64,
 }
 
@@ -97,13 +67,11 @@ struct Class {
 #[derive(Clone, Debug)]
 pub struct StepTimes {
     classes: [Class; N_CLASSES],
-    /// What predictions are read off: rows and milliseconds without attention of each class that was seen, and what a key
-    /// adds. It follows from the rest, and changes with each measurement only.
+    /// What predictions are read off: rows and milliseconds without attention of each class that was seen, and what keys
+    /// add. It follows from the rest, and changes with each measurement only.
     curve: Vec<(f64, f64)>,
-    ms_per_key: f64,
-    /// Sums over deviations from the means of a class: keys times milliseconds, and keys squared.
-    keys_ms: f64,
-    keys_keys: f64,
+    key_costs: KeyCosts,
+    deviations: Deviations,
     /// What steps take while somebody drafts, beside what they take else.
     slowness: f64,
     n_busy: u32,
@@ -114,9 +82,8 @@ impl Default for StepTimes {
         Self {
             classes: [Class::default(); N_CLASSES],
             curve: Vec::with_capacity(N_CLASSES),
-            ms_per_key: 0.0,
-            keys_ms: 0.0,
-            keys_keys: 0.0,
+            key_costs: KeyCosts::default(),
+            deviations: Deviations::default(),
             slowness: 1.0,
             n_busy: 0,
         }
@@ -156,16 +123,21 @@ impl StepTimes {
     fn observe_quiet(&mut self, load: Load, ms: f64) {
         let idx = class_of(load.n_rows);
         let class = &mut self.classes[idx];
-        let more_keys = load.n_keys as f64 - class.n_keys;
-        let usual_ms = (class.ms + self.ms_per_key * more_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
+        let (more_keys, more_reads) =
+            (load.n_keys as f64 - class.n_keys, load.n_reads as f64 - class.n_reads);
+        let usual_ms =
+            (class.ms + self.key_costs.ms(more_keys, more_reads)).max(class.ms * LEAST_SHARE_OF_ROWS);
         let ms = match class.n_seen >= N_SETTLED {
             true => ms.clamp(usual_ms / MOST_DEVIATION, usual_ms * MOST_DEVIATION),
             false => ms,
         };
         let more_ms = ms - class.ms;
         if class.n_seen > 0.0 {
-            self.keys_ms = self.keys_ms * FORGETTING + more_keys * more_ms;
-            self.keys_keys = self.keys_keys * FORGETTING + more_keys * more_keys;
+            // In a class of many rows a further one costs as much as the mean of them.
+            let rows_ms = class.ms - self.key_costs.ms(class.n_keys, class.n_reads);
+            let by_rows_ms = (load.n_rows as f64 / class.n_rows - 1.0) * rows_ms.max(0.0);
+            let by_keys_ms = more_ms - by_rows_ms;
+            self.deviations.add(more_keys / usual_ms, more_reads / usual_ms, by_keys_ms / usual_ms);
         }
         class.n_seen = (class.n_seen + 1.0).min(PACE.1);
         let is_pace = idx < N_SINGLE && class.n_seen >= PACE.1;
@@ -176,8 +148,10 @@ impl StepTimes {
         };
         class.n_rows += rate * (load.n_rows as f64 - class.n_rows);
         class.n_keys += rate * more_keys;
+        class.n_reads += rate * more_reads;
         class.ms += rate * more_ms;
-        if is_pace {
+        let keys_ms = self.key_costs.ms(load.n_keys as f64, load.n_reads as f64);
+        if is_pace && keys_ms <= MOST_SHARE_OF_KEYS * usual_ms {
             let pace = 1.0 + PACE.0 * (ms / usual_ms - 1.0);
             let few = self.classes[..N_SINGLE].iter_mut().enumerate();
             few.filter(|(other, _)| *other != idx).for_each(|(_, class)| class.ms *= pace);
@@ -205,7 +179,7 @@ impl StepTimes {
         let ms = self.predict(load)?;
         let mut least_row_ms = 0.0;
         if load.n_rows >= STEEP.0 {
-            let half = Load { n_rows: load.n_rows / 2, n_keys: load.n_keys / 2 };
+            let half = load.with_rows(load.n_rows / 2);
             least_row_ms = STEEP.1 * (ms - self.predict(half)?) / (load.n_rows - half.n_rows) as f64;
         }
         Some(Beside { times: self, load, ms, least_row_ms })
@@ -224,26 +198,30 @@ impl StepTimes {
             (Some((rows, ms)), None) => ms * n_rows / rows,
             (None, None) => return None,
         };
-        Some(rows_ms + self.ms_per_key * load.n_keys as f64)
+        Some(rows_ms + self.key_costs.ms(load.n_keys as f64, load.n_reads as f64))
     }
 
     /// Milliseconds of each class without attention. A disturbance only ever makes a step slower, so no class takes
     /// longer than one of more rows.
     fn draw(&mut self) {
-        self.ms_per_key = self.ms_per_key();
+        self.key_costs = self.deviations.costs();
         self.curve.clear();
         let mut least = f64::INFINITY;
         for class in self.classes.iter().rev().filter(|class| class.n_seen > 0.0) {
-            let without_keys =
-                (class.ms - self.ms_per_key * class.n_keys).max(class.ms * LEAST_SHARE_OF_ROWS);
-            least = least.min(without_keys);
-            self.curve.push((class.n_rows, least));
+            let keys_ms = self.key_costs.ms(class.n_keys, class.n_reads);
+            let rows_ms = (class.ms - keys_ms).max(class.ms * LEAST_SHARE_OF_ROWS).min(least);
+            if keys_ms <= MOST_SHARE_OF_KEYS * class.ms {
+                least = rows_ms;
+            }
+            self.curve.push((class.n_rows, rows_ms));
         }
         self.curve.reverse();
-    }
-
-    fn ms_per_key(&self) -> f64 {
-        if self.keys_keys > 0.0 { (self.keys_ms / self.keys_keys).max(0.0) } else { 0.0 }
+        // Those that say nothing of others: they take as long as ones of fewer rows at least.
+        let mut least = 0.0f64;
+        for (_, ms) in &mut self.curve {
+            least = least.max(*ms);
+            *ms = least;
+        }
     }
 }
 
@@ -269,7 +247,8 @@ impl Beside<'_> {
     pub fn ms(&self, n_more: usize) -> f64 {
         let Self { times, load, .. } = *self;
         let predict = |load| times.predict(load).unwrap_or(self.ms);
-        let ms = predict(load.and_rows(n_more)).max(self.ms + self.least_row_ms * n_more as f64);
+        let ms =
+            predict(load.with_rows(load.n_rows + n_more)).max(self.ms + self.least_row_ms * n_more as f64);
         let class = class_of(load.n_rows + n_more);
         let n_alike = if class < N_SINGLE { N_SINGLE } else { N_CLASSES };
         if n_more == 0 || times.classes[class..n_alike].iter().any(|class| class.n_seen > 0.0) {
@@ -279,7 +258,7 @@ impl Beside<'_> {
         let plain = class_of(load.n_rows).min(class);
         let known = times.classes[plain..class].iter().rposition(|class| class.n_seen > 0.0);
         let n_known = known.map_or(0, |known| plain + known + 1).clamp(load.n_rows, load.n_rows + n_more);
-        let known_ms = predict(load.and_rows(n_known - load.n_rows));
+        let known_ms = predict(load.with_rows(n_known));
         let n_beyond = load.n_rows + n_more - n_known;
         let assumed_ms = known_ms * (1.0 + ASSUMED_SLOPE * n_beyond as f64);
         if n_beyond <= ASSUMED_ROWS { ms.min(assumed_ms) } else { ms }
@@ -291,201 +270,5 @@ fn between((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn load(n_rows: usize, n_keys: usize) -> Load {
-        Load { n_rows, n_keys }
-    }
-
-    fn with_rows(times: &StepTimes, load: Load, n_more: usize) -> f64 {
-        times.beside(load).expect("something was measured").ms(n_more)
-    }
-
-    /// A machine: flat up to 8 rows, then half a millisecond a row; a microsecond for 10 keys.
-    fn true_ms(load: Load) -> f64 {
-        (load.n_rows as f64 * 0.5).max(4.0) + load.n_keys as f64 * 1e-4
-    }
-
-    #[test]
-    fn few_rows_are_told_apart_and_many_by_half_octaves() {
-        let classes: Vec<usize> = [1, 2, 15, 16, 17, 23, 24, 31, 32, 47, 48, 100_000].map(class_of).into();
-        assert_eq!(classes, [0, 1, 14, 15, 16, 16, 17, 17, 18, 18, 19, N_CLASSES - 1]);
-    }
-
-    #[test]
-    fn rows_of_a_chunk_look_at_all_keys_up_to_their_own() {
-        assert_eq!(Load::rows(0, 3), load(3, 6));
-        assert_eq!(Load::rows(10, 2).and(Load::rows(4, 1)), load(3, 28));
-    }
-
-    #[test]
-    fn it_learns_the_bend_and_the_cost_of_keys() {
-        let mut times = StepTimes::default();
-        assert_eq!(times.predict(load(1, 1)), None);
-        for i in 0..400 {
-            let n_rows = [1, 2, 4, 8, 16, 64, 256][i % 7];
-            let seen = load(n_rows, n_rows * (i * 37 % 900));
-            times.observe(seen, true_ms(seen), Drafting::Quiet);
-        }
-        for asked in
-            [load(1, 50), load(3, 900), load(6, 5_000), load(12, 4_000), load(40, 9_000), load(200, 90_000)]
-        {
-            let (found, expected) = (times.predict(asked).unwrap(), true_ms(asked));
-            assert!((found / expected - 1.0).abs() < 0.15, "{asked:?}: {found} ms instead of {expected}");
-        }
-    }
-
-    #[test]
-    fn one_disturbed_step_hardly_counts_and_a_lasting_change_does() {
-        let mut times = StepTimes::default();
-        (0..50).for_each(|_| times.observe(load(1, 10), 4.0, Drafting::Quiet));
-        times.observe(load(1, 10), 400.0, Drafting::Quiet);
-        assert!(times.predict(load(1, 10)).unwrap() < 4.5);
-        (0..200).for_each(|_| times.observe(load(1, 10), 40.0, Drafting::Quiet));
-        assert!(times.predict(load(1, 10)).unwrap() > 39.0);
-    }
-
-    #[test]
-    fn a_change_of_pace_is_one_of_all_steps_of_few_rows() {
-        let mut times = StepTimes::default();
-        let measure = |times: &mut StepTimes, n_rows: usize, ms: f64| {
-            times.observe(load(n_rows, 0), ms, Drafting::Quiet);
-        };
-        for _ in 0..70 {
-            for (n, ms) in [(1, 40.0), (4, 42.0), (8, 64.0), (200, 900.0)] {
-                measure(&mut times, n, ms);
-            }
-        }
-        // Memory is twice as fast from now on, and nothing but plain steps is measured.
-        (0..80).for_each(|_| measure(&mut times, 1, 20.0));
-        let ratio = |n| times.predict(load(n, 0)).unwrap() / times.predict(load(1, 0)).unwrap();
-        assert!((ratio(4) - 1.05).abs() < 0.12 && (ratio(8) - 1.6).abs() < 0.18, "{} {}", ratio(4), ratio(8));
-        assert_eq!(times.predict(load(200, 0)), Some(900.0), "many rows are bound by something else");
-    }
-
-    #[test]
-    fn longer_and_longer_texts_at_one_pace_leave_all_classes_where_they_are() {
-        let mut times = StepTimes::default();
-        for i in 0..3_000 {
-            // Texts grow from 40 tokens to 168, again and again; four rows are seen now and then at first.
-            let n_rows = if i < 200 && i % 5 == 0 { 4 } else { 1 };
-            let load = load(n_rows, n_rows * (40 + i % 128));
-            times.observe(load, 30.0 + 0.002 * load.n_keys as f64, Drafting::Quiet);
-        }
-        for n_rows in [1, 4] {
-            let (found, expected) =
-                (times.predict(load(n_rows, n_rows * 100)).unwrap(), 30.0 + 0.2 * n_rows as f64);
-            assert!((found / expected - 1.0).abs() < 0.05, "{n_rows} rows: {found} ms instead of {expected}");
-        }
-    }
-
-    #[test]
-    fn a_class_that_began_badly_misleads_no_other() {
-        let mut times = StepTimes::default();
-        (0..60).for_each(|_| times.observe(load(1, 0), 30.0, Drafting::Quiet));
-        // The first steps of four rows were disturbed.
-        (0..3).for_each(|_| times.observe(load(4, 0), 60.0, Drafting::Quiet));
-        for _ in 0..4 {
-            (0..40).for_each(|_| times.observe(load(4, 0), 31.0, Drafting::Quiet));
-            let plain = times.predict(load(1, 0)).unwrap();
-            assert!((26.0..31.5).contains(&plain), "{plain}");
-            (0..40).for_each(|_| times.observe(load(1, 0), 30.0, Drafting::Quiet));
-        }
-        let four = times.predict(load(4, 0)).unwrap();
-        assert!((29.9..33.0).contains(&four), "{four}");
-    }
-
-    #[test]
-    fn beyond_what_was_measured_every_row_counts_in_full() {
-        let mut times = StepTimes::default();
-        times.observe(load(10, 0), 5.0, Drafting::Quiet);
-        assert_eq!(times.predict(load(5, 0)), Some(5.0));
-        assert_eq!(times.predict(load(40, 0)), Some(20.0));
-    }
-
-    #[test]
-    fn a_cliff_between_few_rows_is_seen() {
-        let truth = |n_rows: usize| if n_rows <= 4 { 30.0 } else { 48.0 };
-        let mut times = StepTimes::default();
-        (0..90).for_each(|i| times.observe(load(1 + i % 9, 0), truth(1 + i % 9), Drafting::Quiet));
-        for n_rows in [1, 4, 5, 9] {
-            let found = times.predict(load(n_rows, 0)).unwrap();
-            assert!((found - truth(n_rows)).abs() < 0.5, "{n_rows} rows: {found} ms");
-        }
-    }
-
-    #[test]
-    fn rows_that_were_never_tried_are_thought_cheap_until_they_are() {
-        let mut times = StepTimes::default();
-        assert_eq!(times.beside(load(1, 0)).map(|step| step.ms(1)), None);
-        times.observe(load(1, 0), 10.0, Drafting::Quiet);
-        assert_eq!(with_rows(&times, load(1, 0), 0), 10.0);
-        assert_eq!(with_rows(&times, load(1, 0), 3), 11.5);
-        times.observe(load(61, 0), 610.0, Drafting::Quiet);
-        assert_eq!(with_rows(&times, load(1, 0), 3), 11.5, "a prompt is something else");
-        assert!(with_rows(&times, load(1, 0), 4) > 40.0, "but one does not go far without knowing");
-        times.observe(load(3, 0), 12.0, Drafting::Quiet);
-        assert_eq!(with_rows(&times, load(1, 0), 3), 12.0 * 1.05, "a row more than was measured");
-        times.observe(load(4, 0), 40.0, Drafting::Quiet);
-        assert_eq!(with_rows(&times, load(1, 0), 3), 40.0);
-        assert_eq!(load(2, 30).and_rows(1), load(3, 45));
-    }
-
-    #[test]
-    fn rows_beside_many_cost_no_less_than_those_before() {
-        let mut times = StepTimes::default();
-        for (n_rows, ms) in [(4, 4.0), (8, 5.0), (16, 9.0), (20, 9.5)] {
-            times.observe(load(n_rows, 0), ms, Drafting::Quiet);
-        }
-        // Half a millisecond for each of the last eight rows.
-        assert_eq!(with_rows(&times, load(16, 0), 4), 9.0 + 4.0 * 0.9 * 0.5);
-        assert_eq!(with_rows(&times, load(4, 0), 4), 5.0, "a few may be free");
-        assert_eq!(times.predict(load(20, 0)), Some(9.5));
-    }
-
-    #[test]
-    fn steps_beside_a_draft_tell_how_much_slower_they_are_and_nothing_else() {
-        let mut times = StepTimes::default();
-        (0..9).for_each(|_| times.observe(load(1, 0), 10.0, Drafting::Quiet));
-        (0..60).for_each(|_| times.observe(load(1, 0), 15.0, Drafting::Busy));
-        assert_eq!(times.predict(load(1, 0)), Some(10.0));
-        assert!(
-            (times.slowness(Drafting::Busy) - 1.5).abs() < 0.01 && times.slowness(Drafting::Quiet) == 1.0
-        );
-        times.observe(load(8, 0), 30.0, Drafting::Busy);
-        let eight = times.predict(load(8, 0)).unwrap();
-        assert!((eight - 20.0).abs() < 0.2, "{eight}");
-        assert!(!times.shows_shared_cores());
-    }
-
-    #[test]
-    fn a_draft_on_the_same_cores_is_found_out_soon() {
-        let mut times = StepTimes::default();
-        (0..4).for_each(|_| times.observe(load(1, 0), 10.0, Drafting::Quiet));
-        times.observe(load(1, 0), 24.0, Drafting::Busy);
-        assert!(
-            times.slowness(Drafting::Busy) > 1.6 && !times.shows_shared_cores(),
-            "once may be an accident"
-        );
-        (0..5).for_each(|_| times.observe(load(1, 0), 24.0, Drafting::Busy));
-        assert!(times.shows_shared_cores());
-    }
-
-    proptest! {
-        #[test]
-        fn more_work_never_takes_less_time(
-            seen in prop::collection::vec((1usize..600, 0usize..100_000, 0.0f64..500.0), 1..60),
-            (n_rows, n_keys, more) in (1usize..700, 0usize..100_000, 0usize..100),
-        ) {
-            let mut times = StepTimes::default();
-            seen.into_iter().for_each(|(n_rows, n_keys, ms)| times.observe(load(n_rows, n_keys), ms, Drafting::Quiet));
-            let base = times.predict(load(n_rows, n_keys)).unwrap();
-            prop_assert!(base.is_finite());
-            prop_assert!(times.predict(load(n_rows + more, n_keys)).unwrap() >= base - 1e-9 * base.abs());
-            prop_assert!(times.predict(load(n_rows, n_keys + more)).unwrap() >= base);
-        }
-    }
-}
+#[path = "step_times_tests.rs"]
+mod tests;

@@ -45,11 +45,11 @@ fn run(
     // Before anything is decoded a prompt was read.
     let mut times = StepTimes::default();
     let observe = |times: &mut StepTimes, n_rows| {
-        times.observe(Load { n_rows, n_keys: 0 }, true_ms(n_rows, share), Drafting::Quiet);
+        times.observe(Load::plain(n_rows), true_ms(n_rows, share), Drafting::Quiet);
     };
     observe(&mut times, 64);
     observe(&mut times, n_sequences);
-    let plain = Load { n_rows: n_sequences, n_keys: 0 };
+    let plain = Load::plain(n_sequences);
     let load = StepLoad { n_rows: n_sequences, n_tokens: n_sequences, n_spare_rows: 256 };
     let mut total = Run { ms: 0.0, plain_ms: 0.0 };
     for step in 0..n_steps {

@@ -187,8 +187,7 @@ impl Goodput {
             plain_ms: all_ms,
         };
         let n_rows = done.load.n_rows;
-        let part = |n: usize| Load { n_rows: n, n_keys: done.load.n_keys * n / n_rows.max(1) };
-        let predict = |n: usize| times.predict(part(n)).unwrap_or(all_ms);
+        let predict = |n: usize| times.predict(done.load.with_rows(n)).unwrap_or(all_ms);
         let gap_ms = if done.ran_ahead { 0.0 } else { self.gap_ms() };
         // At most what this step has taken longer: who is told to draft may hang, which slows nobody.
         let slower_ms = (times.slowness(done.drafting) - 1.0) * all_ms;
@@ -230,7 +229,7 @@ mod tests {
     fn times() -> StepTimes {
         let mut times = StepTimes::default();
         for n_rows in [1, 2, 4, 8] {
-            let load = Load { n_rows, n_keys: 0 };
+            let load = Load::plain(n_rows);
             (0..4).for_each(|_| times.observe(load, 10.0 + 0.1 * n_rows as f64, Drafting::Quiet));
         }
         times
@@ -238,7 +237,7 @@ mod tests {
 
     fn done(n_verified: usize, n_tokens: usize) -> Done {
         Done {
-            load: Load { n_rows: 1 + n_verified, n_keys: 0 },
+            load: Load::plain(1 + n_verified),
             n_verified,
             n_plain_tokens: 1,
             n_tokens,

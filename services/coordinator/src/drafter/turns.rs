@@ -92,7 +92,7 @@ impl TurnTaking {
         if n_unread > FEW_ROWS * n_rows {
             self.has_read(n_unread, ms - self.pass_ms(n_rows, target) * n_passes.saturating_sub(1) as f64);
         } else if let Some(step_ms) = plain_ms(target) {
-            let load = Load { n_rows, n_keys: 0 };
+            let load = Load::plain(n_rows);
             self.passes.observe(load, ms / n_passes.max(1) as f64 / step_ms, Drafting::Quiet);
         }
     }
@@ -115,7 +115,7 @@ impl TurnTaking {
 
     /// Milliseconds of a pass with so many rows.
     pub fn pass_ms(&self, n_rows: usize, target: &StepTimes) -> f64 {
-        let load = Load { n_rows: n_rows.max(1), n_keys: 0 };
+        let load = Load::plain(n_rows.max(1));
         let assumed = target.predict(load).unwrap_or(0.0) * ASSUMED_SHARE;
         let measured =
             self.passes.predict(load).zip(plain_ms(target)).map(|(share, step_ms)| share * step_ms);
@@ -131,7 +131,7 @@ impl TurnTaking {
         if n_unread <= FEW_ROWS * n_rows {
             return 0.0;
         }
-        let assumed = || target.predict(Load { n_rows: n_unread, n_keys: 0 }).unwrap_or(0.0) * ASSUMED_SHARE;
+        let assumed = || target.predict(Load::plain(n_unread)).unwrap_or(0.0) * ASSUMED_SHARE;
         let ms = self.reading_ms.map_or_else(assumed, |reading_ms| reading_ms * n_unread as f64);
         (ms - self.pass_ms(n_rows, target)).max(0.0)
     }
@@ -156,7 +156,7 @@ pub fn least_patience(ms: f64) -> Duration {
 
 /// What a step of one row takes.
 fn plain_ms(target: &StepTimes) -> Option<f64> {
-    target.predict(Load { n_rows: 1, n_keys: 0 }).filter(|ms| *ms > 0.0)
+    target.predict(Load::plain(1)).filter(|ms| *ms > 0.0)
 }
 
 #[cfg(test)]
@@ -166,7 +166,7 @@ mod tests {
     fn target() -> StepTimes {
         let mut times = StepTimes::default();
         for (n_rows, ms) in [(1, 30.0), (40, 300.0)] {
-            times.observe(Load { n_rows, n_keys: 0 }, ms, Drafting::Quiet);
+            times.observe(Load::plain(n_rows), ms, Drafting::Quiet);
         }
         times
     }
@@ -185,7 +185,7 @@ mod tests {
         assert_eq!((turns.pass_ms(1, &target), turns.read_ms(40, 1, &target)), (8.0, 132.0));
         assert_eq!(turns.read_ms(20, 1, &target), 62.0, "half as many take half as long");
         let mut faster = StepTimes::default();
-        faster.observe(Load { n_rows: 1, n_keys: 0 }, 15.0, Drafting::Quiet);
+        faster.observe(Load::plain(1), 15.0, Drafting::Quiet);
         assert_eq!(turns.pass_ms(1, &faster), 4.0, "what is bound by memory is as fast as that");
         assert!(!turns.is_asked());
         turns.answered(start + Duration::from_secs(9), &target);

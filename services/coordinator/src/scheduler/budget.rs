@@ -18,6 +18,9 @@ const CROWDED_MS: f64 = 40.0;
 /// What a step with prompts may always take compared with one of decode rows alone, however tight the bound is. With at
 /// least one row, prompts never starve.
 const LEAST_BOUND: f64 = 1.25;
+/// What the rows of a prompt after its first may add to a step that is beyond the bound with that one alone: the first row of a
+/// deep prompt reads all keys, the next ones read none.
+const MORE_BY_NEXT: f64 = 1.1;
 
 /// How long decoding sequences may wait between two tokens while prompts are read.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -66,11 +69,10 @@ pub fn prefill_rows(
         }
         ItlBound::Millis(ms) => ms.max(LEAST_BOUND * alone_ms),
     };
-    let fits = |n_rows: usize| {
-        let load = decoding.and(Load::rows(sharers.start_pos, n_rows));
-        times.predict(load).is_some_and(|ms| ms <= bound_ms)
-    };
+    let with_rows = |n_rows| times.predict(decoding.and(Load::rows(sharers.start_pos, n_rows)));
     let least = n_rows_left.min(1);
+    let bound_ms = with_rows(least).map_or(bound_ms, |ms| bound_ms.max(MORE_BY_NEXT * ms));
+    let fits = |n_rows| with_rows(n_rows).is_some_and(|ms| ms <= bound_ms);
     let (mut fitting, mut too_many) = (least, n_rows_left + 1);
     while fitting + 1 < too_many {
         let middle = fitting.midpoint(too_many);
@@ -123,14 +125,14 @@ mod tests {
     fn times() -> StepTimes {
         let mut times = StepTimes::default();
         for n_rows in [2, 16, 66, 258] {
-            times.observe(Load { n_rows, n_keys: 0 }, 8.9 + 0.5 * n_rows as f64, Drafting::Quiet);
+            times.observe(Load::plain(n_rows), 8.9 + 0.5 * n_rows as f64, Drafting::Quiet);
         }
         times
     }
 
     #[test]
     fn prompts_take_what_the_bound_leaves() {
-        let decoding = Load { n_rows: 2, n_keys: 0 };
+        let decoding = Load::plain(2);
         let one = Sharers { n_decoding: 2, n_prompts: 1, start_pos: 0, is_crowded: false };
         let rows = |bound, decoding, left| prefill_rows(&times(), bound, decoding, one, left);
         assert_eq!(rows(ItlBound::Millis(40.0), Load::default(), 256), 256, "nobody waits for tokens");
@@ -139,14 +141,30 @@ mod tests {
         assert_eq!(rows(ItlBound::Millis(40.0), decoding, 30), 30);
         assert_eq!(rows(ItlBound::Millis(1.0), decoding, 254), 4, "a quarter more");
         assert_eq!(rows(ItlBound::Millis(1.0), decoding, 3), 3);
-        assert_eq!(rows(ItlBound::Millis(1.0), Load { n_rows: 2, n_keys: 0 }, 0), 0);
+        assert_eq!(rows(ItlBound::Millis(1.0), Load::plain(2), 0), 0);
         assert_eq!(rows(ItlBound::Millis(9999.0), decoding, 254), 254);
-        assert_eq!(rows(ItlBound::Twice, Load { n_rows: 4, n_keys: 0 }, 252), 0, "first without prompts");
+        assert_eq!(rows(ItlBound::Twice, Load::plain(4), 252), 0, "first without prompts");
+    }
+
+    #[test]
+    fn rows_that_read_no_keys_of_their_own_come_along() {
+        let mut times = times();
+        for start_pos in [0, 2_000, 4_000].repeat(9) {
+            for n_rows in [1, 2, 4, 8] {
+                let load = Load::plain(2).and(Load::rows(start_pos, n_rows));
+                times.observe(load, 9.9 + 0.1 * n_rows as f64 + 0.01 * load.n_reads as f64, Drafting::Quiet);
+            }
+        }
+        let rows = |start_pos| {
+            let one = Sharers { n_decoding: 2, n_prompts: 1, start_pos, is_crowded: false };
+            prefill_rows(&times, ItlBound::Twice, Load::plain(2), one, 254)
+        };
+        assert!(rows(4_000) >= 8, "50 ms for one row and for eight: {}", rows(4_000));
     }
 
     #[test]
     fn many_prompts_beside_few_that_decode_have_their_part_of_a_step() {
-        let decoding = Load { n_rows: 2, n_keys: 0 };
+        let decoding = Load::plain(2);
         let shared = |bound, n_decoding, n_prompts, is_crowded| {
             let sharers = Sharers { n_decoding, n_prompts, start_pos: 0, is_crowded };
             prefill_rows(&times(), bound, decoding, sharers, 254)

@@ -92,7 +92,7 @@ mod tests {
         let mut scheduler = Scheduler::new(limits);
         scheduler.begin_epoch(Epoch(1), 200);
         for n_rows in 1..=60 {
-            scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64, Drafting::Quiet);
+            scheduler.times.observe(Load::plain(n_rows), n_rows as f64, Drafting::Quiet);
         }
         scheduler
     }

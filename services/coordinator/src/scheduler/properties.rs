@@ -136,7 +136,7 @@ impl World {
         let mut scheduler = Scheduler::new(limits);
         scheduler.begin_epoch(Epoch(1), n_blocks);
         for n_rows in 1..=limits.max_rows as usize {
-            scheduler.times.observe(Load { n_rows, n_keys: 0 }, n_rows as f64, Drafting::Quiet);
+            scheduler.times.observe(Load::plain(n_rows), n_rows as f64, Drafting::Quiet);
         }
         let mut world = Self {
             limits,
