@@ -20,6 +20,8 @@ use crate::{
 
 /// Commands that may wait for the thread.
 pub const MAX_COMMANDS: usize = 256;
+/// Rows of the pass before the first session: as many as a short prompt has.
+const WARM_UP_ROWS: usize = 64;
 /// Frames that may wait to be sent on one stream; when it is full, proposals are said again later.
 pub const MAX_ANSWERS: usize = 64;
 
@@ -60,6 +62,8 @@ struct Drafting {
 
 impl Drafting {
     fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Result<(), ModelError> {
+        let n_rows = WARM_UP_ROWS.min(self.limits.max_rows).min(self.sessions.n_positions());
+        self.model.warm_up(n_rows.max(1))?;
         loop {
             if self.sessions.waiting().is_empty() {
                 let Some(command) = commands.blocking_recv() else { return Ok(()) };
@@ -174,6 +178,44 @@ impl Drafting {
                     self.outboxes.remove(&stream);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::sessions::Limits;
+
+    /// Notes how many rows it is warmed up with.
+    struct Recorder(Arc<Mutex<Vec<usize>>>);
+
+    impl DraftModel for Recorder {
+        fn run(&mut self, _: &[Chunk], _: &Sessions) -> Result<Vec<Drafted>, ModelError> {
+            unreachable!("nobody asks for tokens")
+        }
+
+        fn warm_up(&mut self, n_rows: usize) -> Result<(), ModelError> {
+            self.0.lock().expect("no panic").push(n_rows);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_model_is_warmed_up_once_with_what_it_has_room_for() {
+        let limits = [(512, 100, 100, 64), (8, 100, 100, 8), (512, 2, 100, 32), (512, 100, 20, 20)];
+        for (max_rows, n_kv_blocks, context, expected) in limits {
+            let rows = Arc::new(Mutex::new(Vec::new()));
+            let limits = Limits { max_sessions: 1, context, n_vocab: 10, max_ahead: 2, n_kv_blocks };
+            let (commands, queue) = mpsc::channel(1);
+            let pass = PassLimits { max_rows, prompt_rows: 4 };
+            let model = Box::new(Recorder(Arc::clone(&rows)));
+            let thread = start(model, Sessions::new(limits), pass, queue).expect("a thread");
+            drop(commands);
+            thread.join().expect("no panic").expect("nothing fails");
+            assert_eq!(*rows.lock().expect("no panic"), [expected]);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A pass of the draft model over chunks of many sessions. It chooses no token.
 
 use paceline_collectives::{Collective, Solo};
-use paceline_domain::TokenId;
+use paceline_domain::{BlockId, TokenId, group::BLOCK_POSITIONS};
 use paceline_model::{Batch, Decoder, HeadTokens, ModelError};
 
 use crate::choice::{Chooser, Drafted};
@@ -17,6 +17,15 @@ pub trait DraftModel: Send {
     /// # Errors
     /// What the model or its device reports.
     fn run(&mut self, chunks: &[Chunk], sessions: &Sessions) -> Result<Vec<Drafted>, ModelError>;
+
+    /// Called once, while nobody has a block: runs a pass of so many rows, at least one, for what memory and threads do the
+    /// first time only. Else the first session would wait for that, longer than a coordinator's patience.
+    ///
+    /// # Errors
+    /// As [`DraftModel::run`].
+    fn warm_up(&mut self, _n_rows: usize) -> Result<(), ModelError> {
+        Ok(())
+    }
 }
 
 /// A model in this process, on one device.
@@ -82,5 +91,18 @@ impl DraftModel for OneRank {
             drafted.push(self.chooser.choose(session.sampling(), session.history(), position, row));
         }
         Ok(drafted)
+    }
+
+    fn warm_up(&mut self, n_rows: usize) -> Result<(), ModelError> {
+        let blocks: Vec<_> = (0..n_rows.div_ceil(BLOCK_POSITIONS) as u32).map(BlockId).collect();
+        let positions: Vec<_> = (0..n_rows as u32).collect();
+        let batch = Batch {
+            tokens: &vec![TokenId(0); n_rows],
+            positions: &positions,
+            sequence_of_row: &vec![0; n_rows],
+            block_tables: &[&blocks],
+            output_rows: &[n_rows - 1],
+        };
+        self.decoder.forward(&batch, self.collective.as_mut()).map(drop)
     }
 }

@@ -170,6 +170,11 @@ impl Sessions {
         })
     }
 
+    /// Positions that one session can have at most, when there is no other.
+    pub fn n_positions(&self) -> usize {
+        (self.limits.n_kv_blocks as usize * BLOCK_POSITIONS).min(self.limits.context)
+    }
+
     /// Blocks nobody holds.
     pub fn n_free_blocks(&self) -> usize {
         self.free_blocks.len()
