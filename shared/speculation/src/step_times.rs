@@ -3,7 +3,8 @@
 //! The time of a pass is nearly flat in the number of rows while weights are read from memory and grows in proportion
 //! once the multiply units are busy; where it bends depends on model and machine. So time is kept for classes of row
 //! counts, without a formula; what lies between is interpolated. Attention adds a time for each key that a row looks at and
-//! one for each that is read, two numbers for all classes: the rows of a chunk read their keys together. A draft service at work on the same machine makes all steps slower by one factor.
+//! one for each that is read, two numbers for all classes: the rows of a chunk read their keys together. A
+//! draft service at work on the same machine makes all steps slower by one factor.
 
 use crate::{
     key_costs::{Deviations, KeyCosts},
