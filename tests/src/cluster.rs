@@ -128,7 +128,10 @@ impl TestCluster {
             coordinator_args: spec.coordinator_args.into_iter().map(Into::into).collect(),
             draft: spec.draft.map(|model| DraftSpec {
                 model,
-                args: vec!["--threads".into(), spec.draft_threads.to_string().into()],
+                // With all its bits a model foresees its own tokens.
+                args: ["--threads", &spec.draft_threads.to_string(), "--quantize", "none"]
+                    .map(Into::into)
+                    .into(),
             }),
             env: spec.env,
             log: Log::Keep,

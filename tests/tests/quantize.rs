@@ -152,6 +152,8 @@ async fn a_draft_may_lose_bits_and_tokens() {
     let draft = ["--draft", &model, "--speculate", "draft", "--draft-quantize", "q4_0", "--draft-vocabulary"];
     assert_eq!(tokens(&answer(&[&draft[..], &["96"]].concat()).await), plain);
     assert_eq!(tokens(&answer(&[&draft[..], &["0"]].concat()).await), plain);
+    let as_in_file = ["--draft", &model, "--speculate", "draft", "--draft-quantize", "none"];
+    assert_eq!(tokens(&answer(&as_in_file).await), plain);
 
     let refused = async |draft: &[&str], reason: &str| {
         let output = answer(draft).await;
@@ -160,7 +162,7 @@ async fn a_draft_may_lose_bits_and_tokens() {
     };
     refused(&[&draft[..], &["9999"]].concat(), "--vocabulary is 9999; the draft model has").await;
     refused(&["--draft-vocabulary", "96"], "need --draft MODEL").await;
-    refused(&["--draft-quantize", "q5_0"], "q8_0, q4_k, q4_0 or q4_1, not to `q5_0`").await;
+    refused(&["--draft-quantize", "q5_0"], "q8_0, q4_k, q4_0, q4_1 or none, not to `q5_0`").await;
     refused(&["--quantize", "q4_0"], "q8_0 or q4_k, not to `q4_0`").await;
 }
 

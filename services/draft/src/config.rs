@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 use paceline_device::{CpuOptions, DeviceOptions};
-use paceline_domain::{KvType, Quantization, group::BLOCK_POSITIONS};
+use paceline_domain::{DraftQuantization, KvType, group::BLOCK_POSITIONS};
 use paceline_serving::ProcessOptions;
 
 /// Longest sequence drafted for unless `--context` says otherwise, in tokens.
@@ -31,9 +31,9 @@ pub struct Config {
     #[arg(long, env = "PACELINE_DRAFT_KV_BLOCKS", default_value_t = 1024)]
     pub kv_blocks: u32,
     /// Quantize matrices while they are loaded, to q4_0, q4_k, q4_1 or q8_0, also those that the file has quantized, where that
-    /// makes them smaller
-    #[arg(long, env = "PACELINE_DRAFT_QUANTIZE", value_name = "TYPE", value_parser = Quantization::of_draft)]
-    pub quantize: Option<Quantization>,
+    /// makes them smaller; none leaves them as in the file [default: q4_0 on a CPU, else none]
+    #[arg(long, env = "PACELINE_DRAFT_QUANTIZE", value_name = "TYPE")]
+    pub quantize: Option<DraftQuantization>,
     /// Propose only the first N tokens of the vocabulary, the frequent ones, which makes the output head smaller; 0 is for all
     /// [default: 65536 where there are at least 98304, else all]
     #[arg(long, env = "PACELINE_DRAFT_VOCABULARY", value_name = "N")]

@@ -4,8 +4,8 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use paceline_checkpoint::Checkpoint;
-use paceline_domain::Quantization;
-use paceline_model::{Capacity, Decoder, LoadSpec, ModelConfig, SplitPlan};
+use paceline_domain::{DraftQuantization, Quantization};
+use paceline_model::{Capacity, Decoder, Device, LoadSpec, ModelConfig, SplitPlan};
 use paceline_serving::{Internal, listen};
 use paceline_text::Tokenizer;
 use paceline_wire::{MAX_INTERNAL_MESSAGE_BYTES, draft::draft_server::DraftServer};
@@ -83,7 +83,7 @@ impl Drafter {
             config: &model,
             plan: &SplitPlan::with_head(&model, 1, &head)?,
             rank: 0,
-            quantize: config.quantize,
+            quantize: config.quantize.unwrap_or_else(|| usual_quantization(device.as_ref())).0,
             capacity: Capacity {
                 kv_type: config.kv_type,
                 n_kv_blocks: config.kv_blocks as usize,
@@ -111,6 +111,12 @@ impl Drafter {
         };
         Ok(Self { model: OneRank::with_head(decoder, head), sessions: Sessions::new(limits), about })
     }
+}
+
+/// Where nobody says. On a CPU a token takes as long as its weights take to be read, so they are made small;
+/// `shared/speculation/README.md` has what a draft loses by that. On a GPU it was not measured.
+fn usual_quantization(device: &dyn Device) -> DraftQuantization {
+    if device.is_cpu() { DraftQuantization::SMALLEST } else { DraftQuantization(None) }
 }
 
 /// What it weighs, and how much less than in the file.

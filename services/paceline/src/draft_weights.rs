@@ -3,15 +3,15 @@
 use std::ffi::OsString;
 
 use clap::Args;
-use paceline_domain::Quantization;
+use paceline_domain::DraftQuantization;
 
 /// What a draft model may lose, because its tokens are verified.
 #[derive(Args, Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct DraftWeights {
-    /// Quantize matrices of the draft model while they are loaded, also those that its file has quantized: q4_k, q4_0, q4_1
-    /// or q8_0
-    #[arg(long, value_name = "TYPE", value_parser = Quantization::of_draft)]
-    pub draft_quantize: Option<Quantization>,
+    /// Quantize matrices of the draft model while they are loaded, also those that its file has quantized: q4_k, q4_0, q4_1,
+    /// q8_0, or none [default: chosen by the draft service]
+    #[arg(long, value_name = "TYPE")]
+    pub draft_quantize: Option<DraftQuantization>,
     /// Let the draft model propose only the first N tokens of its vocabulary, the frequent ones; 0 is for all [default: chosen
     /// by the draft service]
     #[arg(long, value_name = "N")]
@@ -40,9 +40,12 @@ mod tests {
     #[test]
     fn only_what_is_given_is_passed_on() {
         assert!(!DraftWeights::default().is_given() && DraftWeights::default().args().is_empty());
-        let draft_quantize = Quantization::of_draft("q4_0").ok();
-        let weights = DraftWeights { draft_quantize, draft_vocabulary: Some(0) };
+        let weights =
+            DraftWeights { draft_quantize: Some(DraftQuantization::SMALLEST), draft_vocabulary: Some(0) };
         assert!(weights.is_given());
         assert_eq!(weights.args(), ["--quantize", "q4_0", "--vocabulary", "0"]);
+        let as_in_file =
+            DraftWeights { draft_quantize: Some(DraftQuantization(None)), draft_vocabulary: None };
+        assert_eq!(as_in_file.args(), ["--quantize", "none"]);
     }
 }

@@ -30,7 +30,7 @@ pub use error::ErrorKind;
 pub use group::{Digest, Fingerprint, KvType};
 pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};
 pub use mask::TokenMask;
-pub use quantization::Quantization;
+pub use quantization::{DraftQuantization, Quantization};
 pub use reduce_tree::ReduceTree;
 pub use request::{
     FinishReason, GenerateRequest, Grammar, Prompt, Speculation, SpeculationOptions, StopRules, Usage,

@@ -65,8 +65,35 @@ impl Quantization {
     pub fn of_draft(name: &str) -> Result<Self, String> {
         let found = Self::OF_DRAFT.into_iter().find(|quantization| quantization.name() == name);
         found.ok_or_else(|| {
-            format!("weights of a draft are quantized to q8_0, q4_k, q4_0 or q4_1, not to `{name}`")
+            format!("weights of a draft are quantized to q8_0, q4_k, q4_0, q4_1 or none, not to `{name}`")
         })
+    }
+}
+
+/// What matrices of a draft model become at load, where somebody says: one of [`Quantization::OF_DRAFT`], or nothing else than
+/// they are in the file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct DraftQuantization(pub Option<Quantization>);
+
+impl DraftQuantization {
+    /// Where nobody says and memory bounds the draft: four bits and a scale, the fewest there are.
+    pub const SMALLEST: Self = Self(Some(Quantization { weight_type: WeightType::Q4_0, of: Of::All }));
+}
+
+impl fmt::Display for DraftQuantization {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(Quantization::name_or_none(self.0))
+    }
+}
+
+impl FromStr for DraftQuantization {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == Quantization::name_or_none(None) {
+            return Ok(Self(None));
+        }
+        Quantization::of_draft(text).map(|quantization| Self(Some(quantization)))
     }
 }
 
@@ -103,5 +130,9 @@ mod tests {
         assert!("q4_0".parse::<Quantization>().is_err(), "only drafts");
         assert!(Quantization::of_draft("q5_0").is_err_and(|error| error.contains("`q5_0`")));
         assert_eq!(Quantization::name_or_none(None), "none");
+        for choice in [DraftQuantization::SMALLEST, DraftQuantization(None)] {
+            assert_eq!(choice.to_string().parse(), Ok(choice));
+        }
+        assert!("q5_0".parse::<DraftQuantization>().is_err());
     }
 }

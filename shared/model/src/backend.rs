@@ -111,6 +111,11 @@ pub trait Device: Send + Sync {
     /// What computes, for logs.
     fn name(&self) -> String;
 
+    /// Whether the host's cores compute.
+    fn is_cpu(&self) -> bool {
+        false
+    }
+
     /// What there is of the device's own memory, and what a rank would take of it; the capacity's number of KV blocks does
     /// not matter. `None` where memory is the host's.
     ///

@@ -18,7 +18,7 @@ const TRIED_FOR: u32 = 8;
 /// Rows that a step is thought to have room for.
 const SPARE_ROWS: usize = 256;
 /// A text must promise this many times what reading it takes.
-const READING_MARGIN: f64 = 1.5;
+const READING_MARGIN: f64 = 2.5;
 /// Who has no more tokens to catch up with than this is read up to them on the way.
 const FEW_UNREAD: usize = 8;
 /// Plain steps that turns after the first may cost one sequence in all; more, and nothing is drafted for it any more.

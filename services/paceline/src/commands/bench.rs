@@ -16,7 +16,7 @@ use clap::Args;
 use paceline_checkpoint::Checkpoint;
 use paceline_domain::{KvType, Quantization};
 use paceline_kernels::{Isa, Kernels};
-use paceline_model::{Cpu, Device, ModelConfig, WeightTypes, names, quantization::types_in};
+use paceline_model::{Cpu, ModelConfig, WeightTypes, names, quantization::types_in};
 use paceline_shard::device::{self, DeviceOptions};
 use serde_json::json;
 
@@ -145,7 +145,7 @@ impl BenchArgs {
         let as_draft = self.speculation.draft_weights.draft_quantize;
         let is_both = self.quantize.is_some() && as_draft.is_some();
         ensure!(!is_both, "without --prompts there is one model: give --quantize or --draft-quantize");
-        Ok(self.quantize.or(as_draft))
+        Ok(self.quantize.or(as_draft.and_then(|draft| draft.0)))
     }
 }
 
@@ -186,8 +186,7 @@ pub async fn bench(args: &BenchArgs, places: &ModelPlaces) -> anyhow::Result<()>
         let devices = threads_of_rank.iter().map(|n| device::choose(&device, Cpu { kernels, n_threads: *n }));
         let devices = devices.collect::<anyhow::Result<Vec<_>>>()?;
         // What CPUs can do says nothing of a GPU.
-        let is_cpu = |device: &Arc<dyn Device>| device.name() == kernels.isa().name();
-        let machine = if devices.iter().all(is_cpu) { machine } else { Machine::Unknown };
+        let machine = if devices.iter().all(|device| device.is_cpu()) { machine } else { Machine::Unknown };
         let job =
             Job { checkpoint, config, quantize, n_tokens, devices, shapes, kv_type, n_repeats, pass_rows };
         let (measured, limits) = measure(&job, machine, n_threads)?;

@@ -48,6 +48,10 @@ impl Device for Cpu {
         self.kernels.isa().name().into()
     }
 
+    fn is_cpu(&self) -> bool {
+        true
+    }
+
     fn load(&self, spec: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
         Ok(Box::new(CpuBackend::load(spec, self)?))
     }
