@@ -65,7 +65,9 @@ impl TileProduct<'_> {
             self.sum_leaf(tile, leaf, (tokens.start, fetch), &mut stack[depth][..n]);
             for _ in 0..leaf.n_adds {
                 let (left, right) = stack.split_at_mut(depth);
-                add(&mut left[depth - 1][..n], &right[0][..n]);
+                let (left, right) = (left[depth - 1][..n].as_flattened_mut(), right[0][..n].as_flattened());
+                // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+                unsafe { (self.kernels.add_into)(left, right) };
                 depth -= 1;
             }
             depth += 1;
@@ -122,12 +124,5 @@ impl TileProduct<'_> {
             step,
             fetch: Fetch::Nowhere,
         }
-    }
-}
-
-/// `left += right`.
-fn add(left: &mut [RowSums], right: &[RowSums]) {
-    for (left, right) in left.as_flattened_mut().iter_mut().zip(right.as_flattened()) {
-        *left += right;
     }
 }

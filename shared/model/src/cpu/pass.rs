@@ -149,6 +149,11 @@ impl Backend for CpuBackend {
 
     fn reduce(&mut self, half: Half, collective: &mut dyn Collective) -> Result<(), ModelError> {
         let (engine, Scratch { partials, normed, .. }) = (&self.engine, &mut self.scratch);
+        if collective.n_ranks() == 1 {
+            // The one subtree is the whole tree.
+            std::mem::swap(partials, normed);
+            return Ok(());
+        }
         let tree = match half {
             Half::Attention => &engine.plan.attention().tree,
             Half::Ffn => &engine.plan.ffn().tree,
