@@ -125,3 +125,31 @@ fn report(decoder: &Decoder, spec: &LoadSpec<'_>) {
     let (n_tokens, saved_bytes) = (spec.plan.head().len(), spec.saved_bytes());
     tracing::info!(quantization, n_tokens, weight_bytes, saved_bytes, "draft model loaded");
 }
+
+#[cfg(test)]
+mod tests {
+    use paceline_kernels::Kernels;
+    use paceline_model::{Backend, Cpu, ModelError};
+
+    use super::*;
+
+    /// A device with memory of its own, which loads nothing.
+    struct Elsewhere;
+
+    impl Device for Elsewhere {
+        fn name(&self) -> String {
+            "elsewhere".into()
+        }
+
+        fn load(&self, _: &LoadSpec<'_>) -> Result<Box<dyn Backend>, ModelError> {
+            unreachable!("nothing is loaded")
+        }
+    }
+
+    #[test]
+    fn weights_are_made_small_where_the_host_reads_them() {
+        let cpu = Cpu { kernels: Kernels::detect(), n_threads: 1 };
+        assert_eq!(usual_quantization(&cpu).to_string(), "q4_0");
+        assert_eq!(usual_quantization(&Elsewhere).to_string(), "none");
+    }
+}
