@@ -116,6 +116,13 @@ impl TestCluster {
     /// When it does not become ready; the message has the end of the log of whoever failed.
     pub async fn start(spec: ClusterSpec) -> Self {
         let turn = ONE_AT_A_TIME.lock().await;
+        let draft = spec.draft.map(|model| {
+            let threads = spec.draft_threads.to_string();
+            // With all its bits a model foresees its own tokens.
+            let quantize = if model == spec.model { &["--quantize", "none"][..] } else { &[] };
+            let args = ["--threads", &threads].iter().chain(quantize).map(Into::into).collect();
+            DraftSpec { model, args }
+        });
         let processes = Processes {
             program: paceline(),
             model: spec.model,
@@ -126,13 +133,7 @@ impl TestCluster {
             devices: Vec::new(),
             shard_args: spec.shard_args.into_iter().map(Into::into).collect(),
             coordinator_args: spec.coordinator_args.into_iter().map(Into::into).collect(),
-            draft: spec.draft.map(|model| DraftSpec {
-                model,
-                // With all its bits a model foresees its own tokens.
-                args: ["--threads", &spec.draft_threads.to_string(), "--quantize", "none"]
-                    .map(Into::into)
-                    .into(),
-            }),
+            draft,
             env: spec.env,
             log: Log::Keep,
         };

@@ -88,6 +88,8 @@ pub struct Drafter {
     to_read: Vec<SequenceId>,
     /// Something has changed since the last decision.
     is_due: bool,
+    /// The next step reads prompts, too.
+    reads_prompts: bool,
     /// How often a draft that runs ahead has something to propose when it is needed.
     availability: f64,
     /// Steps for which drafting ahead is still tried.
@@ -121,6 +123,7 @@ impl Drafter {
             turns: TurnTaking::default(),
             to_read: Vec::new(),
             is_due: true,
+            reads_prompts: false,
             availability: 1.0,
             n_tries: 0,
             next: None,
@@ -172,6 +175,11 @@ impl Drafter {
         self.sequences.insert(id, sequence);
     }
 
+    /// Whether the next steps read prompts beside decoding.
+    pub fn set_reading(&mut self, reads_prompts: bool) {
+        self.reads_prompts = reads_prompts;
+    }
+
     /// Decides on the next step, if the one before is done; `times` are those of the group. Whether it did: until then
     /// nothing has changed.
     pub fn prepare(&mut self, times: &StepTimes, now: Instant) -> bool {
@@ -206,7 +214,12 @@ impl Drafter {
 
     fn costs<'a>(&self, open: &[Open], times: &'a StepTimes) -> Option<Costs<'a>> {
         let lengths = open.iter().filter_map(|(id, _)| Some(self.sequences.get(id)?.tokens().len()));
-        Costs::of(times, lengths, self.drafting())
+        self.costs_of(lengths, times)
+    }
+
+    fn costs_of<'a>(&self, lengths: impl Iterator<Item = usize>, times: &'a StepTimes) -> Option<Costs<'a>> {
+        let costs = Costs::of(times, lengths, self.drafting())?;
+        Some(if self.reads_prompts { costs.beside_prompts(times) } else { costs })
     }
 
     /// What enters the next step of each sequence that can use proposals; `open` has how many each can use.

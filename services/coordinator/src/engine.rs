@@ -261,6 +261,7 @@ impl Engine {
 
     /// Asks for what may follow the sequences whose next step is due.
     async fn propose(&mut self) {
+        self.drafter.set_reading(self.scheduler.reads_prompts());
         if self.drafter.prepare(self.scheduler.step_times(), Instant::now()) {
             for (id, choice) in &self.choices {
                 self.scheduler.set_pace(*id, pace(*id, choice, &self.drafter));

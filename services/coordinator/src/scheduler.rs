@@ -281,6 +281,11 @@ impl Scheduler {
         self.running.iter().map(room).filter(|(_, n)| *n > 0)
     }
 
+    /// Whether the next plan reads prompts.
+    pub fn reads_prompts(&self) -> bool {
+        self.running.iter().any(|id| self.sequences[id].reads_prompt())
+    }
+
     /// Prompt and committed tokens of a sequence.
     pub fn tokens(&self, id: SequenceId) -> Option<&[TokenId]> {
         self.sequences.get(&id).map(|sequence| sequence.tokens.as_slice())

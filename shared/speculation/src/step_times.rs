@@ -160,6 +160,14 @@ impl StepTimes {
         self.draw();
     }
 
+    /// Milliseconds that a further row takes in a step of many rows, as those are that read prompts; `None` where none was
+    /// measured.
+    pub fn row_of_many_ms(&self) -> Option<f64> {
+        let n_rows = self.curve.last().map(|(n_rows, _)| *n_rows as usize).filter(|n| *n > N_SINGLE)?;
+        let (all, half) = (self.predict(Load::plain(n_rows))?, self.predict(Load::plain(n_rows / 2))?);
+        Some((all - half) / (n_rows - n_rows / 2) as f64)
+    }
+
     /// Whether a step of about so many rows was measured.
     pub fn knows(&self, n_rows: usize) -> bool {
         self.classes[class_of(n_rows)].n_seen > 0.0

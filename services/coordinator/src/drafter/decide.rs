@@ -83,7 +83,7 @@ impl Drafter {
             own.push(sequence.expected_of_own(table, next));
             lengths.push(sequence.tokens().len());
         }
-        let costs = Costs::of(times, lengths.into_iter(), self.drafting())?;
+        let costs = self.costs_of(lengths.into_iter(), times)?;
         let n = ids.len();
         let load = StepLoad { n_rows: n, n_tokens: n, n_spare_rows: SPARE_ROWS };
         let plain = self.goodput.plain(&costs);

@@ -45,6 +45,8 @@ pub struct Done {
 pub struct Costs<'a> {
     beside: Beside<'a>,
     factor: f64,
+    /// What a further row takes at least.
+    row_ms: f64,
 }
 
 impl<'a> Costs<'a> {
@@ -57,7 +59,12 @@ impl<'a> Costs<'a> {
         let rows = lengths.map(|n_tokens| Load::rows(n_tokens.saturating_sub(1), 1));
         let load = rows.fold(Load::default(), Load::and);
         let beside = times.beside(load).filter(|_| load.n_rows > 0 && times.knows(load.n_rows))?;
-        Some(Self { beside, factor: times.slowness(drafting) })
+        Some(Self { beside, factor: times.slowness(drafting), row_ms: 0.0 })
+    }
+
+    /// The same where prompts are read, too: no row is free there, each takes what one of theirs does.
+    pub fn beside_prompts(self, times: &StepTimes) -> Self {
+        Self { row_ms: times.row_of_many_ms().unwrap_or(0.0), ..self }
     }
 
     /// Milliseconds without further rows.
@@ -73,7 +80,8 @@ impl<'a> Costs<'a> {
 
 impl StepCost for Costs<'_> {
     fn step_ms(&self, n_rows: usize) -> f64 {
-        self.factor * self.beside.ms(n_rows.saturating_sub(self.n_rows()))
+        let n_more = n_rows.saturating_sub(self.n_rows());
+        self.factor * self.beside.ms(n_more).max(self.beside.ms(0) + self.row_ms * n_more as f64)
     }
 }
 
@@ -312,6 +320,22 @@ mod tests {
             goodput.is_worth_it(&found, &plain)
         };
         assert!(!worth(0.08) && worth(0.2));
+    }
+
+    #[test]
+    fn beside_prompts_no_row_is_free() {
+        let mut times = times();
+        let row_ms = |times: &StepTimes, n_rows: usize| {
+            let costs = Costs::of(times, [1].into_iter(), Drafting::Quiet).expect("measured");
+            [costs, costs.beside_prompts(times)].map(|costs| costs.step_ms(1 + n_rows) - costs.plain_ms())
+        };
+        let [alone, beside] = row_ms(&times, 3);
+        assert!((alone - 0.3).abs() < 1e-9 && beside == alone, "{alone} {beside}");
+        for n_rows in [64, 128] {
+            times.observe(Load::plain(n_rows), 2.0 * n_rows as f64, Drafting::Quiet);
+        }
+        let [alone, beside] = row_ms(&times, 3);
+        assert!(alone < 0.4 && (beside - 6.0).abs() < 1e-9, "{alone} {beside}");
     }
 
     #[test]

@@ -341,6 +341,7 @@ impl World {
     /// As the engine does.
     async fn send_steps(&mut self) {
         loop {
+            self.drafter.set_reading(self.scheduler.reads_prompts());
             if self.drafter.prepare(self.scheduler.step_times(), clock()) {
                 for id in self.n_left.keys() {
                     let needs_each = self.drafter.needs_each_token(*id);

@@ -122,6 +122,11 @@ impl Sequence {
         }
     }
 
+    /// Whether tokens that are known are still to be read, but for the last one.
+    pub(super) fn reads_prompt(&self) -> bool {
+        matches!(self.next(), Next::Known(2..))
+    }
+
     /// Whether no step can be planned for it before its next token is known.
     pub(super) fn needs_its_token(&self) -> bool {
         let goes_on = self.tokens.len() + self.n_unknown < self.n_limit;
