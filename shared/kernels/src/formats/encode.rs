@@ -11,7 +11,6 @@ use paceline_domain::WeightType;
 
 use super::encode_four::{encode_q4_0, encode_q4_1};
 use super::{GROUP_LEN, GROUPS_PER_SUPER, dequantize_row};
-use crate::Isa;
 use crate::simd::{SHIFT, SHIFT_BITS};
 
 /// Weights of a superblock.
@@ -26,44 +25,11 @@ const STEPS: [f32; 12] = [13.9, 14.2, 14.4, 14.6, 14.7, 14.8, 14.9, 15.0, 15.1, 
 pub(super) type Weights = [f32; GROUP_LEN];
 
 /// A row of any type as a row of `to`, one of the types of [`paceline_domain::Quantization`]. A block with a number that is not
-/// finite becomes NaN as a whole, so that nothing is hidden. With the widest registers of this CPU.
+/// finite becomes NaN as a whole, so that nothing is hidden.
 ///
 /// # Panics
 /// When `to` is another type, or the row is not whole blocks of it.
 pub fn requantize_row(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
-    requantize_row_with(Isa::detect(), from, bytes, to)
-}
-
-/// The same with an instruction set that this CPU has.
-fn requantize_row_with(isa: Isa, from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
-    match isa {
-        // SAFETY: the caller says that this CPU has the instruction set.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni | Isa::Avx512 => unsafe { requantize_row_avx512(from, bytes, to) },
-        // SAFETY: the caller says that this CPU has the instruction set.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { requantize_row_avx2(from, bytes, to) },
-        _ => requantize_row_scalar(from, bytes, to),
-    }
-}
-
-/// [`requantize_row_scalar`], compiled for wider registers: each lane does what a scalar would.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn requantize_row_avx512(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
-    requantize_row_scalar(from, bytes, to)
-}
-
-/// [`requantize_row_scalar`], compiled for wider registers: each lane does what a scalar would.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn requantize_row_avx2(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
-    requantize_row_scalar(from, bytes, to)
-}
-
-/// The definition. All that it calls in a loop is inlined, so that it is compiled for its caller's registers.
-#[inline(always)]
-fn requantize_row_scalar(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
     let n_weights = bytes.len() / from.block_bytes() * from.block_len();
     let row_bytes = to.row_bytes(n_weights).expect("invariant: a row is whole blocks of what it becomes");
     let (mut out, mut weights) = (vec![0; row_bytes], [0.0; SUPER_LEN]);
@@ -83,7 +49,6 @@ fn requantize_row_scalar(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<
 }
 
 /// One block.
-#[inline(always)]
 fn encode(to: WeightType, weights: &[f32], block: &mut [u8]) {
     let groups: &[Weights] = weights.as_chunks().0;
     match to {
@@ -96,7 +61,6 @@ fn encode(to: WeightType, weights: &[f32], block: &mut [u8]) {
 }
 
 /// f16 scale, signed bytes.
-#[inline(always)]
 fn encode_q8_0(weights: &[Weights], block: &mut [u8]) {
     let (scale, codes) = block.split_at_mut(2);
     scale.copy_from_slice(&encode_group(&weights[0], bytemuck::cast_slice_mut(codes)).to_le_bytes());
@@ -104,7 +68,6 @@ fn encode_q8_0(weights: &[Weights], block: &mut [u8]) {
 
 /// Codes -127 to 127 of up to 32 numbers, and their scale: the largest magnitude / 127 as the nearest half. NaN and
 /// zeros where a number is not finite.
-#[inline(always)]
 pub(crate) fn encode_group(values: &[f32], codes: &mut [i8]) -> f16 {
     // Magnitudes compare as integers do, what is not finite above all.
     let largest = values.iter().map(|value| value.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
@@ -121,7 +84,6 @@ pub(crate) fn encode_group(values: &[f32], codes: &mut [i8]) -> f16 {
 }
 
 /// f16 `d`, f16 `m`, 12 bytes of 6-bit scales and minimums, 128 bytes of nibbles.
-#[inline(always)]
 fn encode_q4_k(weights: &[Weights], block: &mut [u8]) {
     let best = if all_finite(weights) { Super::search(weights) } else { Super::not_a_number() };
     block[..2].copy_from_slice(&best.d.to_le_bytes());
@@ -137,7 +99,6 @@ fn encode_q4_k(weights: &[Weights], block: &mut [u8]) {
 }
 
 /// The inverse of how Q4_K's reader takes scales and minimums apart.
-#[inline(always)]
 fn packed_subs(groups: &[SubGroup; GROUPS_PER_SUPER]) -> [u8; 12] {
     let mut packed = [0; 12];
     for (idx, group) in groups.iter().enumerate() {
@@ -179,7 +140,6 @@ struct Super {
 }
 
 impl Fit {
-    #[inline(always)]
     pub(super) fn search(weights: &Weights) -> Self {
         let lowest = weights.iter().fold(0.0, |lowest: f32, weight| lowest.min(*weight));
         let highest = weights.iter().fold(lowest, |highest: f32, weight| highest.max(*weight));
@@ -199,7 +159,6 @@ impl Fit {
     }
 
     /// The best scale and minimum for these codes, and the sum of squared errors less that of the weights themselves.
-    #[inline(always)]
     fn least_squares(weights: &Weights, codes: &Weights) -> (Self, f32) {
         const N: f32 = GROUP_LEN as f32;
         let (code_sum, weight_sum) = (sum(codes), sum(weights));
@@ -224,7 +183,6 @@ impl Fit {
 
 impl SubGroup {
     /// With these scale and minimum.
-    #[inline(always)]
     fn new(weights: &Weights, (d, m): (f32, f32), scale: f32, min: f32) -> Self {
         let (step, offset) = (d * scale, m * min);
         let codes = codes(weights, offset, inverse_of(step));
@@ -236,7 +194,6 @@ impl SubGroup {
     }
 
     /// The best of scales and minimums around the wanted ones.
-    #[inline(always)]
     fn around(weights: &Weights, factors: (f32, f32), scale: f32, min: f32) -> Self {
         let mut best = Self::new(weights, factors, scale, min);
         // Where f16 runs out of small numbers, nothing may be the best there is.
@@ -265,7 +222,6 @@ impl SubGroup {
 }
 
 impl Super {
-    #[inline(always)]
     fn search(weights: &[Weights]) -> Self {
         let fits: [Fit; GROUPS_PER_SUPER] = std::array::from_fn(|idx| Fit::search(&weights[idx]));
         let largest = |of: fn(&Fit) -> f32| fits.iter().map(of).fold(0.0, f32::max);
@@ -278,7 +234,6 @@ impl Super {
         if second.error() < first.error() { second } else { first }
     }
 
-    #[inline(always)]
     fn with(weights: &[Weights], (d, m): (f16, f16), wanted: impl Fn(usize) -> (f32, f32)) -> Self {
         let groups = std::array::from_fn(|idx| {
             let (scale, min) = wanted(idx);
@@ -288,7 +243,6 @@ impl Super {
     }
 
     /// The two factors that fit best to codes and small integers as they are; none where nothing determines them.
-    #[inline(always)]
     fn refit(&self, weights: &[Weights]) -> Option<(f16, f16)> {
         let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64);
         for (group, weights) in self.groups.iter().zip(weights) {
@@ -310,7 +264,6 @@ impl Super {
         is_usable.then(|| (half_of(d as f32), half_of(m as f32)))
     }
 
-    #[inline(always)]
     fn error(&self) -> f32 {
         self.groups.iter().map(|group| group.error).sum()
     }
@@ -333,7 +286,6 @@ pub(super) fn codes(weights: &Weights, offset: f32, inverse: f32) -> Weights {
 }
 
 /// To the nearest integer, ties to even; for small numbers.
-#[inline(always)]
 fn rounded(x: f32) -> i32 {
     (x + SHIFT).to_bits() as i32 - SHIFT_BITS
 }
@@ -355,18 +307,15 @@ pub(super) fn sum(values: &Weights) -> f32 {
     lanes[0]
 }
 
-#[inline(always)]
 pub(super) fn all_finite(weights: &[Weights]) -> bool {
     weights.as_flattened().iter().all(|weight| weight.is_finite())
 }
 
 /// The nearest half; the largest one where there is none near.
-#[inline(always)]
 pub(super) fn half_of(x: f32) -> f16 {
     if x > f16::MAX.to_f32() { f16::MAX } else { f16::from_f32(x) }
 }
 
-#[inline(always)]
 fn inverse_of(x: f32) -> f32 {
     if x > 0.0 { 1.0 / x } else { 0.0 }
 }
@@ -387,31 +336,6 @@ mod tests {
         for (to, oracle) in [(WeightType::Q8_0, GgmlDType::Q8_0), (WeightType::Q4_K, GgmlDType::Q4K)] {
             let (ours, theirs) = errors_beside_the_oracle(&weights, to, oracle);
             assert!(ours <= 1.001 * theirs, "{}: {ours} is above {theirs}", to.name());
-        }
-    }
-
-    #[test]
-    fn wider_registers_give_the_same_bits() {
-        let mut weights = normal(7, 24 * SUPER_LEN);
-        for (at, wild) in [(3, f32::NAN), (700, f32::INFINITY), (1_500, 3.0e38), (2_000, -1.0e-40)] {
-            weights[at] = wild;
-        }
-        weights[3_000..3_300].fill(0.0);
-        let plain = bytes_of(&weights);
-        for from in [WeightType::F32, WeightType::Q8_0, WeightType::Q6_K, WeightType::Q5_0] {
-            let n_bytes = from.row_bytes(weights.len()).expect("whole blocks");
-            let some: Vec<u8> = (0..n_bytes).map(|i| (i * 131 % 251) as u8 & 0x3b).collect();
-            let bytes = if from == WeightType::F32 { &plain } else { &some };
-            for to in [WeightType::Q8_0, WeightType::Q4_0, WeightType::Q4_1, WeightType::Q4_K] {
-                let expected = requantize_row_scalar(from, bytes, to);
-                for isa in Isa::available() {
-                    assert_eq!(
-                        requantize_row_with(isa, from, bytes, to),
-                        expected,
-                        "{from:?} to {to:?}, {isa}"
-                    );
-                }
-            }
         }
     }
 

@@ -24,7 +24,6 @@ struct Coded {
 }
 
 /// f16 scale, nibbles: column `j` below column `j + 16`.
-#[inline(always)]
 pub(super) fn encode_q4_0(weights: &Weights, block: &mut [u8]) {
     let largest = weights.iter().fold(
         0.0_f32,
@@ -49,7 +48,6 @@ pub(super) fn encode_q4_0(weights: &Weights, block: &mut [u8]) {
 }
 
 /// f16 scale, f16 minimum, nibbles as in Q4_0.
-#[inline(always)]
 pub(super) fn encode_q4_1(weights: &Weights, block: &mut [u8]) {
     let lowest = weights.iter().copied().fold(f32::INFINITY, f32::min);
     let highest = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -69,7 +67,6 @@ pub(super) fn encode_q4_1(weights: &Weights, block: &mut [u8]) {
 
 /// The best scale for the codes that this scale rounds to, and how much of the squares of all weights it explains; none where
 /// all codes are zero.
-#[inline(always)]
 fn fit(weights: &Weights, scale: f32) -> Option<(f32, f32)> {
     let steps = codes(weights, ZERO_CODE * scale, inverse_of(scale)).map(|code| code - ZERO_CODE);
     let (squares, mixed) = (sum(&products(&steps, &steps)), sum(&products(&steps, weights)));
@@ -77,7 +74,6 @@ fn fit(weights: &Weights, scale: f32) -> Option<(f32, f32)> {
 }
 
 impl Coded {
-    #[inline(always)]
     fn new(weights: &Weights, scale: f16, min: f32) -> Self {
         let step = scale.to_f32();
         let codes = codes(weights, -min, inverse_of(step));
@@ -85,7 +81,6 @@ impl Coded {
         Self { scale, min, codes, error: sum(&products(&errors, &errors)) }
     }
 
-    #[inline(always)]
     fn better(plain: Self, other: Option<Self>) -> Self {
         match other {
             Some(other) if other.error < plain.error => other,
@@ -98,7 +93,6 @@ impl Coded {
     }
 }
 
-#[inline(always)]
 fn write_nibbles(codes: &Weights, nibbles: &mut [u8]) {
     let (low, high) = codes.split_at(nibbles.len());
     for ((low, high), byte) in low.iter().zip(high).zip(nibbles) {
@@ -107,13 +101,11 @@ fn write_nibbles(codes: &Weights, nibbles: &mut [u8]) {
 }
 
 /// The nearest half; the largest one of its sign where there is none near.
-#[inline(always)]
 fn signed_half_of(x: f32) -> f16 {
     f16::from_f32(half_of(x.abs()).to_f32().copysign(x))
 }
 
 /// 0 of 0.
-#[inline(always)]
 fn inverse_of(x: f32) -> f32 {
     if x == 0.0 { 0.0 } else { 1.0 / x }
 }
