@@ -106,11 +106,11 @@ impl Scheduler {
         for id in self.running.clone() {
             let sequence = &self.sequences[&id];
             let (next, n_planned) = (sequence.next(), sequence.n_planned);
+            has_prompts |= sequence.reads_prompt();
             let decodes = matches!(next, Next::Known(1) | Next::Ahead);
             if decodes && sequence.has_place() && self.grow(id, n_planned + 1) {
                 decoding.push(id);
             }
-            has_prompts |= matches!(next, Next::Known(2..));
         }
         let n_reserved = decoding.len() + if has_prompts { ROWS_FOR_PROMPTS } else { 0 };
         let n_rows_left = (self.limits.max_rows as usize).saturating_sub(n_reserved);
