@@ -2,6 +2,7 @@
 
 use crate::attention::chunk::{self, AttentionKernels};
 use crate::elementwise::PairKernel;
+use crate::formats::{self, CodingKernel};
 use crate::isa::Isa;
 use crate::kv::NarrowKernel;
 use crate::linear::LinearKernels;
@@ -26,6 +27,7 @@ pub struct Kernels {
     pub(crate) rotate_half: RotateKernel,
     pub(crate) rotate_interleaved: RotateKernel,
     pub(crate) narrow: NarrowKernel,
+    pub(crate) coding_sums: CodingKernel,
     pub(crate) attention: AttentionKernels,
 }
 
@@ -40,6 +42,7 @@ const SCALAR: Kernels = Kernels {
     rotate_half: rope::rotate_half_scalar,
     rotate_interleaved: rope::rotate_interleaved_scalar,
     narrow: kv::narrow_scalar,
+    coding_sums: formats::coding_sums_scalar,
     attention: AttentionKernels {
         chunk_f16: chunk::chunk_scalar::<u16>,
         chunk_f32: chunk::chunk_scalar::<f32>,
@@ -60,6 +63,7 @@ const AVX2: Kernels = Kernels {
     rotate_half: rope::rotate_half_avx2,
     rotate_interleaved: rope::rotate_interleaved_avx2,
     narrow: kv::narrow_avx2,
+    coding_sums: formats::coding_sums_avx2,
     attention: AttentionKernels {
         chunk_f16: chunk::chunk_avx2::<u16>,
         chunk_f32: chunk::chunk_avx2::<f32>,
@@ -80,6 +84,7 @@ const AVX512: Kernels = Kernels {
     rotate_half: rope::rotate_half_avx512,
     rotate_interleaved: rope::rotate_interleaved_avx512,
     narrow: kv::narrow_avx512,
+    coding_sums: formats::coding_sums_avx512,
     attention: AttentionKernels {
         chunk_f16: chunk::chunk_avx512::<u16>,
         chunk_f32: chunk::chunk_avx512::<f32>,

@@ -10,19 +10,18 @@ use half::f16;
 use paceline_domain::WeightType;
 
 use super::encode_four::{encode_q4_0, encode_q4_1};
+use super::encode_lanes::{Coding, CodingSums, Groups, Lanes, half_of, inverse_of, lanes, take_better};
 use super::{GROUP_LEN, GROUPS_PER_SUPER, dequantize_row};
-use crate::simd::{SHIFT, SHIFT_BITS};
+use crate::Kernels;
+use crate::simd::{LANES, SHIFT, SHIFT_BITS};
 
-/// Weights of a superblock.
+/// Weights that are coded together.
+const PIECE_LEN: usize = GROUP_LEN * LANES;
+/// Weights of a superblock, and how many are coded together.
 const SUPER_LEN: usize = GROUP_LEN * GROUPS_PER_SUPER;
-/// Largest code of four bits.
-pub(super) const MAX_CODE: f32 = 15.0;
+const SUPERS: usize = PIECE_LEN / SUPER_LEN;
 /// Largest small integer beside a code of Q4_K.
 const MAX_SUB: f32 = 63.0;
-/// Codes that the range of a group is cut into, one after the other.
-const STEPS: [f32; 12] = [13.9, 14.2, 14.4, 14.6, 14.7, 14.8, 14.9, 15.0, 15.1, 15.3, 15.6, 15.9];
-
-pub(super) type Weights = [f32; GROUP_LEN];
 
 /// A row of any type as a row of `to`, one of the types of [`paceline_domain::Quantization`]. A block with a number that is not
 /// finite becomes NaN as a whole, so that nothing is hidden.
@@ -30,40 +29,38 @@ pub(super) type Weights = [f32; GROUP_LEN];
 /// # Panics
 /// When `to` is another type, or the row is not whole blocks of it.
 pub fn requantize_row(from: WeightType, bytes: &[u8], to: WeightType) -> Vec<u8> {
-    let n_weights = bytes.len() / from.block_bytes() * from.block_len();
-    let row_bytes = to.row_bytes(n_weights).expect("invariant: a row is whole blocks of what it becomes");
-    let (mut out, mut weights) = (vec![0; row_bytes], [0.0; SUPER_LEN]);
-    let blocks_at_once = (from.block_len() / to.block_len()).max(1);
-    let weights = &mut weights[..blocks_at_once * to.block_len()];
-    let bytes_at_once = weights.len() / from.block_len() * from.block_bytes();
-    let pieces = out.chunks_exact_mut(blocks_at_once * to.block_bytes());
-    for (bytes, piece) in bytes.chunks_exact(bytes_at_once).zip(pieces) {
-        dequantize_row(from, bytes, weights);
-        let blocks = piece.chunks_exact_mut(to.block_bytes());
-        weights
-            .chunks_exact(to.block_len())
-            .zip(blocks)
-            .for_each(|(weights, block)| encode(to, weights, block));
+    let kernels = Kernels::detect();
+    let n_weights = |bytes: &[u8]| bytes.len() / from.block_bytes() * from.block_len();
+    let piece_bytes = |of: WeightType| PIECE_LEN / of.block_len() * of.block_bytes();
+    let row_bytes =
+        to.row_bytes(n_weights(bytes)).expect("invariant: a row is whole blocks of what it becomes");
+    let mut out = vec![0; row_bytes];
+    for (bytes, piece) in bytes.chunks(piece_bytes(from)).zip(out.chunks_mut(piece_bytes(to))) {
+        // Zeros after the end of the row.
+        let mut weights = [0.0; PIECE_LEN];
+        dequantize_row(from, bytes, &mut weights[..n_weights(bytes)]);
+        encode(kernels, to, &weights, piece);
     }
     out
 }
 
-/// One block.
-fn encode(to: WeightType, weights: &[f32], block: &mut [u8]) {
-    let groups: &[Weights] = weights.as_chunks().0;
+/// As many blocks as there is room for.
+fn encode(kernels: &Kernels, to: WeightType, weights: &[f32; PIECE_LEN], blocks: &mut [u8]) {
     match to {
-        WeightType::Q8_0 => encode_q8_0(groups, block),
-        WeightType::Q4_0 => encode_q4_0(&groups[0], block),
-        WeightType::Q4_1 => encode_q4_1(&groups[0], block),
-        WeightType::Q4_K => encode_q4_k(groups, block),
+        WeightType::Q8_0 => encode_q8_0(weights, blocks),
+        WeightType::Q4_0 => encode_q4_0(&Groups::new(kernels, weights), blocks),
+        WeightType::Q4_1 => encode_q4_1(&Groups::new(kernels, weights), blocks),
+        WeightType::Q4_K => encode_q4_k(&Groups::new(kernels, weights), blocks),
         other => panic!("invariant: nothing is quantized to {}", other.name()),
     }
 }
 
 /// f16 scale, signed bytes.
-fn encode_q8_0(weights: &[Weights], block: &mut [u8]) {
-    let (scale, codes) = block.split_at_mut(2);
-    scale.copy_from_slice(&encode_group(&weights[0], bytemuck::cast_slice_mut(codes)).to_le_bytes());
+fn encode_q8_0(weights: &[f32], blocks: &mut [u8]) {
+    for (group, block) in weights.chunks_exact(GROUP_LEN).zip(blocks.chunks_exact_mut(2 + GROUP_LEN)) {
+        let (scale, codes) = block.split_at_mut(2);
+        scale.copy_from_slice(&encode_group(group, bytemuck::cast_slice_mut(codes)).to_le_bytes());
+    }
 }
 
 /// Codes -127 to 127 of up to 32 numbers, and their scale: the largest magnitude / 127 as the nearest half. NaN and
@@ -83,26 +80,34 @@ pub(crate) fn encode_group(values: &[f32], codes: &mut [i8]) -> f16 {
     scale
 }
 
-/// f16 `d`, f16 `m`, 12 bytes of 6-bit scales and minimums, 128 bytes of nibbles.
-fn encode_q4_k(weights: &[Weights], block: &mut [u8]) {
-    let best = if all_finite(weights) { Super::search(weights) } else { Super::not_a_number() };
-    block[..2].copy_from_slice(&best.d.to_le_bytes());
-    block[2..4].copy_from_slice(&best.m.to_le_bytes());
-    block[4..16].copy_from_slice(&packed_subs(&best.groups));
-    let pairs = best.groups.as_chunks::<2>().0;
-    for (pair, bytes) in pairs.iter().zip(block[16..].chunks_exact_mut(GROUP_LEN)) {
-        for (column, byte) in bytes.iter_mut().enumerate() {
-            let [low, high] = pair.map(|group| group.codes[column] as u8);
-            *byte = low | high << 4;
+/// Up to two superblocks: f16 `d`, f16 `m`, 12 bytes of 6-bit scales and minimums, 128 bytes of nibbles.
+fn encode_q4_k(groups: &Groups<'_>, blocks: &mut [u8]) {
+    let best = Supers::search(groups);
+    let coding = best.coding();
+    for (idx, block) in blocks.chunks_exact_mut(WeightType::Q4_K.block_bytes()).enumerate() {
+        let first = idx * GROUPS_PER_SUPER;
+        let (scales, mins) = (&best.scales[first..], &best.mins[first..]);
+        if !(first..first + GROUPS_PER_SUPER).all(|l| groups.is_finite(l)) {
+            block.fill(0);
+            block[..2].copy_from_slice(&f16::NAN.to_le_bytes());
+            continue;
+        }
+        let Factors { d, m } = best.factors[idx];
+        block[..2].copy_from_slice(&d.to_le_bytes());
+        block[2..4].copy_from_slice(&m.to_le_bytes());
+        block[4..16].copy_from_slice(&packed_subs(scales, mins));
+        for (at, byte) in block[16..].iter_mut().enumerate() {
+            let (l, column) = (first + at / GROUP_LEN * 2, &groups.columns[at % GROUP_LEN]);
+            *byte = coding.code(l, column[l]) as u8 | (coding.code(l + 1, column[l + 1]) as u8) << 4;
         }
     }
 }
 
-/// The inverse of how Q4_K's reader takes scales and minimums apart.
-fn packed_subs(groups: &[SubGroup; GROUPS_PER_SUPER]) -> [u8; 12] {
+/// The inverse of how Q4_K's reader takes scales and minimums apart, of the first eight.
+fn packed_subs(scales: &[f32], mins: &[f32]) -> [u8; 12] {
     let mut packed = [0; 12];
-    for (idx, group) in groups.iter().enumerate() {
-        let (scale, min) = (group.scale as u8, group.min as u8);
+    for (idx, (scale, min)) in scales.iter().zip(mins).take(GROUPS_PER_SUPER).enumerate() {
+        let (scale, min) = (*scale as u8, *min as u8);
         if idx < 4 {
             packed[idx] |= scale;
             packed[idx + 4] |= min;
@@ -115,92 +120,49 @@ fn packed_subs(groups: &[SubGroup; GROUPS_PER_SUPER]) -> [u8; 12] {
     packed
 }
 
-/// A group by itself: weights are about `scale * code - min`.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Fit {
-    pub scale: f32,
-    pub min: f32,
-}
-
-/// A group in its superblock: scale and minimum are whole numbers, 0 to 63, codes 0 to 15.
+/// What is common to a superblock.
 #[derive(Clone, Copy)]
-struct SubGroup {
-    scale: f32,
-    min: f32,
-    codes: Weights,
-    /// Sum of squares.
-    error: f32,
-}
-
-/// A whole superblock.
-struct Super {
+struct Factors {
     d: f16,
     m: f16,
-    groups: [SubGroup; GROUPS_PER_SUPER],
 }
 
-impl Fit {
-    pub(super) fn search(weights: &Weights) -> Self {
-        let lowest = weights.iter().fold(0.0, |lowest: f32, weight| lowest.min(*weight));
-        let highest = weights.iter().fold(lowest, |highest: f32, weight| highest.max(*weight));
-        let range = highest - lowest;
-        if range <= 0.0 {
-            return Self { scale: 0.0, min: -lowest };
-        }
-        let (mut best, mut least) = (Self { scale: range / MAX_CODE, min: -lowest }, f32::INFINITY);
-        for n_steps in STEPS {
-            let codes = codes(weights, -lowest, n_steps / range);
-            let (fit, error) = Self::least_squares(weights, &codes);
-            if error < least {
-                (best, least) = (fit, error);
-            }
+/// Superblocks: weights are about `d * scale * code - m * min`.
+struct Supers {
+    factors: [Factors; SUPERS],
+    /// Whole numbers, 0 to 63.
+    scales: Lanes,
+    mins: Lanes,
+    /// Sums of squares.
+    errors: Lanes,
+}
+
+impl Supers {
+    fn search(groups: &Groups<'_>) -> Self {
+        let fit = groups.search();
+        let largest = |of: &[f32]| of.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+        let factors = std::array::from_fn(|idx| {
+            let of = |values: &Lanes| half_at_least(largest(groups_of(values, idx)) / MAX_SUB);
+            Factors { d: of(&fit.scale), m: of(&fit.min) }
+        });
+        let whole = |value: f32, unit: f16| (value.abs() * inverse_of(unit.to_f32())).min(MAX_SUB).round();
+        let scales = lanes(|l| whole(fit.scale[l], factors[l / GROUPS_PER_SUPER].d));
+        let mins = lanes(|l| whole(fit.min[l], factors[l / GROUPS_PER_SUPER].m));
+        let mut best = Self::around(groups, factors, &scales, &mins);
+        let sums = groups.sums(&best.coding());
+        let refitted = std::array::from_fn(|idx| best.refitted(groups, &sums, idx));
+        let second = Self::around(groups, refitted, &best.scales, &best.mins);
+        for idx in 0..SUPERS {
+            best.take_super(&second, idx);
         }
         best
     }
 
-    /// The best scale and minimum for these codes, and the sum of squared errors less that of the weights themselves.
-    fn least_squares(weights: &Weights, codes: &Weights) -> (Self, f32) {
-        const N: f32 = GROUP_LEN as f32;
-        let (code_sum, weight_sum) = (sum(codes), sum(weights));
-        let squares = sum(&products(codes, codes));
-        let mixed = sum(&products(codes, weights));
-        let determinant = N * squares - code_sum * code_sum;
-        let (mut scale, mut min) = (mixed / squares, 0.0);
-        if determinant > 0.0 {
-            let free = (N * mixed - code_sum * weight_sum) / determinant;
-            let free_min = (free * code_sum - weight_sum) / N;
-            // A minimum above zero cannot be stored.
-            if free > 0.0 && free_min > 0.0 {
-                (scale, min) = (free, free_min);
-            }
-        }
-        let error = scale * (scale * squares - 2.0 * mixed)
-            + min * (N * min + 2.0 * weight_sum - 2.0 * scale * code_sum);
-        // Codes that are all zero, or that only a negative scale would fit, are no candidates.
-        if scale > 0.0 { (Self { scale, min }, error) } else { (Self::default(), f32::INFINITY) }
-    }
-}
-
-impl SubGroup {
-    /// With these scale and minimum.
-    fn new(weights: &Weights, (d, m): (f32, f32), scale: f32, min: f32) -> Self {
-        let (step, offset) = (d * scale, m * min);
-        let codes = codes(weights, offset, inverse_of(step));
-        let mut errors = [0.0; GROUP_LEN];
-        for (i, error) in errors.iter_mut().enumerate() {
-            *error = step * codes[i] - offset - weights[i];
-        }
-        Self { scale, min, codes, error: sum(&products(&errors, &errors)) }
-    }
-
-    /// The best of scales and minimums around the wanted ones.
-    fn around(weights: &Weights, factors: (f32, f32), scale: f32, min: f32) -> Self {
-        let mut best = Self::new(weights, factors, scale, min);
+    /// The best of small integers around the wanted ones.
+    fn around(groups: &Groups<'_>, factors: [Factors; SUPERS], scales: &Lanes, mins: &Lanes) -> Self {
+        let mut best = Self::new(groups, factors, *scales, *mins);
         // Where f16 runs out of small numbers, nothing may be the best there is.
-        let nothing = Self::new(weights, factors, 0.0, 0.0);
-        if nothing.error < best.error {
-            best = nothing;
-        }
+        best.take_better(&Self::new(groups, factors, [0.0; LANES], [0.0; LANES]));
         for (scale_step, min_step) in [
             (-1.0, -1.0),
             (-1.0, 0.0),
@@ -211,48 +173,57 @@ impl SubGroup {
             (1.0, 0.0),
             (1.0, 1.0),
         ] {
-            let near = |value: f32, step: f32| (value + step).clamp(0.0, MAX_SUB);
-            let other = Self::new(weights, factors, near(scale, scale_step), near(min, min_step));
-            if other.error < best.error {
-                best = other;
-            }
+            let near = |values: &Lanes, step: f32| values.map(|value| (value + step).clamp(0.0, MAX_SUB));
+            best.take_better(&Self::new(groups, factors, near(scales, scale_step), near(mins, min_step)));
         }
         best
     }
-}
 
-impl Super {
-    fn search(weights: &[Weights]) -> Self {
-        let fits: [Fit; GROUPS_PER_SUPER] = std::array::from_fn(|idx| Fit::search(&weights[idx]));
-        let largest = |of: fn(&Fit) -> f32| fits.iter().map(of).fold(0.0, f32::max);
-        let (d, m) = (half_of(largest(|fit| fit.scale) / MAX_SUB), half_of(largest(|fit| fit.min) / MAX_SUB));
-        let sub = |value: f32, unit: f16| (value * inverse_of(unit.to_f32())).min(MAX_SUB).round();
-        let wanted = |idx: usize| (sub(fits[idx].scale, d), sub(fits[idx].min, m));
-        let first = Self::with(weights, (d, m), wanted);
-        let Some((d, m)) = first.refit(weights) else { return first };
-        let second = Self::with(weights, (d, m), |idx| (first.groups[idx].scale, first.groups[idx].min));
-        if second.error() < first.error() { second } else { first }
+    fn new(groups: &Groups<'_>, factors: [Factors; SUPERS], scales: Lanes, mins: Lanes) -> Self {
+        let mut coded = Self { factors, scales, mins, errors: [0.0; LANES] };
+        coded.errors = groups.sums(&coded.coding()).errors;
+        coded
     }
 
-    fn with(weights: &[Weights], (d, m): (f16, f16), wanted: impl Fn(usize) -> (f32, f32)) -> Self {
-        let groups = std::array::from_fn(|idx| {
-            let (scale, min) = wanted(idx);
-            SubGroup::around(&weights[idx], (d.to_f32(), m.to_f32()), scale, min)
-        });
-        Self { d, m, groups }
+    fn take_better(&mut self, other: &Self) {
+        let errors = self.errors;
+        take_better(
+            [&mut self.scales, &mut self.mins, &mut self.errors],
+            [&other.scales, &other.mins, &other.errors],
+            |l| other.errors[l] < errors[l],
+        );
     }
 
-    /// The two factors that fit best to codes and small integers as they are; none where nothing determines them.
-    fn refit(&self, weights: &[Weights]) -> Option<(f16, f16)> {
+    /// All of a superblock, where it errs less.
+    fn take_super(&mut self, other: &Self, idx: usize) {
+        let error = |of: &Self| groups_of(&of.errors, idx).iter().sum::<f32>();
+        if error(other) < error(self) {
+            self.factors[idx] = other.factors[idx];
+            let is_taken = |l: usize| l / GROUPS_PER_SUPER == idx;
+            take_better(
+                [&mut self.scales, &mut self.mins, &mut self.errors],
+                [&other.scales, &other.mins, &other.errors],
+                is_taken,
+            );
+        }
+    }
+
+    fn coding(&self) -> Coding {
+        let factors = |l: usize| self.factors[l / GROUPS_PER_SUPER];
+        let scale = lanes(|l| factors(l).d.to_f32() * self.scales[l]);
+        Coding::new(scale, lanes(|l| -(factors(l).m.to_f32() * self.mins[l])))
+    }
+
+    /// The two factors that fit best to codes and small integers as they are; the same ones where nothing determines them.
+    fn refitted(&self, groups: &Groups<'_>, sums: &CodingSums, idx: usize) -> Factors {
         let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64, 0.0_f64);
-        for (group, weights) in self.groups.iter().zip(weights) {
-            let (scale, min) = (f64::from(group.scale), f64::from(group.min));
-            let codes = f64::from(sum(&group.codes));
-            aa += scale * scale * f64::from(sum(&products(&group.codes, &group.codes)));
-            ab += scale * min * codes;
+        for l in idx * GROUPS_PER_SUPER..(idx + 1) * GROUPS_PER_SUPER {
+            let (scale, min) = (f64::from(self.scales[l]), f64::from(self.mins[l]));
+            aa += scale * scale * f64::from(sums.squares[l]);
+            ab += scale * min * f64::from(sums.codes[l]);
             bb += min * min * GROUP_LEN as f64;
-            ax += scale * f64::from(sum(&products(&group.codes, weights)));
-            bx += min * f64::from(sum(weights));
+            ax += scale * f64::from(sums.mixed[l]);
+            bx += min * f64::from(groups.sums[l]);
         }
         let determinant = aa * bb - ab * ab;
         let (d, m) = if determinant > 1e-9 * aa * bb {
@@ -261,63 +232,24 @@ impl Super {
             (ax / aa, 0.0)
         };
         let is_usable = d > 0.0 && m >= 0.0 && (m > 0.0 || bb == 0.0);
-        is_usable.then(|| (half_of(d as f32), half_of(m as f32)))
-    }
-
-    fn error(&self) -> f32 {
-        self.groups.iter().map(|group| group.error).sum()
-    }
-
-    fn not_a_number() -> Self {
-        let group = SubGroup { scale: 1.0, min: 0.0, codes: [0.0; GROUP_LEN], error: 0.0 };
-        Self { d: f16::NAN, m: f16::ZERO, groups: [group; GROUPS_PER_SUPER] }
+        if is_usable { Factors { d: half_of(d as f32), m: half_of(m as f32) } } else { self.factors[idx] }
     }
 }
 
-/// `(weight + offset) * inverse`, rounded to the nearest code.
-#[inline(always)]
-pub(super) fn codes(weights: &Weights, offset: f32, inverse: f32) -> Weights {
-    weights.map(|weight| {
-        let scaled = (weight + offset) * inverse;
-        let scaled = if scaled > 0.0 { scaled } else { 0.0 };
-        let scaled = if scaled < MAX_CODE { scaled } else { MAX_CODE };
-        (scaled + SHIFT) - SHIFT
-    })
+/// The lanes of a superblock.
+fn groups_of(values: &Lanes, idx: usize) -> &[f32] {
+    &values[idx * GROUPS_PER_SUPER..][..GROUPS_PER_SUPER]
+}
+
+/// So that the largest small integer reaches what it was made for, also where halves are far apart.
+fn half_at_least(x: f32) -> f16 {
+    let nearest = half_of(x);
+    if nearest.to_f32() < x && nearest < f16::MAX { f16::from_bits(nearest.to_bits() + 1) } else { nearest }
 }
 
 /// To the nearest integer, ties to even; for small numbers.
 fn rounded(x: f32) -> i32 {
     (x + SHIFT).to_bits() as i32 - SHIFT_BITS
-}
-
-#[inline(always)]
-pub(super) fn products(a: &Weights, b: &Weights) -> Weights {
-    std::array::from_fn(|i| a[i] * b[i])
-}
-
-/// In a fixed order that any number of lanes can follow.
-#[inline(always)]
-pub(super) fn sum(values: &Weights) -> f32 {
-    let mut lanes = *values;
-    for half in [16, 8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-    }
-    lanes[0]
-}
-
-pub(super) fn all_finite(weights: &[Weights]) -> bool {
-    weights.as_flattened().iter().all(|weight| weight.is_finite())
-}
-
-/// The nearest half; the largest one where there is none near.
-pub(super) fn half_of(x: f32) -> f16 {
-    if x > f16::MAX.to_f32() { f16::MAX } else { f16::from_f32(x) }
-}
-
-fn inverse_of(x: f32) -> f32 {
-    if x > 0.0 { 1.0 / x } else { 0.0 }
 }
 
 #[cfg(test)]

@@ -7,107 +7,86 @@
 
 use half::f16;
 
-use super::encode::{Fit, MAX_CODE, Weights, all_finite, codes, half_of, products, sum};
+use super::GROUP_LEN;
+use super::encode_lanes::{Coding, Groups, Lanes, MAX_CODE, half_of, lanes, take_better};
+use crate::simd::LANES;
 
 /// Code of weight zero in Q4_0.
 const ZERO_CODE: f32 = 8.0;
 /// Where the largest weight may come to lie, counted from [`ZERO_CODE`]: beyond the ends it is cut off, in favour of all others.
 const ENDS: [f32; 14] = [-9.0, -8.7, -8.4, -8.2, -8.0, -7.9, -7.7, -7.5, -7.2, -6.8, 6.6, 7.0, 7.3, 7.7];
 
-/// Weights as `scale * code + min`.
-struct Coded {
-    scale: f16,
-    min: f32,
-    codes: Weights,
-    /// Sum of squares.
-    error: f32,
-}
-
-/// f16 scale, nibbles: column `j` below column `j + 16`.
-pub(super) fn encode_q4_0(weights: &Weights, block: &mut [u8]) {
-    let largest = weights.iter().fold(
-        0.0_f32,
-        |largest, weight| {
-            if weight.abs() > largest.abs() { *weight } else { largest }
-        },
-    );
-    let coded = |scale: f32| {
-        let scale = signed_half_of(scale);
-        Coded::new(weights, scale, -ZERO_CODE * scale.to_f32())
-    };
-    let best = if all_finite(&[*weights]) {
-        let fitted = ENDS.into_iter().filter_map(|end| fit(weights, largest / end));
-        let fitted = fitted.max_by(|one, other| one.1.total_cmp(&other.1)).map(|(scale, _)| coded(scale));
-        Coded::better(coded(-largest / ZERO_CODE), fitted)
-    } else {
-        Coded::not_a_number()
-    };
-    let (scale, nibbles) = block.split_at_mut(2);
-    scale.copy_from_slice(&best.scale.to_le_bytes());
-    write_nibbles(&best.codes, nibbles);
-}
-
-/// f16 scale, f16 minimum, nibbles as in Q4_0.
-pub(super) fn encode_q4_1(weights: &Weights, block: &mut [u8]) {
-    let lowest = weights.iter().copied().fold(f32::INFINITY, f32::min);
-    let highest = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let coded = |scale: f32, min: f32| Coded::new(weights, half_of(scale), signed_half_of(min).to_f32());
-    let best = if all_finite(&[*weights]) {
-        let fit = Fit::search(weights);
-        Coded::better(coded((highest - lowest) / MAX_CODE, lowest), Some(coded(fit.scale, -fit.min)))
-    } else {
-        Coded::not_a_number()
-    };
-    let (scale, rest) = block.split_at_mut(2);
-    let (min, nibbles) = rest.split_at_mut(2);
-    scale.copy_from_slice(&best.scale.to_le_bytes());
-    min.copy_from_slice(&f16::from_f32(best.min).to_le_bytes());
-    write_nibbles(&best.codes, nibbles);
-}
-
-/// The best scale for the codes that this scale rounds to, and how much of the squares of all weights it explains; none where
-/// all codes are zero.
-fn fit(weights: &Weights, scale: f32) -> Option<(f32, f32)> {
-    let steps = codes(weights, ZERO_CODE * scale, inverse_of(scale)).map(|code| code - ZERO_CODE);
-    let (squares, mixed) = (sum(&products(&steps, &steps)), sum(&products(&steps, weights)));
-    (squares > 0.0).then(|| (mixed / squares, mixed * mixed / squares))
-}
-
-impl Coded {
-    fn new(weights: &Weights, scale: f16, min: f32) -> Self {
-        let step = scale.to_f32();
-        let codes = codes(weights, -min, inverse_of(step));
-        let errors: Weights = std::array::from_fn(|i| step * codes[i] + min - weights[i]);
-        Self { scale, min, codes, error: sum(&products(&errors, &errors)) }
+/// Up to sixteen blocks, one after the other: f16 scale, nibbles with column `j` below column `j + 16`.
+pub(super) fn encode_q4_0(groups: &Groups<'_>, blocks: &mut [u8]) {
+    let mut largest = [0.0_f32; LANES];
+    for column in &groups.columns {
+        largest = lanes(|l| if column[l].abs() > largest[l].abs() { column[l] } else { largest[l] });
     }
+    let plain = around_zero(&largest.map(|largest| -largest / ZERO_CODE).map(nearest));
+    let best = better(groups, plain, around_zero(&best_scale(groups, &largest).map(nearest)));
+    write(groups, &best, [&best.scale], blocks);
+}
 
-    fn better(plain: Self, other: Option<Self>) -> Self {
-        match other {
-            Some(other) if other.error < plain.error => other,
-            _ => plain,
+/// Up to sixteen blocks: f16 scale, f16 minimum, nibbles as in Q4_0.
+pub(super) fn encode_q4_1(groups: &Groups<'_>, blocks: &mut [u8]) {
+    let halves = |scale: Lanes, min: Lanes| Coding::new(scale.map(nearest), min.map(nearest));
+    let (lowest, highest) = groups.range(f32::INFINITY, f32::NEG_INFINITY);
+    let plain = halves(lanes(|l| (highest[l] - lowest[l]) / MAX_CODE), lowest);
+    let fit = groups.search();
+    let best = better(groups, plain, halves(fit.scale, fit.min));
+    write(groups, &best, [&best.scale, &best.min], blocks);
+}
+
+fn around_zero(scale: &Lanes) -> Coding {
+    Coding::new(*scale, scale.map(|scale| -ZERO_CODE * scale))
+}
+
+/// Of the scales that put the largest weight at one of the ends, each replaced by the best one for the codes it rounds to, the
+/// one that explains most of the squares of all weights; zero where all weights are.
+fn best_scale(groups: &Groups<'_>, largest: &Lanes) -> Lanes {
+    let (mut best, mut most) = ([0.0; LANES], [0.0; LANES]);
+    for end in ENDS {
+        let sums = groups.sums(&around_zero(&largest.map(|largest| largest / end)));
+        // The same sums for codes that are counted from zero's.
+        let squares =
+            lanes(|l| sums.squares[l] - ZERO_CODE * (2.0 * sums.codes[l] - ZERO_CODE * GROUP_LEN as f32));
+        let mixed = lanes(|l| sums.mixed[l] - ZERO_CODE * groups.sums[l]);
+        let scale = lanes(|l| mixed[l] / squares[l]);
+        let explained = lanes(|l| mixed[l] * scale[l]);
+        let before = most;
+        // No number explains more, where all codes are zero's.
+        take_better([&mut best, &mut most], [&scale, &explained], |l| explained[l] > before[l]);
+    }
+    best
+}
+
+/// What errs less; the plain one where both err the same.
+fn better(groups: &Groups<'_>, plain: Coding, other: Coding) -> Coding {
+    let (mut scale, mut min) = (plain.scale, plain.min);
+    let (errors, other_errors) = (groups.sums(&plain).errors, groups.sums(&other).errors);
+    take_better([&mut scale, &mut min], [&other.scale, &other.min], |l| other_errors[l] < errors[l]);
+    Coding::new(scale, min)
+}
+
+/// Blocks of the codes behind `factors` as halves. Where a weight is not finite they are NaN, and codes zero.
+fn write<const N: usize>(groups: &Groups<'_>, coding: &Coding, factors: [&Lanes; N], blocks: &mut [u8]) {
+    for (l, block) in blocks.chunks_exact_mut(2 * N + GROUP_LEN / 2).enumerate() {
+        let is_finite = groups.is_finite(l);
+        let (header, nibbles) = block.split_at_mut(2 * N);
+        for (factor, half) in factors.iter().zip(header.as_chunks_mut().0) {
+            *half = if is_finite { f16::from_f32(factor[l]) } else { f16::NAN }.to_le_bytes();
+        }
+        let code = |column: &Lanes| if is_finite { coding.code(l, column[l]) as u8 } else { 0 };
+        let (low, high) = groups.columns.split_at(GROUP_LEN / 2);
+        for ((low, high), byte) in low.iter().zip(high).zip(nibbles) {
+            *byte = code(low) | code(high) << 4;
         }
     }
-
-    fn not_a_number() -> Self {
-        Self { scale: f16::NAN, min: 0.0, codes: [0.0; 32], error: 0.0 }
-    }
 }
 
-fn write_nibbles(codes: &Weights, nibbles: &mut [u8]) {
-    let (low, high) = codes.split_at(nibbles.len());
-    for ((low, high), byte) in low.iter().zip(high).zip(nibbles) {
-        *byte = *low as u8 | (*high as u8) << 4;
-    }
-}
-
-/// The nearest half; the largest one of its sign where there is none near.
-fn signed_half_of(x: f32) -> f16 {
-    f16::from_f32(half_of(x.abs()).to_f32().copysign(x))
-}
-
-/// 0 of 0.
-fn inverse_of(x: f32) -> f32 {
-    if x == 0.0 { 0.0 } else { 1.0 / x }
+/// The nearest number that a half can be.
+fn nearest(x: f32) -> f32 {
+    half_of(x).to_f32()
 }
 
 #[cfg(test)]

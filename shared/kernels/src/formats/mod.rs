@@ -8,6 +8,7 @@
 
 mod encode;
 mod encode_four;
+mod encode_lanes;
 #[cfg(test)]
 mod encode_testing;
 mod float;
@@ -16,6 +17,9 @@ mod legacy;
 
 pub(crate) use encode::encode_group;
 pub use encode::requantize_row;
+pub(crate) use encode_lanes::{CodingKernel, coding_sums_scalar};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use encode_lanes::{coding_sums_avx2, coding_sums_avx512};
 pub(crate) use float::{BF16, F16, F32, FloatFormat};
 pub(crate) use k_quants::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K};
 pub(crate) use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};

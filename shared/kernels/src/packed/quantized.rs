@@ -230,21 +230,23 @@ fn halfs_of_row(scales: &[u8], lane: usize) -> [u16; 2] {
     halfs
 }
 
-/// Adds the codes of one row to the planes of a group, which start as zeros.
-#[inline]
+/// Adds the codes of one row to the planes of a group, which start as zeros; four at once, as bytes of a u32.
+#[inline(always)]
 fn put_codes(codes: &[u8; GROUP_LEN], bits: usize, lane: usize, lines: &mut [Line]) {
+    let quads: [[u8; 4]; QUADS] = bytemuck::cast(*codes);
     for (width, first_line, lowest) in planes(bits).into_iter().filter(|(width, ..)| *width > 0) {
-        let mask = (0xff >> (8 - width)) as u8;
-        for (quad, codes) in codes.as_chunks::<4>().0.iter().enumerate() {
+        let mask = (0xff >> (8 - width)) * 0x0101_0101;
+        for (quad, codes) in quads.iter().enumerate() {
             let (line, shift) = (first_line + quad % width, quad / width * width);
-            for (byte, code) in lines[line].0[4 * lane..4 * lane + 4].iter_mut().zip(codes) {
-                *byte |= (code >> lowest & mask) << shift;
-            }
+            let bytes =
+                lines[line].0[4 * lane..].first_chunk_mut().expect("invariant: a line has 4 bytes a row");
+            let added = (u32::from_le_bytes(*codes) >> lowest & mask) << shift;
+            *bytes = (u32::from_le_bytes(*bytes) | added).to_le_bytes();
         }
     }
 }
 
-/// The codes of one row of a group: what [`put_codes`] wrote. Four codes are read at once, as bytes of a u32.
+/// The codes of one row of a group: what [`put_codes`] wrote.
 #[inline]
 pub(crate) fn codes_of_row(lines: &[Line], bits: usize, lane: usize) -> [u8; GROUP_LEN] {
     let mut quads = [0; QUADS];
