@@ -173,6 +173,11 @@ impl StepTimes {
         self.classes[class_of(n_rows)].n_seen > 0.0
     }
 
+    /// Whether such steps were measured so often that one measurement says little.
+    pub fn is_settled(&self, n_rows: usize) -> bool {
+        self.classes[class_of(n_rows)].n_seen >= N_SETTLED
+    }
+
     /// What steps take while somebody drafts, beside what they take else; at least 1.
     pub fn slowness(&self, drafting: Drafting) -> f64 {
         if drafting == Drafting::Busy { self.slowness } else { 1.0 }

@@ -93,7 +93,12 @@ impl TurnTaking {
             self.has_read(n_unread, ms - self.pass_ms(n_rows, target) * n_passes.saturating_sub(1) as f64);
         } else if let Some(step_ms) = plain_ms(target) {
             let load = Load::plain(n_rows);
-            self.passes.observe(load, ms / n_passes.max(1) as f64 / step_ms, Drafting::Quiet);
+            let mut pass_ms = ms / n_passes.max(1) as f64;
+            // What one disturbed turn took would be the end of drafting: nothing would be asked for that tells better.
+            if !self.passes.is_settled(n_rows) {
+                pass_ms = pass_ms.min(assumed_ms(n_rows, target));
+            }
+            self.passes.observe(load, pass_ms / step_ms, Drafting::Quiet);
         }
     }
 
@@ -116,7 +121,7 @@ impl TurnTaking {
     /// Milliseconds of a pass with so many rows.
     pub fn pass_ms(&self, n_rows: usize, target: &StepTimes) -> f64 {
         let load = Load::plain(n_rows.max(1));
-        let assumed = target.predict(load).unwrap_or(0.0) * ASSUMED_SHARE;
+        let assumed = assumed_ms(n_rows, target);
         let measured =
             self.passes.predict(load).zip(plain_ms(target)).map(|(share, step_ms)| share * step_ms);
         match measured {
@@ -131,7 +136,7 @@ impl TurnTaking {
         if n_unread <= FEW_ROWS * n_rows {
             return 0.0;
         }
-        let assumed = || target.predict(Load::plain(n_unread)).unwrap_or(0.0) * ASSUMED_SHARE;
+        let assumed = || assumed_ms(n_unread, target);
         let ms = self.reading_ms.map_or_else(assumed, |reading_ms| reading_ms * n_unread as f64);
         (ms - self.pass_ms(n_rows, target)).max(0.0)
     }
@@ -152,6 +157,11 @@ fn patience(ms: f64) -> Duration {
 /// The least that must be waited for what should take so many milliseconds.
 pub fn least_patience(ms: f64) -> Duration {
     Duration::from_secs_f64(LEAST_PATIENCE * ms.max(0.0) / 1e3) + PATIENCE.1
+}
+
+/// What a pass of the draft model takes before it was measured.
+fn assumed_ms(n_rows: usize, target: &StepTimes) -> f64 {
+    target.predict(Load::plain(n_rows.max(1))).unwrap_or(0.0) * ASSUMED_SHARE
 }
 
 /// What a step of one row takes.
@@ -190,5 +200,19 @@ mod tests {
         assert!(!turns.is_asked());
         turns.answered(start + Duration::from_secs(9), &target);
         assert_eq!(turns.pass_ms(1, &target), 8.0, "nothing was asked");
+    }
+
+    #[test]
+    fn a_disturbed_turn_does_not_end_drafting_and_a_slow_service_does() {
+        let (mut turns, target, start) = (TurnTaking::default(), target(), Instant::now());
+        let mut turn = |ms: u64| {
+            turns.ask(vec![(SequenceId(1), 4)], 4, 1, start);
+            turns.answered(start + Duration::from_millis(ms), &target);
+            turns.pass_ms(1, &target)
+        };
+        assert_eq!(turn(400), 10.5, "no longer than was assumed");
+        assert!(turn(4) < 6.0, "the next one is believed");
+        let slow: Vec<f64> = (0..40).map(|_| turn(400)).collect();
+        assert!(slow.is_sorted() && slow[39] > 30.0, "{slow:?}");
     }
 }
