@@ -76,6 +76,9 @@ pub struct Drafter {
     breaker: Breaker,
     /// Since when an answer is owed that was waited for in vain: nothing is waited for until one has come.
     owes_since: Option<Instant>,
+    /// How long sequences that have ended waited for a first token, since the service last said something: shorter ones than
+    /// it may be silent are silence, too.
+    unheard: Duration,
     vain_waits: VainWaits,
     sequences: BTreeMap<SequenceId, Sequence>,
     /// Ends of sessions that the service was not told yet.
@@ -114,6 +117,7 @@ impl Drafter {
             connection: None,
             breaker: Breaker::new(BreakerConfig::default()),
             owes_since: None,
+            unheard: Duration::ZERO,
             vain_waits: VainWaits::default(),
             sequences: BTreeMap::new(),
             farewells: DraftControl::default(),
@@ -151,7 +155,7 @@ impl Drafter {
     /// A sequence ended; what became of its proposals, by source.
     pub fn finish(&mut self, id: SequenceId) -> Option<[SourceCounters; Source::ALL.len()]> {
         let sequence = self.sequences.remove(&id)?;
-        sequence.remote.close(&mut self.farewells);
+        self.close(&sequence);
         self.goodput.ended(sequence.n_generated());
         if sequence.allows(Source::Draft) && self.connection.is_some() {
             self.newcomers.ended(sequence.tried());
@@ -165,9 +169,16 @@ impl Drafter {
     /// A sequence goes on elsewhere, with what is known of it; its session ends.
     pub fn take(&mut self, id: SequenceId) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(&id)?;
-        sequence.remote.close(&mut self.farewells);
+        self.close(&sequence);
         sequence.remote.forget();
         Some(sequence)
+    }
+
+    fn close(&mut self, sequence: &Sequence) {
+        if let Some(waiting) = sequence.remote.waiting() {
+            self.unheard += clock().saturating_duration_since(waiting.since);
+        }
+        sequence.remote.close(&mut self.farewells);
     }
 
     /// A sequence that another drafter proposed for.

@@ -132,28 +132,34 @@ struct Group {
 
 impl Group {
     fn new(
-        mut drafter: Drafter,
+        drafter: Drafter,
         prompt: &[TokenId],
         sampling: &SamplingParams,
         truth: Vec<TokenId>,
         mode: Speculation,
     ) -> Self {
-        drafter.submit(&NewSequence {
+        let (times, patience) = (StepTimes::default(), Duration::from_secs(60));
+        let mut group = Self { drafter, times, truth, n_done: 0, step: 0, patience };
+        group.submit(prompt, sampling, mode);
+        group
+    }
+
+    fn submit(&mut self, prompt: &[TokenId], sampling: &SamplingParams, mode: Speculation) {
+        self.drafter.submit(&NewSequence {
             id: ID,
             prompt,
             sampling,
-            max_tokens: truth.len(),
+            max_tokens: self.truth.len(),
             options: SpeculationOptions { mode, max_tokens: 4 },
             trace: Default::default(),
         });
-        Self {
-            drafter,
-            times: StepTimes::default(),
-            truth,
-            n_done: 0,
-            step: 0,
-            patience: Duration::from_secs(60),
-        }
+    }
+
+    /// The sequence ends, and begins anew.
+    fn again(&mut self, prompt: &[TokenId], sampling: &SamplingParams) {
+        self.drafter.finish(ID);
+        self.n_done = 0;
+        self.submit(prompt, sampling, Speculation::Draft);
     }
 
     /// One step: proposals, verification, commit. How many proposals were accepted, of how many.
@@ -413,6 +419,23 @@ async fn a_stream_on_which_one_question_after_the_other_comes_to_nothing_is_made
     connected(&mut group).await;
     let stats = group.drafter.stats();
     assert_eq!((stats.n_connected, stats.n_breaker_opened, stats.is_in_use), (2, 2, false));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_is_noticed_when_every_request_ends_before_the_patience_with_it() {
+    let (sampling, truth) = (SamplingParams::greedy(), (0..20).map(|i| TokenId(i % 255)).collect());
+    let drafter = drafter(Some(serve(Double::Silent).await));
+    let mut group = Group::new(drafter, &prompt(), &sampling, truth, Speculation::Draft);
+    group.patience = Duration::ZERO;
+    connected(&mut group).await;
+    let mut n_requests = 0;
+    while group.drafter.stats().n_breaker_opened == 0 {
+        assert!(n_requests < 1_000, "nobody misses the service");
+        group.run().await;
+        group.again(&prompt(), &sampling);
+        n_requests += 1;
+    }
+    assert!(n_requests > 1, "one request was long enough");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -66,7 +66,8 @@ impl Drafter {
         let waiting: Vec<_> =
             self.sequences.values().filter_map(|sequence| sequence.remote.waiting()).collect();
         let is_silent = |one: &&remote::Waiting| {
-            now.saturating_duration_since(one.since) > least + PATIENCE_A_TOKEN * one.n_unread as u32
+            let silent = self.unheard + now.saturating_duration_since(one.since);
+            silent > least + PATIENCE_A_TOKEN * one.n_unread as u32
         };
         let n_silent = waiting.iter().filter(is_silent).count();
         let is_owing = self.owes_since.is_some_and(|since| now.saturating_duration_since(since) > least);
@@ -80,7 +81,7 @@ impl Drafter {
         let was_left_out = !self.breaker.is_closed();
         self.breaker.fault(fault, now);
         self.note(format!("the draft service is left out for a while: {problem}"));
-        self.owes_since = None;
+        (self.owes_since, self.unheard) = (None, Duration::ZERO);
         self.turns.forget();
         // It may be in any state: after the pause every session is opened anew.
         self.sequences.values_mut().for_each(|sequence| {
@@ -95,7 +96,7 @@ impl Drafter {
 
     pub(super) fn lose(&mut self) {
         self.connection = None;
-        self.owes_since = None;
+        (self.owes_since, self.unheard) = (None, Duration::ZERO);
         self.turns.forget();
         self.farewells = DraftControl::default();
         self.sequences.values_mut().for_each(Sequence::forget_session);
@@ -170,7 +171,7 @@ impl Drafter {
     }
 
     fn answered(&mut self, now: Instant) {
-        self.owes_since = None;
+        (self.owes_since, self.unheard) = (None, Duration::ZERO);
         match self.breaker.is_closed() {
             true => self.vain_waits.keep(),
             false => {
