@@ -30,7 +30,7 @@ use tokio::time::Instant as TokioInstant;
 
 pub use self::interface::{DrafterConfig, DrafterStats, Outcome, Placement, StepEnd};
 use self::{
-    connection::{Connection, VainWaits},
+    connection::{Connection, Silence, VainWaits},
     goodput::{Costs, Done, Goodput},
     link::Link,
     sequence::{NewSequence, Sequence},
@@ -74,11 +74,7 @@ pub struct Drafter {
     link: Option<Link>,
     connection: Option<Connection>,
     breaker: Breaker,
-    /// Since when an answer is owed that was waited for in vain: nothing is waited for until one has come.
-    owes_since: Option<Instant>,
-    /// How long sequences that have ended waited for a first token, since the service last said something: shorter ones than
-    /// it may be silent are silence, too.
-    unheard: Duration,
+    silence: Silence,
     vain_waits: VainWaits,
     sequences: BTreeMap<SequenceId, Sequence>,
     /// Ends of sessions that the service was not told yet.
@@ -116,8 +112,7 @@ impl Drafter {
             link,
             connection: None,
             breaker: Breaker::new(BreakerConfig::default()),
-            owes_since: None,
-            unheard: Duration::ZERO,
+            silence: Silence::default(),
             vain_waits: VainWaits::default(),
             sequences: BTreeMap::new(),
             farewells: DraftControl::default(),
@@ -176,7 +171,7 @@ impl Drafter {
 
     fn close(&mut self, sequence: &Sequence) {
         if let Some(waiting) = sequence.remote.waiting() {
-            self.unheard += clock().saturating_duration_since(waiting.since);
+            self.silence.outlived(waiting.since, clock());
         }
         sequence.remote.close(&mut self.farewells);
     }

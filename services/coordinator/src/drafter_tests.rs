@@ -435,7 +435,6 @@ async fn silence_is_noticed_when_every_request_ends_before_the_patience_with_it(
         group.again(&prompt(), &sampling);
         n_requests += 1;
     }
-    assert!(n_requests > 1, "one request was long enough");
 }
 
 #[tokio::test(flavor = "multi_thread")]

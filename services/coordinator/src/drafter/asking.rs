@@ -112,7 +112,7 @@ impl Drafter {
     /// Tells the service what changed, and waits for its tokens where that is worth it, never beyond the configured time.
     /// `open` are the sequences that proposals can be used for; `span` is made for a wait.
     pub async fn collect(&mut self, open: &[Open], times: &StepTimes, span: impl FnOnce() -> Span) {
-        let (now, was_owing) = (clock(), self.owes_since.is_some());
+        let (now, was_owing) = (clock(), self.silence.owes_since.is_some());
         self.flush(now);
         if was_owing {
             self.note_turn(times, now);
@@ -133,7 +133,7 @@ impl Drafter {
         if self.n_missing(open) > 0 {
             self.counters.n_late += 1;
             self.vain_waits.add(self.waited);
-            self.owes_since.get_or_insert(now);
+            self.silence.owes_since.get_or_insert(now);
         }
         self.note_turn(times, end);
     }
@@ -150,7 +150,7 @@ impl Drafter {
 
     /// A turn that came late is measured when it comes.
     fn note_turn(&mut self, times: &StepTimes, now: Instant) {
-        if self.turns.is_asked() && self.owes_since.is_none() {
+        if self.turns.is_asked() && self.silence.owes_since.is_none() {
             self.turns.answered(now, times);
         }
     }

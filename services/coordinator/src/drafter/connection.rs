@@ -29,6 +29,31 @@ pub(super) struct Connection {
     pub outbox: Outbox,
 }
 
+/// Since the service last said something.
+#[derive(Debug, Default)]
+pub(super) struct Silence {
+    /// Since when an answer is owed that was waited for in vain: nothing is waited for until one has come.
+    pub owes_since: Option<Instant>,
+    /// How long sequences that have ended waited for a first token: shorter ones than the service may be silent tell of it,
+    /// too. Sequences that waited at the same time count once.
+    outlived: Duration,
+    outlived_until: Option<Instant>,
+}
+
+impl Silence {
+    /// A sequence that waited since then has ended.
+    pub fn outlived(&mut self, since: Instant, now: Instant) {
+        self.outlived = self.with(since, now);
+        self.outlived_until = Some(now);
+    }
+
+    /// How long it has been, where a sequence has waited since then.
+    fn with(&self, since: Instant, now: Instant) -> Duration {
+        let since = self.outlived_until.map_or(since, |until| until.max(since));
+        self.outlived + now.saturating_duration_since(since)
+    }
+}
+
 /// What was waited for in vain. A service that is well again is judged by what it was before, not by that.
 #[derive(Debug, Default)]
 pub(super) struct VainWaits {
@@ -66,11 +91,11 @@ impl Drafter {
         let waiting: Vec<_> =
             self.sequences.values().filter_map(|sequence| sequence.remote.waiting()).collect();
         let is_silent = |one: &&remote::Waiting| {
-            let silent = self.unheard + now.saturating_duration_since(one.since);
-            silent > least + PATIENCE_A_TOKEN * one.n_unread as u32
+            self.silence.with(one.since, now) > least + PATIENCE_A_TOKEN * one.n_unread as u32
         };
         let n_silent = waiting.iter().filter(is_silent).count();
-        let is_owing = self.owes_since.is_some_and(|since| now.saturating_duration_since(since) > least);
+        let is_owing =
+            self.silence.owes_since.is_some_and(|since| now.saturating_duration_since(since) > least);
         // One session may starve behind others; when all are silent the service is.
         if is_owing || (n_silent > 0 && n_silent == waiting.len()) {
             self.fault(Fault::Dead, "it says nothing", now);
@@ -81,7 +106,7 @@ impl Drafter {
         let was_left_out = !self.breaker.is_closed();
         self.breaker.fault(fault, now);
         self.note(format!("the draft service is left out for a while: {problem}"));
-        (self.owes_since, self.unheard) = (None, Duration::ZERO);
+        self.silence = Silence::default();
         self.turns.forget();
         // It may be in any state: after the pause every session is opened anew.
         self.sequences.values_mut().for_each(|sequence| {
@@ -96,7 +121,7 @@ impl Drafter {
 
     pub(super) fn lose(&mut self) {
         self.connection = None;
-        (self.owes_since, self.unheard) = (None, Duration::ZERO);
+        self.silence = Silence::default();
         self.turns.forget();
         self.farewells = DraftControl::default();
         self.sequences.values_mut().for_each(Sequence::forget_session);
@@ -171,7 +196,7 @@ impl Drafter {
     }
 
     fn answered(&mut self, now: Instant) {
-        (self.owes_since, self.unheard) = (None, Duration::ZERO);
+        self.silence = Silence::default();
         match self.breaker.is_closed() {
             true => self.vain_waits.keep(),
             false => {
@@ -186,6 +211,18 @@ impl Drafter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waits_of_ended_sequences_add_up_and_those_at_the_same_time_count_once() {
+        let (mut silence, start) = (Silence::default(), Instant::now());
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let ms = |silence: &Silence, since: u64, now: u64| silence.with(at(since), at(now)).as_millis();
+        assert_eq!(ms(&silence, 100, 250), 150);
+        silence.outlived(at(100), at(300));
+        silence.outlived(at(150), at(350));
+        assert_eq!(ms(&silence, 200, 400), 300, "from 100 to 400");
+        assert_eq!(ms(&silence, 9_000, 9_100), 350, "nobody waited in between");
+    }
 
     #[test]
     fn waits_in_vain_are_forgiven_once_in_a_while() {

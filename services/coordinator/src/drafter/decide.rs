@@ -104,7 +104,7 @@ impl Drafter {
 
     /// Whether the draft service is there and can be asked.
     pub(super) fn can_ask(&self) -> bool {
-        self.connection.is_some() && self.breaker.is_closed() && self.owes_since.is_none()
+        self.connection.is_some() && self.breaker.is_closed() && self.silence.owes_since.is_none()
     }
 
     /// A draft on a machine of its own costs no time, but steps must wait for the tokens it has to know, and rows cost.

@@ -185,13 +185,9 @@ impl Supers {
         coded
     }
 
+    /// The groups that err less.
     fn take_better(&mut self, other: &Self) {
-        let errors = self.errors;
-        take_better(
-            [&mut self.scales, &mut self.mins, &mut self.errors],
-            [&other.scales, &other.mins, &other.errors],
-            |l| other.errors[l] < errors[l],
-        );
+        self.take(other, std::array::from_fn(|l| other.errors[l] < self.errors[l]));
     }
 
     /// All of a superblock, where it errs less.
@@ -199,13 +195,16 @@ impl Supers {
         let error = |of: &Self| groups_of(&of.errors, idx).iter().sum::<f32>();
         if error(other) < error(self) {
             self.factors[idx] = other.factors[idx];
-            let is_taken = |l: usize| l / GROUPS_PER_SUPER == idx;
-            take_better(
-                [&mut self.scales, &mut self.mins, &mut self.errors],
-                [&other.scales, &other.mins, &other.errors],
-                is_taken,
-            );
+            self.take(other, std::array::from_fn(|l| l / GROUPS_PER_SUPER == idx));
         }
+    }
+
+    fn take(&mut self, other: &Self, is_better: [bool; LANES]) {
+        take_better(
+            [&mut self.scales, &mut self.mins, &mut self.errors],
+            [&other.scales, &other.mins, &other.errors],
+            is_better,
+        );
     }
 
     fn coding(&self) -> Coding {

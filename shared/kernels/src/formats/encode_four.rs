@@ -53,9 +53,9 @@ fn best_scale(groups: &Groups<'_>, largest: &Lanes) -> Lanes {
         let mixed = lanes(|l| sums.mixed[l] - ZERO_CODE * groups.sums[l]);
         let scale = lanes(|l| mixed[l] / squares[l]);
         let explained = lanes(|l| mixed[l] * scale[l]);
-        let before = most;
         // No number explains more, where all codes are zero's.
-        take_better([&mut best, &mut most], [&scale, &explained], |l| explained[l] > before[l]);
+        let is_better = std::array::from_fn(|l| explained[l] > most[l]);
+        take_better([&mut best, &mut most], [&scale, &explained], is_better);
     }
     best
 }
@@ -64,7 +64,8 @@ fn best_scale(groups: &Groups<'_>, largest: &Lanes) -> Lanes {
 fn better(groups: &Groups<'_>, plain: Coding, other: Coding) -> Coding {
     let (mut scale, mut min) = (plain.scale, plain.min);
     let (errors, other_errors) = (groups.sums(&plain).errors, groups.sums(&other).errors);
-    take_better([&mut scale, &mut min], [&other.scale, &other.min], |l| other_errors[l] < errors[l]);
+    let is_better = std::array::from_fn(|l| other_errors[l] < errors[l]);
+    take_better([&mut scale, &mut min], [&other.scale, &other.min], is_better);
     Coding::new(scale, min)
 }
 

@@ -71,9 +71,8 @@ pub(super) fn lanes(of: impl FnMut(usize) -> f32) -> Lanes {
 pub(super) fn take_better<const N: usize>(
     best: [&mut Lanes; N],
     other: [&Lanes; N],
-    is_better: impl Fn(usize) -> bool,
+    is_better: [bool; LANES],
 ) {
-    let is_better: [bool; LANES] = std::array::from_fn(is_better);
     for (best, other) in best.into_iter().zip(other) {
         *best = lanes(|l| if is_better[l] { other[l] } else { best[l] });
     }
@@ -130,8 +129,8 @@ impl<'k> Groups<'k> {
             let sums = self.sums(&Coding::new(range.map(|range| range / n_steps), lowest));
             let fits: [Fit; LANES] = std::array::from_fn(|l| self.least_squares(&sums, l));
             let other = [fits.map(|fit| fit.scale), fits.map(|fit| fit.min), fits.map(|fit| fit.error)];
-            let before = least;
-            take_better([&mut scale, &mut min, &mut least], other.each_ref(), |l| fits[l].error < before[l]);
+            let is_better = std::array::from_fn(|l| fits[l].error < least[l]);
+            take_better([&mut scale, &mut min, &mut least], other.each_ref(), is_better);
         }
         Coding::new(scale, min)
     }
