@@ -50,25 +50,22 @@ pub(super) trait Lanes: Copy {
 /// An f32 for each row.
 pub(super) type Floats<V> = <<V as Lanes>::Simd as Simd>::F32;
 
-/// Calls `$body` for 16, 8, 4, 2 and 1 tokens, as often as it takes to have all of `$n`, but not for more than `$max`
-/// at once; `$first` is the first of them.
+/// Calls `$body` for all of `$n` tokens, `$max` of at most 16 at a time and then for those that are left; `$first` is the first
+/// of them. There is a body for each number, because each call unpacks the codes again, which takes about as long as the
+/// products of one token.
 macro_rules! for_tokens {
     ($n:expr, $max:expr, $count:ident, $first:ident => $body:expr) => {{
         let mut $first = 0;
-        for_tokens!(@each 16 $n, $max, $count, $first, $body);
-        for_tokens!(@each 8 $n, $max, $count, $first, $body);
-        for_tokens!(@each 4 $n, $max, $count, $first, $body);
-        for_tokens!(@each 2 $n, $max, $count, $first, $body);
-        for_tokens!(@each 1 $n, $max, $count, $first, $body);
+        for_tokens!(@all $n, $max, $count, $first, $body, 16 15 14 13 12 11 10 9 8 7 6 5 4 3 2 1);
     }};
-    (@each $size:literal $n:expr, $max:expr, $count:ident, $first:ident, $body:expr) => {
-        if $size <= $max {
+    (@all $n:expr, $max:expr, $count:ident, $first:ident, $body:expr, $($size:literal)*) => {
+        $(if $size <= $max {
             const $count: usize = $size;
             while $first + $count <= $n {
                 $body;
                 $first += $count;
             }
-        }
+        })*
     };
 }
 pub(super) use for_tokens;
