@@ -37,7 +37,7 @@ impl DraftModel for Foreseer {
         let next = |chunk: &Chunk| {
             let session = sessions.get(chunk.key).expect("invariant: chunks are of live sessions");
             let token = tokens_after(N_VOCAB, session.history(), session.sampling(), 1)[0];
-            Drafted { token, confidence: CONFIDENCE }
+            Drafted { token, confidence: CONFIDENCE, second: None }
         };
         Ok(chunks.iter().filter(|chunk| chunk.is_last).map(next).collect())
     }

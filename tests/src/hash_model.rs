@@ -2,6 +2,8 @@
 //! logits of a row depend on every KV entry that a correct cache holds for the row, read through the block table, and on
 //! nothing else. A stale, foreign or missing entry gives other tokens. It computes nothing a model would.
 
+mod definition;
+
 use std::{
     ops::Range,
     sync::{
@@ -12,20 +14,16 @@ use std::{
 };
 
 use paceline_collectives::Collective;
-use paceline_domain::{BlockId, ErrorKind, SamplingParams, ScoredToken, TokenId, group::BLOCK_POSITIONS};
+use paceline_domain::{BlockCopy, BlockId, ErrorKind, group::BLOCK_POSITIONS};
 use paceline_model::{
     Backend, Batch, Device, LoadSpec, ModelError,
     backend::{Half, Pass},
     logits::LogitRows,
 };
-use paceline_sampling::{TokenHistory, allow_only, forbid, sample_row, score_row};
 
-use crate::{constrained::matcher, random::scramble};
+use self::definition::{N_LAYERS, absorb, attended, embed, entry, logit};
+pub use self::definition::{Request, scores_alone, tokens_after, tokens_alone};
 
-/// Layers of the double: what an entry of the second one holds depends on all entries of the first one before it.
-const N_LAYERS: usize = 2;
-/// Span of its logits: wide enough for seeds and penalties to matter, and for greedy choices to be clear.
-const LOGIT_SPAN: f32 = 8.0;
 /// What KV memory holds before anything is written.
 const POISON: u64 = 0x0bad_0bad_0bad_0bad;
 
@@ -189,128 +187,6 @@ impl Device for HashModel {
     }
 }
 
-/// A request, as far as its tokens depend on it.
-#[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    /// What it continues.
-    pub prompt: &'a [TokenId],
-    /// How tokens are chosen.
-    pub sampling: &'a SamplingParams,
-    /// The first of these ends it; it is included.
-    pub end_tokens: &'a [TokenId],
-    /// Before so many tokens none of them can be chosen.
-    pub min_tokens: usize,
-    /// Most tokens.
-    pub max_tokens: usize,
-    /// What its text must match.
-    pub regex: Option<&'a str>,
-}
-
-/// The tokens of a request that runs alone, by the definition of the double: no blocks, no batches, no services.
-/// `n_usable` is the vocabulary's size.
-pub fn tokens_alone(n_usable: usize, request: &Request<'_>) -> Vec<TokenId> {
-    let Request { prompt, sampling, end_tokens, min_tokens, max_tokens, regex } = *request;
-    let mut matcher = regex.map(matcher);
-    let mut chain = Chain::default();
-    let mut history = TokenHistory::new(prompt.len());
-    history.extend(prompt);
-    let mut state = 0;
-    prompt.iter().for_each(|token| state = chain.push(*token));
-    let mut tokens = Vec::new();
-    while tokens.len() < max_tokens {
-        let mut row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
-        if tokens.len() < min_tokens {
-            forbid(end_tokens, 0, &mut row);
-        }
-        if let Some(matcher) = &mut matcher {
-            allow_only(&matcher.masks(&[]).expect("something is allowed")[0], 0, &mut row);
-        }
-        let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;
-        tokens.push(token);
-        if let Some(matcher) = &mut matcher {
-            matcher.commit(token).expect("an allowed token");
-        }
-        if end_tokens.contains(&token) {
-            break;
-        }
-        history.push(token);
-        state = chain.push(token);
-    }
-    tokens
-}
-
-/// What the double thinks of each token of a prompt but the first, and of the `n_top` likeliest in its place.
-pub fn scores_alone(n_usable: usize, prompt: &[TokenId], n_top: u32) -> Vec<ScoredToken> {
-    let mut chain = Chain::default();
-    let mut score = |pair: &[TokenId]| {
-        let state = chain.push(pair[0]);
-        let row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
-        score_row(&row, pair[1], n_top)
-    };
-    prompt.windows(2).map(&mut score).collect()
-}
-
-/// The next `n` tokens of a request without constraints, of which `history` has the prompt and what came after it.
-pub fn tokens_after(
-    n_usable: usize,
-    history: &TokenHistory,
-    sampling: &SamplingParams,
-    n: usize,
-) -> Vec<TokenId> {
-    let (mut chain, mut history, mut state) = (Chain::default(), history.clone(), 0);
-    history.tokens().iter().for_each(|token| state = chain.push(*token));
-    let mut next = || {
-        let mut row: Vec<f32> = (0..n_usable).map(|token| logit(state, token)).collect();
-        let token = sample_row(sampling, &history, history.len() as u32, &mut row).token;
-        history.push(token);
-        state = chain.push(token);
-        token
-    };
-    (0..n).map(|_| next()).collect()
-}
-
-/// A sequence as folds over its entries, one for each layer.
-#[derive(Default)]
-struct Chain {
-    position: u32,
-    folds: [u64; N_LAYERS],
-}
-
-impl Chain {
-    fn push(&mut self, token: TokenId) -> u64 {
-        let mut state = embed(token);
-        for (layer, fold) in self.folds.iter_mut().enumerate() {
-            *fold = absorb(*fold, entry(layer, self.position, state));
-            state = attended(state, *fold);
-        }
-        self.position += 1;
-        state
-    }
-}
-
-fn embed(token: TokenId) -> u64 {
-    scramble(u64::from(token.0) + 1)
-}
-
-/// What the KV memory holds of a position.
-fn entry(layer: usize, position: u32, state: u64) -> u64 {
-    scramble(state ^ scramble((layer as u64) << 32 | u64::from(position)))
-}
-
-/// One more entry of a sequence, in order.
-fn absorb(fold: u64, entry: u64) -> u64 {
-    (fold ^ entry).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31)
-}
-
-fn attended(state: u64, fold: u64) -> u64 {
-    scramble(state.rotate_left(17) ^ fold)
-}
-
-fn logit(state: u64, token: usize) -> f32 {
-    let bits = scramble(state ^ scramble(!(token as u64)));
-    (bits >> 40) as f32 / (1u64 << 24) as f32 * LOGIT_SPAN
-}
-
 /// One rank's KV memory and the pass it is in.
 struct HashRank {
     state: Arc<State>,
@@ -332,6 +208,7 @@ struct Rows {
     sequence_of_row: Vec<u32>,
     tables: Vec<Vec<BlockId>>,
     output_rows: Vec<usize>,
+    copies: Vec<BlockCopy>,
     began: Option<Instant>,
 }
 
@@ -351,6 +228,13 @@ impl HashRank {
         let is_own = position == self.rows.positions[row] as usize;
         let stale = self.state.flaw == Flaw::StaleEntry && !is_own;
         if stale { self.before[layer][slot] } else { self.entries[layer][slot] }
+    }
+
+    fn copy_in(&mut self, layer: usize, copy: BlockCopy) {
+        let (from, to) = (copy.from.idx() * BLOCK_POSITIONS, copy.to.idx() * BLOCK_POSITIONS);
+        if self.state.flaw != Flaw::LostCopy {
+            self.entries[layer].copy_within(from..from + BLOCK_POSITIONS, to);
+        }
     }
 
     fn fail_when_due(&self) -> Result<(), ModelError> {
@@ -402,10 +286,7 @@ impl Backend for HashRank {
     }
 
     fn copy_block(&mut self, from: BlockId, to: BlockId) -> Result<(), ModelError> {
-        let (from, to) = (from.idx() * BLOCK_POSITIONS, to.idx() * BLOCK_POSITIONS);
-        if self.state.flaw != Flaw::LostCopy {
-            self.entries.iter_mut().for_each(|layer| layer.copy_within(from..from + BLOCK_POSITIONS, to));
-        }
+        (0..N_LAYERS).for_each(|layer| self.copy_in(layer, BlockCopy { from, to }));
         self.state.n_copied.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -423,6 +304,7 @@ impl Backend for HashRank {
             sequence_of_row: batch.sequence_of_row.to_vec(),
             tables: batch.block_tables.iter().map(|table| table.to_vec()).collect(),
             output_rows: batch.output_rows.to_vec(),
+            copies: batch.copies.to_vec(),
             began: Some(began),
         };
         Ok(Pass::Run)
@@ -432,9 +314,13 @@ impl Backend for HashRank {
         Ok(())
     }
 
-    /// All rows are written before one is read, as in every other backend.
+    /// All rows are written before one is read, as in every other backend, and those of branches last.
     fn project(&mut self, layer: usize) -> Result<(), ModelError> {
+        let n_before = self.rows.states.len() - self.rows.copies.len();
         for row in 0..self.rows.states.len() {
+            if let Some(copy) = row.checked_sub(n_before).map(|branch| self.rows.copies[branch]) {
+                self.copy_in(layer, copy);
+            }
             let position = self.rows.positions[row];
             let slot = self.slot(row, position as usize);
             let is_lost = self.state.flaw == Flaw::LostWrite && slot % BLOCK_POSITIONS == BLOCK_POSITIONS - 1;

@@ -36,6 +36,8 @@ use crate::{
 enum Mood {
     /// Proposes what the target will say.
     Good,
+    /// The same, but for one token, where what is right is its second guess.
+    Unsure,
     /// The same, but for one token.
     Wrong,
     /// Of another epoch, generation or place.
@@ -55,8 +57,9 @@ const SELDOM: [Mood; 8] = {
     use Mood::{Dying, Lacking, Nonsense, Silent, Stale, Wrong};
     [Wrong, Wrong, Wrong, Stale, Silent, Lacking, Nonsense, Dying]
 };
-/// How often it is not good.
+/// How often it is not good, and how often it is unsure then else.
 const BADNESS: f64 = 0.25;
+const DOUBT: f64 = 0.4;
 
 /// A service; clones are the same one.
 #[derive(Clone, Debug)]
@@ -125,7 +128,11 @@ async fn answer(
 ) {
     let mut sessions = BTreeMap::new();
     while let Ok(Some(frame)) = frames.message().await {
-        let mood = if random.happens(BADNESS) { *random.pick(&SELDOM) } else { Mood::Good };
+        let mood = match (random.happens(BADNESS), random.happens(DOUBT)) {
+            (true, _) => *random.pick(&SELDOM),
+            (false, true) => Mood::Unsure,
+            (false, false) => Mood::Good,
+        };
         let told = take_in(&mut sessions, frame);
         if mood == Mood::Dying {
             return;
@@ -183,17 +190,25 @@ fn say(mood: Mood, id: u64, session: &Session, frame: &mut ProposalFrame, random
         tokens: next.iter().map(|token| token.0).collect(),
         confidence: next.iter().map(|_| random.within(0..100) as f32 / 100.0).collect(),
         compute_us: random.bits() as u32,
+        second_tokens: next.iter().map(|_| random.within(0..N_VOCAB) as u32).collect(),
+        second_confidence: next.iter().map(|_| random.within(0..100) as f32 / 100.0).collect(),
     };
     let at = random.within(0..proposal.tokens.len().max(1));
     match mood {
         Mood::Good => {}
+        Mood::Unsure => {
+            proposal.second_tokens[at] = proposal.tokens[at];
+            proposal.tokens[at] = random.within(0..N_VOCAB) as u32;
+        }
         Mood::Wrong => proposal.tokens[at] = random.within(0..N_VOCAB) as u32,
         Mood::Stale => match random.within(0..3) {
             0 => proposal.epoch += 1,
             1 => proposal.generation -= 1,
             _ => proposal.start_pos = random.within(0..2 * tokens.len()) as u32,
         },
-        Mood::Nonsense => match random.within(0..3) {
+        Mood::Nonsense => match random.within(0..5) {
+            3 => proposal.second_tokens[at] = 60_000,
+            4 => proposal.second_tokens = vec![1; 100],
             0 => proposal.tokens[at] = 60_000,
             1 => proposal.tokens = vec![1; 100],
             _ => proposal.confidence.clear(),

@@ -104,6 +104,8 @@ pub struct Received {
     pub n_proposed: u64,
     /// See `n_proposed`.
     pub n_accepted: u64,
+    /// Second guesses that were right.
+    pub n_accepted_branches: u64,
     /// Tokens of its prompt that were found in the prefix cache; known at its end.
     pub n_cached: u32,
 }
@@ -376,6 +378,7 @@ impl Job {
                     for counts in &finished.proposals {
                         received.n_proposed += counts.draft_tokens;
                         received.n_accepted += counts.accepted_tokens;
+                        received.n_accepted_branches += counts.accepted_branches;
                     }
                     received.n_cached += finished.usage.map_or(0, |usage| usage.cached_tokens);
                 }

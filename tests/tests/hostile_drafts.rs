@@ -49,6 +49,7 @@ struct Seen {
     n_whole: usize,
     n_proposed: u64,
     n_accepted: u64,
+    n_accepted_branches: u64,
 }
 
 impl Seen {
@@ -56,6 +57,7 @@ impl Seen {
         self.n_whole += received.n_finished as usize;
         self.n_proposed += received.n_proposed;
         self.n_accepted += received.n_accepted;
+        self.n_accepted_branches += received.n_accepted_branches;
     }
 }
 
@@ -108,5 +110,7 @@ async fn no_proposal_from_anywhere_changes_a_token() {
     assert_eq!(seen[0].n_proposed, 0);
     let (n_proposed, n_accepted) =
         seen.iter().fold((0, 0), |sums, seen| (sums.0 + seen.n_proposed, sums.1 + seen.n_accepted));
+    let n_accepted_branches: u64 = seen.iter().map(|seen| seen.n_accepted_branches).sum();
+    assert!(n_accepted_branches > 20, "too few branches to say so: {seen:?}");
     assert!(n_accepted > 200 && n_proposed > n_accepted + 50, "too few to say so: {seen:?}");
 }

@@ -23,8 +23,8 @@ use std::{
 
 use paceline_domain::{DraftControl, SequenceId, StepNumber, StepPlan, TokenId};
 use paceline_speculation::{
-    AcceptanceTable, Breaker, BreakerConfig, Choice, Drafting, Load, Newcomers, ProposedToken, Source,
-    SourceCounters, StepLoad, StepTimes,
+    AcceptanceTable, BranchOffer, Breaker, BreakerConfig, Choice, Drafting, Guess, Load, Newcomers,
+    ProposedToken, Source, SourceCounters, StepLoad, StepTimes,
 };
 use tokio::time::Instant as TokioInstant;
 
@@ -44,6 +44,9 @@ const AVAILABILITY_RATE: f64 = 0.05;
 
 /// Proposals that a step can use: whose, and how many.
 pub type Open = (SequenceId, usize);
+
+/// What could be proposed for a sequence, and the probability of each token, given that all before it are accepted.
+type Offer = (SequenceId, Vec<ProposedToken>, Vec<f64>);
 
 /// Proposals of a step.
 #[derive(Debug)]
@@ -89,6 +92,8 @@ pub struct Drafter {
     is_due: bool,
     /// The next step reads prompts, too.
     reads_prompts: bool,
+    /// Whether the group verifies branches.
+    has_branches: bool,
     /// How often a draft that runs ahead has something to propose when it is needed.
     availability: f64,
     /// Steps for which drafting ahead is still tried.
@@ -123,6 +128,7 @@ impl Drafter {
             to_read: Vec::new(),
             is_due: true,
             reads_prompts: false,
+            has_branches: false,
             availability: 1.0,
             n_tries: 0,
             next: None,
@@ -186,6 +192,11 @@ impl Drafter {
         self.reads_prompts = reads_prompts;
     }
 
+    /// Whether the group verifies second guesses beside proposals.
+    pub fn set_branches(&mut self, has_branches: bool) {
+        self.has_branches = has_branches;
+    }
+
     /// Decides on the next step, if the one before is done; `times` are those of the group. Whether it did: until then
     /// nothing has changed.
     pub fn prepare(&mut self, times: &StepTimes, now: Instant) -> bool {
@@ -234,8 +245,8 @@ impl Drafter {
         open: &[Open],
         load: StepLoad,
         times: &StepTimes,
-    ) -> Vec<(SequenceId, Vec<TokenId>)> {
-        let mut offers = Vec::new();
+    ) -> Vec<(SequenceId, Vec<Guess>)> {
+        let mut offers: Vec<Offer> = Vec::new();
         for (id, room) in open {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
             if let Some(is_available) = sequence.remote.is_available() {
@@ -247,20 +258,53 @@ impl Drafter {
         }
         let acceptance: Vec<Vec<f64>> = offers.iter().map(|(_, _, estimates)| estimates.clone()).collect();
         let costs = self.costs(open, times);
-        let choice = costs.map(|costs| self.goodput.choose(&acceptance, load, &costs));
-        let mut by_sequence = BTreeMap::new();
-        for (i, (id, mut proposal, _)) in offers.into_iter().enumerate() {
+        let mut choice = costs.map(|costs| self.goodput.choose(&acceptance, load, &costs));
+        for (i, (_, proposal, _)) in offers.iter_mut().enumerate() {
             proposal.truncate(choice.as_ref().map_or(0, |choice| choice.n_proposed[i]));
-            if !proposal.is_empty() {
-                by_sequence.insert(id, proposal);
-            }
         }
-        let tokens = |proposal: &Vec<ProposedToken>| proposal.iter().map(|one| one.token).collect();
-        let proposals = by_sequence.iter().map(|(id, proposal)| (*id, tokens(proposal))).collect();
+        let waited_ms = self.waited.as_secs_f64() * 1e3;
+        let branches = match (&mut choice, &costs) {
+            (Some(choice), Some(costs)) if self.has_branches => self.goodput.add_branches(
+                choice,
+                self.branch_offers(&offers, times),
+                load,
+                (waited_ms, costs),
+            ),
+            _ => Vec::new(),
+        };
+        let (mut by_sequence, mut proposals) = (BTreeMap::new(), Vec::new());
+        for (i, (id, proposal, _)) in offers.into_iter().enumerate().filter(|(_, offer)| !offer.1.is_empty())
+        {
+            let guess = |(place, proposed): (usize, &ProposedToken)| {
+                let is_taken = branches.iter().any(|branch| (branch.sequence, branch.place) == (i, place));
+                let second = proposed.second.filter(|_| is_taken).map(|second| second.token);
+                Guess { token: proposed.token, second }
+            };
+            proposals.push((id, proposal.iter().enumerate().map(guess).collect()));
+            by_sequence.insert(id, proposal);
+        }
         let members = std::mem::take(&mut self.turns.members).into_iter().map(|(id, _)| id).collect();
         let waited = std::mem::take(&mut self.waited);
         self.next = Some(Proposed { choice, by_sequence, members, waited });
         proposals
+    }
+
+    /// Second guesses beside proposals that enter the step.
+    fn branch_offers(&self, offers: &[Offer], times: &StepTimes) -> Vec<BranchOffer> {
+        let mut found = Vec::new();
+        for (sequence, (id, proposal, estimates)) in offers.iter().enumerate() {
+            let (mut reached, n_tokens) = (1.0, self.sequences[id].tokens().len());
+            for (place, (proposed, estimate)) in proposal.iter().zip(estimates).enumerate() {
+                if let Some(second) = &proposed.second {
+                    // Never more than what is left by the first guess.
+                    let share = self.table.estimate_second(place, second).min(1.0 - estimate);
+                    let read_ms = times.read_ms(n_tokens);
+                    found.push(BranchOffer { sequence, place, probability: reached * share, read_ms });
+                }
+                reached *= estimate;
+            }
+        }
+        found
     }
 
     /// A step was sent, with what was proposed last.
@@ -307,7 +351,7 @@ impl Drafter {
         let verified = outcomes.iter().filter_map(proposals).flatten();
         let done = Done {
             load,
-            n_verified: outcomes.iter().map(|outcome| outcome.n_proposed).sum(),
+            n_verified: outcomes.iter().map(|outcome| outcome.n_proposed + outcome.n_branches).sum(),
             n_plain_tokens,
             n_tokens: end.n_tokens,
             elapsed_ms: millis(end.elapsed.saturating_sub(waited)),
@@ -327,8 +371,11 @@ impl Drafter {
             let Some(proposal) = proposals(outcome) else { continue };
             if let Some(sequence) = self.sequences.get_mut(&outcome.sequence) {
                 sequence.verified(&self.table, proposal, outcome.n_accepted);
+                sequence.branched(outcome.n_branches, outcome.took_branch);
             }
-            self.table.observe(proposal, outcome.n_accepted);
+            self.table.observe(proposal, outcome.n_accepted, outcome.correction);
+            let of_draft = &mut self.counters.sources[Source::Draft.idx()];
+            of_draft.add_branches(outcome.n_branches, outcome.took_branch);
             for source in Source::ALL {
                 self.counters.sources[source.idx()].add(source, proposal, outcome.n_accepted);
             }
@@ -343,7 +390,8 @@ impl Drafter {
         let row_ms = times.predict(Load::plain(done.n_plain_tokens)).unwrap_or(0.0);
         for id in &proposed.members {
             let outcome = outcomes.iter().find(|outcome| outcome.sequence == *id);
-            let n_won = outcome.map_or(0, |outcome| outcome.n_accepted) as f64;
+            let n_won =
+                outcome.map_or(0, |outcome| outcome.n_accepted + usize::from(outcome.took_branch)) as f64;
             if let Some(sequence) = self.sequences.get_mut(id) {
                 let saved_ms = n_won * row_ms / done.n_plain_tokens.max(1) as f64;
                 sequence.drafting_cost(done.waited_ms / n_members - saved_ms);

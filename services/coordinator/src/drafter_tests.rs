@@ -81,6 +81,7 @@ fn truth(prompt: &[TokenId], sampling: &SamplingParams, n: usize) -> Vec<TokenId
             sequence_of_row: &vec![0; tokens.len()],
             block_tables: &[&blocks],
             output_rows: &[tokens.len() - 1],
+            copies: &[],
         };
         let mut logits = decoder.forward(&batch, &mut Solo::new()).expect("runs");
         start += tokens.len();
@@ -169,7 +170,8 @@ impl Group {
         self.drafter.collect(&open, &self.times, Span::none).await;
         let load = StepLoad { n_rows: 1, n_tokens: 1, n_spare_rows: 16 };
         let proposed = self.drafter.propose(&open, load, &self.times);
-        let proposed = proposed.first().map_or(&[][..], |(_, tokens)| tokens.as_slice());
+        let proposed = proposed.into_iter().next().map_or(Vec::new(), |(_, guesses)| guesses);
+        let proposed: Vec<TokenId> = proposed.iter().map(|guess| guess.token).collect();
         let expected = &self.truth[self.n_done..];
         let n_accepted = proposed.iter().zip(expected).take_while(|(one, other)| one == other).count();
         let (n_proposed, n_tokens) = (proposed.len(), n_accepted + 1);
@@ -183,6 +185,7 @@ impl Group {
             n_sampled: n_proposed as u32 + 1,
             runs_ahead: false,
             scoring: Scoring::default(),
+            branches: Vec::new(),
         };
         let plan = StepPlan {
             epoch: Epoch(1),
@@ -194,7 +197,9 @@ impl Group {
         self.drafter.planned(&plan);
         let drafting = self.drafter.drafting();
         self.drafter.flush(Instant::now());
-        let outcome = Outcome { sequence: ID, n_proposed, n_accepted };
+        let correction = (n_accepted < n_proposed).then(|| expected[n_accepted]);
+        let outcome =
+            Outcome { sequence: ID, n_proposed, n_accepted, correction, n_branches: 0, took_branch: false };
         let outcomes = if n_proposed > 0 { vec![outcome] } else { Vec::new() };
         // A row more costs a twentieth: what is measured is made up, so that nothing depends on this machine.
         let elapsed = Duration::from_millis(100 + 5 * n_proposed as u64);
@@ -346,6 +351,8 @@ impl Draft for Double {
                     tokens: vec![token; 4],
                     confidence: vec![0.99; 4],
                     compute_us: 0,
+                    second_tokens: vec![7; 4],
+                    second_confidence: vec![0.01; 4],
                 };
                 let proposals = opened.chain(committed).map(proposal).collect();
                 if !matches!(double, Double::Silent) {

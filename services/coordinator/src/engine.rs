@@ -273,8 +273,8 @@ impl Engine {
         let n = open.len();
         let n_spare_rows = (self.spec.max_sampled_rows as usize).saturating_sub(self.choices.len());
         let load = StepLoad { n_rows: n.max(1), n_tokens: n, n_spare_rows };
-        for (id, tokens) in self.drafter.propose(&open, load, times) {
-            self.scheduler.propose(id, tokens);
+        for (id, guesses) in self.drafter.propose(&open, load, times) {
+            self.scheduler.propose(id, guesses);
         }
     }
 
@@ -390,6 +390,6 @@ fn pace(id: SequenceId, choice: &Active, drafter: &Drafter) -> Pace {
 }
 
 fn outcome(verified: &Verified) -> Outcome {
-    let Verified { sequence, n_proposed, n_accepted } = *verified;
-    Outcome { sequence, n_proposed, n_accepted }
+    let Verified { sequence, n_proposed, n_accepted, correction, n_branches, took_branch } = *verified;
+    Outcome { sequence, n_proposed, n_accepted, correction, n_branches, took_branch }
 }

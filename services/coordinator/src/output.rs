@@ -198,6 +198,8 @@ pub fn proposal_counts(counters: [SourceCounters; Source::ALL.len()]) -> Vec<pro
         accepted_tokens: counters.accepted_tokens,
         accepted_tokens_per_pos: counters.accepted_per_position.to_vec(),
         draft_tokens_per_pos: counters.drafted_per_position.to_vec(),
+        branches: counters.branches,
+        accepted_branches: counters.accepted_branches,
     });
     counts.collect()
 }

@@ -30,7 +30,7 @@ use std::{collections::VecDeque, time::Duration};
 use paceline_domain::{
     Digest, Epoch, HeldBack, SamplingParams, SequenceId, StepNumber, TokenId, group::BLOCK_POSITIONS,
 };
-use paceline_speculation::{Drafting, StepTimes};
+use paceline_speculation::{Drafting, Guess, StepTimes};
 
 use crate::{id_map::IdMap, ledger::BlockLedger, prefix::PrefixKey};
 
@@ -267,10 +267,10 @@ impl Scheduler {
     /// Tokens that may follow the last one of a sequence: its next step verifies as many of them as it has room for,
     /// from the first on. They never change what is generated. Ignored for a sequence that does not
     /// wait for exactly its next token; see [`Self::open_to_proposals`].
-    pub fn propose(&mut self, id: SequenceId, tokens: Vec<TokenId>) {
+    pub fn propose<G: Into<Guess>>(&mut self, id: SequenceId, guesses: impl IntoIterator<Item = G>) {
         if let Some(sequence) = self.sequences.get_mut(&id).filter(|sequence| sequence.n_proposals() > 0) {
-            sequence.proposals = tokens;
-            sequence.proposals.truncate(sequence.n_proposals());
+            let n_most = sequence.n_proposals();
+            sequence.proposals = guesses.into_iter().map(Into::into).take(n_most).collect();
         }
     }
 
@@ -337,6 +337,8 @@ impl Scheduler {
     }
 }
 
+#[cfg(test)]
+mod branches_tests;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! The token that a draft expects after a row of logits: chosen as the target does, with the same function, parameters,
 //! history and noise, from the tokens that the draft's head is for. Those it is not for count as impossible.
 
-use paceline_domain::{SampledToken, SamplingParams, TokenId};
+use paceline_domain::{SamplingParams, SecondGuess, TokenId};
 use paceline_model::HeadTokens;
-use paceline_sampling::{TokenHistory, has_filter, local_best, plain_best, sample_row};
+use paceline_sampling::{Candidate, TokenHistory, has_filter, local_best, sample::sample_two};
 
 /// A token the model expects.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -12,12 +12,22 @@ pub struct Drafted {
     pub token: TokenId,
     /// The model's probability of it, before temperature and filters.
     pub confidence: f32,
+    /// What it would expect without that one, if anything.
+    pub second: Option<SecondGuess>,
 }
 
 /// Chooses; its only state is a buffer.
 pub struct Chooser {
     head: HeadTokens,
     row: Vec<f32>,
+}
+
+/// A token that may be chosen.
+#[derive(Clone, Copy)]
+struct Ranked {
+    candidate: Candidate,
+    /// How much likelier it is than the best of the first tokens.
+    times: f32,
 }
 
 impl Chooser {
@@ -37,53 +47,59 @@ impl Chooser {
         let (first, others) = logits[..self.head.len()].split_at(self.head.n_first());
         self.row.clear();
         self.row.extend_from_slice(first);
-        if has_filter(sampling) {
+        let is_whole = has_filter(sampling);
+        if is_whole {
             // Filters look at the whole row: a long one, for the sake of a few tokens at its end.
             for (token, logit) in self.head.others().iter().zip(others) {
                 self.row.resize(token.idx(), f32::NEG_INFINITY);
                 self.row.push(*logit);
             }
-            return drafted(&sample_row(sampling, history, position, &mut self.row));
         }
-        let best = drafted(&sample_row(sampling, history, position, &mut self.row));
-        self.with_others(best, (sampling, history, position), others)
-    }
-
-    /// The best of the first tokens, or of the others if one beats it.
-    fn with_others(
-        &self,
-        of_first: Drafted,
-        (sampling, history, position): (&SamplingParams, &TokenHistory, u32),
-        others: &[f32],
-    ) -> Drafted {
-        let Some(logit) = self.row.get(of_first.token.idx()) else { return of_first };
-        let SamplingParams { seed, temperature, .. } = *sampling;
-        let first = of_first.token.0;
-        let mut best = (plain_best(seed, position, temperature, first, &[*logit]), 1.0);
+        let (sampled, best) = sample_two(sampling, history, position, &mut self.row);
+        let probability = sampled.logprob.map_or(0.0, f32::exp);
+        let best_logit = self.row[best[0].token.idx()];
+        let times = |candidate: Candidate| (self.row[candidate.token.idx()] - best_logit).exp();
+        let mut best = best.map(|candidate| Ranked { candidate, times: times(candidate) });
+        best[0].times = 1.0;
         let mut sum = 1.0;
-        for (token, other) in self.head.others().iter().zip(others) {
-            let mut other = [*other];
-            let candidate = local_best(sampling, history, position, token.0, &mut other);
-            // How much likelier than the best of the first tokens.
-            let times = (other[0] - logit).exp();
-            sum += of_first.confidence * times;
-            if candidate.value > best.0.value {
-                best = (candidate, times);
+        if !is_whole {
+            for (token, other) in self.head.others().iter().zip(others) {
+                let mut other = [*other];
+                let candidate = local_best(sampling, history, position, token.0, &mut other);
+                let other = Ranked { candidate, times: (other[0] - best_logit).exp() };
+                sum += probability * other.times;
+                take(&mut best, other);
             }
         }
-        let confidence = of_first.confidence * best.1 / sum;
-        let confidence = if confidence.is_finite() { confidence.clamp(0.0, 1.0) } else { 0.0 };
-        Drafted { token: best.0.token, confidence }
+        let confidence = |ranked: Ranked| {
+            let confidence = probability * ranked.times / sum;
+            if confidence.is_finite() { confidence.clamp(0.0, 1.0) } else { 0.0 }
+        };
+        let [first, second] = best;
+        let is_possible = second.candidate.value > f32::NEG_INFINITY;
+        let guess = SecondGuess { token: second.candidate.token, confidence: confidence(second) };
+        Drafted {
+            token: first.candidate.token,
+            confidence: confidence(first),
+            second: is_possible.then_some(guess),
+        }
     }
 }
 
-fn drafted(sampled: &SampledToken) -> Drafted {
-    let probability = sampled.logprob.map_or(0.0, f32::exp);
-    Drafted { token: sampled.token, confidence: probability.clamp(0.0, 1.0) }
+/// Puts a candidate in its place among the two best.
+fn take(best: &mut [Ranked; 2], other: Ranked) {
+    let value = other.candidate.value;
+    if value > best[0].candidate.value {
+        *best = [other, best[0]];
+    } else if value > best[1].candidate.value {
+        best[1] = other;
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use paceline_sampling::sample_row;
+
     use super::*;
 
     const N_VOCAB: usize = 200;
@@ -133,9 +149,34 @@ mod tests {
                 let probability = expected.logprob.map_or(0.0, f32::exp);
                 assert!((found.confidence - probability).abs() < 1e-4, "{found:?}, {probability}");
                 n_others += usize::from(found.token.idx() >= head.n_first());
+                check_second(&found, (&sampling, &history), possible.clone());
             }
         }
         assert!(n_others > 20, "only {n_others} of the others were chosen");
+    }
+
+    /// The second guess is what would be chosen if the first were impossible. (Filters look at what is likely with it.)
+    fn check_second(
+        found: &Drafted,
+        (sampling, history): (&SamplingParams, &TokenHistory),
+        mut row: Vec<f32>,
+    ) {
+        let before = sample_row(sampling, history, 6, &mut row.clone()).logprob.map_or(0.0, f32::exp);
+        row[found.token.idx()] = f32::NEG_INFINITY;
+        if has_filter(sampling) {
+            assert_ne!(found.second.map(|second| second.token), Some(found.token));
+            return;
+        }
+        let expected = sample_row(sampling, history, 6, &mut row);
+        let is_possible = row[expected.token.idx()] > f32::NEG_INFINITY;
+        assert_eq!(
+            found.second.map(|second| second.token),
+            is_possible.then_some(expected.token),
+            "{sampling:?}"
+        );
+        let probability = expected.logprob.map_or(0.0, f32::exp) * (1.0 - before);
+        let confidence = found.second.map_or(0.0, |second| second.confidence);
+        assert!(!is_possible || (confidence - probability).abs() < 1e-4, "{found:?}, {probability}");
     }
 
     #[test]
@@ -143,7 +184,8 @@ mod tests {
         let mut chooser = Chooser::new(HeadTokens::with(2, &[TokenId(5)]));
         let [.., greedy, _] = samplings(1);
         let nothing = [f32::NEG_INFINITY; 3];
-        let Drafted { token, confidence } = chooser.choose(&greedy, &TokenHistory::new(0), 1, &nothing);
-        assert!(token.idx() < 6 && (0.0..=1.0).contains(&confidence));
+        let Drafted { token, confidence, second } =
+            chooser.choose(&greedy, &TokenHistory::new(0), 1, &nothing);
+        assert!(token.idx() < 6 && (0.0..=1.0).contains(&confidence) && second.is_none());
     }
 }

@@ -12,7 +12,6 @@ use tonic::Status;
 use tracing::{Span, info_span};
 
 use crate::{
-    choice::Drafted,
     model::DraftModel,
     planner::{Chunk, PassLimits, plan},
     sessions::{Session, Sessions, StreamId},
@@ -144,8 +143,8 @@ impl Drafting {
         }
         chunks.iter().for_each(|chunk| self.sessions.computed(chunk.key, chunk.end()));
         let last = chunks.iter().filter(|chunk| chunk.is_last);
-        for (chunk, Drafted { token, confidence }) in last.zip(drafted) {
-            self.sessions.drafted(chunk.key, token, confidence);
+        for (chunk, drafted) in last.zip(drafted) {
+            self.sessions.drafted(chunk.key, drafted);
         }
         Ok(())
     }
@@ -187,7 +186,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::sessions::Limits;
+    use crate::{choice::Drafted, sessions::Limits};
 
     /// Notes how many rows it is warmed up with.
     struct Recorder(Arc<Mutex<Vec<usize>>>);

@@ -81,6 +81,7 @@ impl DraftModel for OneRank {
             sequence_of_row: &rows.sequence_of_row,
             block_tables: &block_tables,
             output_rows: &rows.output_rows,
+            copies: &[],
         };
         let mut logits = self.decoder.forward(&batch, self.collective.as_mut())?;
         let mut drafted = Vec::with_capacity(rows.output_rows.len());
@@ -102,6 +103,7 @@ impl DraftModel for OneRank {
             sequence_of_row: &vec![0; n_rows],
             block_tables: &[&blocks],
             output_rows: &[n_rows - 1],
+            copies: &[],
         };
         self.decoder.forward(&batch, self.collective.as_mut()).map(drop)
     }

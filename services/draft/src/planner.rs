@@ -82,7 +82,10 @@ mod tests {
     use paceline_domain::{DraftControl, DraftOpen, SamplingParams};
 
     use super::*;
-    use crate::sessions::{Limits, StreamId};
+    use crate::{
+        choice::Drafted,
+        sessions::{Limits, StreamId},
+    };
 
     fn sessions(n_kv_blocks: u32) -> Sessions {
         Sessions::new(Limits { max_sessions: 8, context: 1_000, n_vocab: 10, max_ahead: 4, n_kv_blocks })
@@ -107,7 +110,7 @@ mod tests {
         for chunk in &chunks {
             sessions.computed(chunk.key, chunk.end());
             if chunk.is_last {
-                sessions.drafted(chunk.key, TokenId(2), 0.5);
+                sessions.drafted(chunk.key, Drafted { token: TokenId(2), confidence: 0.5, second: None });
             }
         }
         chunks.iter().map(|chunk| (chunk.key.1, chunk.start_pos, chunk.tokens.len(), chunk.is_last)).collect()

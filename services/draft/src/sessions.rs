@@ -13,6 +13,8 @@ use paceline_domain::{
 };
 use paceline_sampling::TokenHistory;
 
+use crate::choice::Drafted;
+
 /// Sessions of one stream that may be in quarantine before the stream is given up.
 pub const MAX_QUARANTINED: usize = 64;
 
@@ -51,8 +53,8 @@ pub struct Session {
     n_computed: usize,
     /// Tokens that the coordinator knows of: committed, or proposed.
     n_known: usize,
-    /// Confidences of the drafted tokens.
-    confidence: Vec<f32>,
+    /// What was drafted beyond the committed tokens.
+    drafted: Vec<Drafted>,
     /// Microseconds that were computed for it since it last proposed.
     compute_us: u32,
     blocks: Vec<BlockId>,
@@ -133,9 +135,9 @@ impl Session {
             self.history.extend(&tokens[n_matched..]);
             self.n_computed = self.n_computed.min(n_kept);
             self.n_known = self.n_known.min(n_kept);
-            self.confidence.clear();
+            self.drafted.clear();
         } else {
-            self.confidence.drain(..n_matched);
+            self.drafted.drain(..n_matched);
         }
         self.n_committed += tokens.len();
         self.n_known = self.n_known.max(self.n_committed);
@@ -236,7 +238,7 @@ impl Sessions {
             n_committed,
             n_computed: 0,
             n_known: n_committed,
-            confidence: Vec::new(),
+            drafted: Vec::new(),
             compute_us: 0,
             blocks: Vec::new(),
             budget: open.budget.min(self.limits.max_ahead) as usize,
@@ -386,10 +388,10 @@ impl Sessions {
     }
 
     /// A pass has given the next token of a chain.
-    pub fn drafted(&mut self, key: Key, token: TokenId, confidence: f32) {
+    pub fn drafted(&mut self, key: Key, drafted: Drafted) {
         let session = self.live_mut(key);
-        session.history.push(token);
-        session.confidence.push(confidence);
+        session.history.push(drafted.token);
+        session.drafted.push(drafted);
     }
 
     /// Everything there is to say, for each stream.
@@ -405,13 +407,17 @@ impl Sessions {
             if tokens.is_empty() {
                 continue;
             }
+            let drafted = &session.drafted[start - session.n_committed..];
+            let seconds: Vec<_> = drafted.iter().filter_map(|drafted| drafted.second).collect();
             let proposal = DraftProposal {
                 session: *id,
                 generation: session.generation,
                 epoch: session.epoch,
                 start_pos: start as u32,
                 tokens: tokens.to_vec(),
-                confidence: session.confidence[start - session.n_committed..].to_vec(),
+                confidence: drafted.iter().map(|drafted| drafted.confidence).collect(),
+                // All of them have one, or a row had a single token: then none is told.
+                seconds: if seconds.len() == drafted.len() { seconds } else { Vec::new() },
                 compute_us: std::mem::take(&mut session.compute_us),
             };
             session.n_known = session.history.len();

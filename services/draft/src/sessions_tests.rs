@@ -1,5 +1,6 @@
 //! Tests of sessions: tables of messages, and random lives beside a plain list of tokens.
 
+use paceline_domain::SecondGuess;
 use proptest::prelude::*;
 
 use super::*;
@@ -35,7 +36,8 @@ fn draft(sessions: &mut Sessions, session: u64, token: u32) {
     let len = sessions.get(key).expect("live").history().len();
     assert!(sessions.reserve(key, len));
     sessions.computed(key, len);
-    sessions.drafted(key, TokenId(token), 0.5);
+    let second = (token != 13).then_some(SecondGuess { token: TokenId(token + 1), confidence: 0.2 });
+    sessions.drafted(key, Drafted { token: TokenId(token), confidence: 0.5, second });
 }
 
 fn answer(sessions: &mut Sessions) -> DraftAnswer {
@@ -47,6 +49,8 @@ fn proposed(sessions: &mut Sessions) -> (u32, u32, Vec<u32>) {
     let answer = answer(sessions);
     let [proposal] = answer.proposals.as_slice() else { panic!("{answer:?}") };
     assert_eq!(proposal.tokens.len(), proposal.confidence.len());
+    let has_seconds = !proposal.tokens.contains(&TokenId(13));
+    assert_eq!(proposal.seconds.len(), if has_seconds { proposal.tokens.len() } else { 0 });
     (proposal.epoch, proposal.start_pos, proposal.tokens.iter().map(|token| token.0).collect())
 }
 

@@ -75,6 +75,10 @@ pub struct ProposalsJson {
     pub accepted_tokens_per_pos: Vec<u64>,
     /// Proposed tokens by position in the proposal.
     pub draft_tokens_per_pos: Vec<u64>,
+    /// Second guesses that were verified beside them.
+    pub branches: u64,
+    /// Those of them that were right.
+    pub accepted_branches: u64,
 }
 
 /// Natural logarithms of probabilities at one position, before temperature and filters.
@@ -372,6 +376,8 @@ fn proposals_json(counts: ProposalCounts) -> ProposalsJson {
         accepted_tokens: counts.accepted_tokens,
         accepted_tokens_per_pos: counts.accepted_tokens_per_pos,
         draft_tokens_per_pos: counts.draft_tokens_per_pos,
+        branches: counts.branches,
+        accepted_branches: counts.accepted_branches,
     }
 }
 

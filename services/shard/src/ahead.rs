@@ -81,6 +81,7 @@ mod tests {
             n_sampled,
             runs_ahead: false,
             scoring: Scoring::default(),
+            branches: Vec::new(),
         }
     }
 

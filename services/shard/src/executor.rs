@@ -12,8 +12,8 @@ use paceline_collectives::{
     AbortFlag, Collective, CollectiveError, Endpoint, GroupSpec, PeerAddress, Transport,
 };
 use paceline_domain::{
-    ErrorKind, KvType, Quantization, SequenceSamples, SequenceScores, StepMasks, StepNumber, StepPlan,
-    StepResult, StepTimings,
+    BlockCopy, BlockId, Branch, ErrorKind, KvType, Quantization, SequenceChunk, SequenceSamples,
+    SequenceScores, StepMasks, StepNumber, StepPlan, StepResult, StepTimings, group::BLOCK_POSITIONS,
 };
 use paceline_model::link::{Group, Route};
 use paceline_model::{
@@ -311,15 +311,17 @@ impl Executor {
         if plan.chunks.is_empty() {
             return Ok((Vec::new(), Vec::new()));
         }
-        let rows = Rows::of(plan);
-        let block_tables: Vec<_> =
-            plan.chunks.iter().map(|chunk| self.sequences.get(chunk.sequence).blocks.as_slice()).collect();
+        let rows = Rows::of(plan, &self.sequences);
+        let of_chunk = |chunk: &SequenceChunk| self.sequences.get(chunk.sequence).blocks.as_slice();
+        let of_branches = rows.tables_of_branches.iter().map(Vec::as_slice);
+        let block_tables: Vec<_> = plan.chunks.iter().map(of_chunk).chain(of_branches).collect();
         let batch = Batch {
             tokens: &rows.tokens,
             positions: &rows.positions,
             sequence_of_row: &rows.sequence_of_row,
             block_tables: &block_tables,
             output_rows: &rows.output_rows,
+            copies: &rows.copies,
         };
         let mut logits = self.decoder.forward(&batch, self.collective.as_mut())?;
         let scores = self.scorer.score(plan, &mut logits, self.collective.as_mut())?;
@@ -329,17 +331,19 @@ impl Executor {
     }
 }
 
-/// A plan as flat rows.
+/// A plan as flat rows: those of chunks, then those of branches, which have block tables of their own.
 #[derive(Default)]
 struct Rows {
     tokens: Vec<paceline_domain::TokenId>,
     positions: Vec<u32>,
     sequence_of_row: Vec<u32>,
     output_rows: Vec<usize>,
+    copies: Vec<BlockCopy>,
+    tables_of_branches: Vec<Vec<BlockId>>,
 }
 
 impl Rows {
-    fn of(plan: &StepPlan) -> Self {
+    fn of(plan: &StepPlan, sequences: &Sequences) -> Self {
         let mut rows = Self::default();
         for (chunk_idx, chunk) in plan.chunks.iter().enumerate() {
             let n_tokens = chunk.tokens.len();
@@ -349,7 +353,22 @@ impl Rows {
             let end = rows.tokens.len();
             rows.output_rows.extend(end - chunk.n_output_rows()..end);
         }
+        for chunk in &plan.chunks {
+            let blocks = &sequences.get(chunk.sequence).blocks;
+            chunk.branches.iter().for_each(|branch| rows.add_branch(plan, chunk, branch, blocks));
+        }
         rows
+    }
+
+    fn add_branch(&mut self, plan: &StepPlan, chunk: &SequenceChunk, branch: &Branch, blocks: &[BlockId]) {
+        let position = chunk.position_of(branch);
+        let place = position as usize / BLOCK_POSITIONS;
+        self.output_rows.push(self.tokens.len());
+        self.tokens.push(branch.token);
+        self.positions.push(position);
+        self.sequence_of_row.push((plan.chunks.len() + self.copies.len()) as u32);
+        self.copies.push(BlockCopy { from: blocks[place], to: branch.block });
+        self.tables_of_branches.push(blocks[..place].iter().copied().chain([branch.block]).collect());
     }
 }
 

@@ -10,6 +10,7 @@
 //! * [`sequences`] – what a shard knows of each sequence
 //! * [`masks`] – what constrained rows may choose, waited for
 //! * [`scorer`] – log probabilities of prompt tokens on rank 0
+//! * `sampled_rows` – what the token of a row depends on beside its logits
 //! * [`sampler`] – from logits of all ranks to tokens on rank 0
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod ahead;
 pub mod config;
 pub mod executor;
 pub mod masks;
+mod sampled_rows;
 pub mod sampler;
 pub mod scorer;
 pub mod sequences;

@@ -100,6 +100,7 @@ mod tests {
             n_sampled: sequence.0 as u32,
             runs_ahead: false,
             scoring: Scoring::default(),
+            branches: Vec::new(),
         });
         let (opens, chunks) = (opens.to_vec(), chunks.to_vec());
         StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks }

@@ -160,6 +160,7 @@ mod tests {
             n_sampled,
             runs_ahead: false,
             scoring: Scoring { tokens: scored.iter().copied().map(TokenId).collect(), n_top },
+            branches: Vec::new(),
         }
     }
 

@@ -120,11 +120,16 @@ impl Sequences {
 
     fn extend(&mut self, chunk: &SequenceChunk) -> Result<(), PlanError> {
         self.check_blocks(chunk.sequence, &chunk.new_blocks)?;
+        let of_branches: Vec<BlockId> = chunk.branches.iter().map(|branch| branch.block).collect();
+        self.check_blocks(chunk.sequence, &of_branches)?;
         let fail = |problem: String| PlanError { sequence: chunk.sequence, problem };
         let sequence = self.by_id.get_mut(&chunk.sequence).ok_or_else(|| unknown(chunk.sequence))?;
         let (start, n_held) = (chunk.start_pos as usize, sequence.history.len());
         if start > n_held {
             return Err(fail(format!("starts at {start} with {n_held} tokens held")));
+        }
+        if sequence.is_constrained && !of_branches.is_empty() {
+            return Err(fail(format!("{} branches of a constrained sequence", of_branches.len())));
         }
         let (n_kept, n_blocks) = (chunk.n_kept_blocks as usize, sequence.blocks.len());
         if n_kept > n_blocks {
@@ -210,6 +215,7 @@ mod tests {
             n_sampled: 1,
             runs_ahead: false,
             scoring: Scoring::default(),
+            branches: Vec::new(),
         }
     }
 

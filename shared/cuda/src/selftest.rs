@@ -317,6 +317,7 @@ impl Tables {
             sequence_of_row: &sequence_of_row,
             block_tables: &tables,
             output_rows: &output_rows,
+            copies: &[],
         };
         decoder.forward(&batch, collective)
     }

@@ -264,6 +264,7 @@ fn a_peer_that_is_lost_is_an_error_in_time() {
             sequence_of_row: &[0],
             block_tables: &[&[BlockId(0)]],
             output_rows: &[0],
+            copies: &[],
         };
         let error = decoder.forward(&batch, &mut first).err().expect("nobody is there");
         assert!(error.to_string().contains("was not done within 100ms"), "{error}");

@@ -66,6 +66,7 @@ fn on_ranks<T: Send>(n_ranks: usize, each: impl Fn(&mut Logits<'_>) -> T + Sync)
             sequence_of_row: &[0; N_ROWS],
             block_tables: &[&[BlockId(0)]],
             output_rows: &[0, 1, 2, 3, 4],
+            copies: &[],
         };
         each(&mut decoder.forward(&batch, &mut collective).expect("runs"))
     };

@@ -81,8 +81,19 @@ pub struct DraftProposal {
     pub tokens: Vec<TokenId>,
     /// The draft's probability of each.
     pub confidence: Vec<f32>,
+    /// What it would have said instead of each; as many as there are tokens, or none.
+    pub seconds: Vec<SecondGuess>,
     /// Microseconds that were computed for the session since it last proposed.
     pub compute_us: u32,
+}
+
+/// The token that a draft thinks likeliest after the one it proposes for a place.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct SecondGuess {
+    /// The token.
+    pub token: TokenId,
+    /// The draft's probability of it.
+    pub confidence: f32,
 }
 
 /// The service cannot follow.

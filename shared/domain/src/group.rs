@@ -10,7 +10,7 @@ pub const BLOCK_POSITIONS: usize = 16;
 /// Proposals that all sequences together can have verified in one step.
 const MAX_PROPOSALS: usize = 64;
 /// Version of the messages between coordinator, shards and draft, and of what they mean.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Storage type of the KV cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]

@@ -25,7 +25,9 @@ pub mod sampling;
 pub mod step;
 pub mod weight_type;
 
-pub use draft::{DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, DraftOpen, DraftProposal};
+pub use draft::{
+    DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, DraftOpen, DraftProposal, SecondGuess,
+};
 pub use error::ErrorKind;
 pub use group::{Digest, Fingerprint, KvType};
 pub use ids::{BlockId, Epoch, Rank, RequestId, SequenceId, StepNumber, TokenId};
@@ -37,7 +39,7 @@ pub use request::{
 };
 pub use sampling::{SampledToken, SamplingParams, ScoredToken, TokenLogprob};
 pub use step::{
-    BlockCopy, HeldBack, Scoring, SequenceChunk, SequenceMasks, SequenceOpen, SequenceSamples,
+    BlockCopy, Branch, HeldBack, Scoring, SequenceChunk, SequenceMasks, SequenceOpen, SequenceSamples,
     SequenceScores, StepMasks, StepPlan, StepResult, StepTimings, UNKNOWN_TOKEN,
 };
 pub use weight_type::WeightType;

@@ -65,10 +65,35 @@ pub struct SequenceChunk {
     pub runs_ahead: bool,
     /// Prompt tokens whose log probabilities are wanted.
     pub scoring: Scoring,
+    /// Other guesses at places of its proposals; none for a constrained sequence.
+    pub branches: Vec<Branch>,
+}
+
+/// Another guess at the place of a proposal: a row of its own, which sees what comes before that place and itself. Where the
+/// target samples it, the token that follows it is known too; its key and value are computed again with the next chunk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Branch {
+    /// Proposals of the chunk before it: fewer than there are.
+    pub after: u32,
+    /// The guess.
+    pub token: TokenId,
+    /// For this step only: it becomes a copy of the block that the proposal in the guess's place is in, but for that place.
+    pub block: BlockId,
 }
 
 impl SequenceChunk {
-    /// Rows whose logits are wanted, the last ones of the chunk: first those that are scored, then those that sample.
+    /// Token rows of the chunk, branches included.
+    pub fn n_rows(&self) -> usize {
+        self.tokens.len() + self.branches.len()
+    }
+
+    /// Position of a branch's token.
+    pub fn position_of(&self, branch: &Branch) -> u32 {
+        self.start_pos + self.tokens.len() as u32 - self.n_sampled + 1 + branch.after
+    }
+
+    /// Rows of its tokens whose logits are wanted, the last ones: first those that are scored, then those that sample.
+    /// Those of branches, which all sample, come after the rows of all chunks.
     pub fn n_output_rows(&self) -> usize {
         self.scoring.tokens.len() + self.n_sampled as usize
     }
@@ -105,7 +130,7 @@ pub struct StepPlan {
 impl StepPlan {
     /// Token rows in the pass.
     pub fn n_rows(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.tokens.len()).sum()
+        self.chunks.iter().map(SequenceChunk::n_rows).sum()
     }
 }
 
@@ -130,7 +155,7 @@ pub struct SequenceMasks {
 }
 
 /// What rank 0 sampled for one chunk: its `n_sampled` tokens in position order. Tokens after the first that
-/// differs from the proposal are meaningless and left out.
+/// differs from the proposal are meaningless and left out; if it is a branch's, the one sampled after that follows.
 #[derive(Clone, PartialEq, Debug)]
 pub struct SequenceSamples {
     /// Whose tokens.

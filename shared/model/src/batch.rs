@@ -2,7 +2,7 @@
 //! any buffer is touched.
 
 use paceline_domain::group::BLOCK_POSITIONS;
-use paceline_domain::{BlockId, TokenId};
+use paceline_domain::{BlockCopy, BlockId, TokenId};
 
 use crate::ModelError;
 
@@ -19,6 +19,9 @@ pub struct Batch<'a> {
     pub block_tables: &'a [&'a [BlockId]],
     /// Rows whose logits are wanted, in the order of the result.
     pub output_rows: &'a [usize],
+    /// One for each of the last rows, where these are branches: in each layer, when the keys and values of all other rows
+    /// are written, the block becomes a copy, and then that row's are written.
+    pub copies: &'a [BlockCopy],
 }
 
 /// What a decoder was made for.
@@ -64,6 +67,13 @@ impl Batch<'_> {
             if let Some(block) = table.iter().find(|block| block.idx() >= limits.n_kv_blocks) {
                 return refuse(format!("sequence {idx} names block {block} of {}", limits.n_kv_blocks));
             }
+        }
+        if self.copies.len() > n_rows {
+            return refuse(format!("{} branches in {n_rows} rows", self.copies.len()));
+        }
+        let copied = self.copies.iter().flat_map(|copy| [copy.from, copy.to]);
+        if let Some(block) = copied.into_iter().find(|block| block.idx() >= limits.n_kv_blocks) {
+            return refuse(format!("block {block} of {} is copied", limits.n_kv_blocks));
         }
         last_position.clear();
         last_position.resize(self.block_tables.len(), None);
@@ -122,6 +132,7 @@ mod tests {
             sequence_of_row: &[0, 0, 1],
             block_tables: &[&[BlockId(7), BlockId(2)], &[BlockId(0)]],
             output_rows: &[1, 2],
+            copies: &[BlockCopy { from: BlockId(7), to: BlockId(0) }],
         }
     }
 
@@ -144,6 +155,8 @@ mod tests {
             (Batch { positions: &[15, 32, 0], ..good() }, "its blocks hold 32"),
             (Batch { positions: &[16, 16, 0], ..good() }, "after position 16"),
             (Batch { sequence_of_row: &[0, 0, 2], ..good() }, "sequence 2 of 2"),
+            (Batch { copies: &[BlockCopy { from: BlockId(8), to: BlockId(0) }], ..good() }, "block 8 of 8"),
+            (Batch { copies: &[BlockCopy { from: BlockId(0), to: BlockId(1) }; 4], ..good() }, "4 branches"),
             (Batch { block_tables: &[&[BlockId(8), BlockId(2)], &[]], ..good() }, "block 8 of 8"),
             (Batch { block_tables: &[&[BlockId(7), BlockId(2)], &[]], ..good() }, "its blocks hold 0"),
         ];

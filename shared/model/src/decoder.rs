@@ -143,6 +143,9 @@ impl Decoder {
         let place = (collective.rank(), collective.n_ranks());
         assert_eq!(place, (self.place.rank, self.place.n_ranks), "the collective is for this decoder");
         batch.check(&self.limits, &mut self.last_position)?;
+        if !batch.copies.is_empty() && !self.backend.copies_blocks() {
+            return Err(ModelError::Batch(format!("branches, on {}", self.backend.name())));
+        }
         match self.backend.begin(batch)? {
             Pass::Done => {
                 self.layers_done.fetch_add(self.config.n_layers as u64, Ordering::Relaxed);

@@ -60,6 +60,7 @@ fn batch() -> Batch<'static> {
         sequence_of_row: &[0; N_ROWS],
         block_tables: &[&[BlockId(0)]],
         output_rows: &[0, 1, 2, 3, 4, 5],
+        copies: &[],
     }
 }
 

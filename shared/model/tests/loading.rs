@@ -251,6 +251,7 @@ fn a_bad_batch_is_refused_and_changes_nothing() {
         sequence_of_row: &[0, 0],
         block_tables: &[&[BlockId(2)]],
         output_rows: &[1],
+        copies: &[],
     };
     let expected = {
         let mut fresh = load(&checkpoint, 1, 0).expect("loads");

@@ -128,6 +128,7 @@ fn asked(n_ranks: usize, rank: usize, pass: Pass, output_rows: &[usize]) -> (Vec
         sequence_of_row: &[0, 0],
         block_tables: &[&[BlockId(0)]],
         output_rows,
+        copies: &[],
     };
     let mut collective = Threads::group(n_ranks).remove(rank);
     decoder.forward(&batch, &mut collective).expect("a scribe never fails");

@@ -40,4 +40,4 @@ pub use sample::{
     Candidate, has_filter, is_plain, local_best, merge, needs_full_row, plain_best, sample_row,
 };
 pub use score::score_row;
-pub use verify::verify;
+pub use verify::{verify, verify_branches};

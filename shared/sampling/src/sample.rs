@@ -99,6 +99,25 @@ pub fn sample_row(
     sample_row_with(params, history, position, logits, |group| gumbel_group(params.seed, position, group))
 }
 
+/// The token of a whole row with its log probability, and the two best tokens: what would be chosen without the best one
+/// comes second, -inf where nothing would. `logits` and `position` as in [`sample_row`].
+pub fn sample_two(
+    params: &SamplingParams,
+    history: &TokenHistory,
+    position: u32,
+    logits: &mut [f32],
+) -> (SampledToken, [Candidate; 2]) {
+    adjust(params, history, position, 0, logits);
+    let (temperature, cut) = (params.temperature, cut(params, logits));
+    let noise = |group| gumbel_group(params.seed, position, group);
+    let first = best(temperature, cut, 0, logits, noise);
+    let logprob = Logprobs::new(logits).of(first.token);
+    let logit = std::mem::replace(&mut logits[first.token.idx()], f32::NEG_INFINITY);
+    let second = best(temperature, cut, 0, logits, noise);
+    logits[first.token.idx()] = logit;
+    (SampledToken { token: first.token, logprob, top_logprobs: Vec::new() }, [first, second])
+}
+
 fn sample_row_with(
     params: &SamplingParams,
     history: &TokenHistory,

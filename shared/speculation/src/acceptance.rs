@@ -1,6 +1,8 @@
 //! How often proposals are accepted: measured by source, position and confidence, forgetting slowly, with priors where
 //! little was seen. Estimates are of one token, given that all before it were accepted.
 
+use paceline_domain::{SecondGuess, TokenId};
+
 use crate::proposal::{MAX_POSITIONS, ProposedToken, Source};
 
 /// Upper edges of the confidence buckets; fine near 1, where most tokens are.
@@ -43,10 +45,31 @@ struct SourceTable {
     by_position: [[Cell; N_BUCKETS]; MAX_POSITIONS],
 }
 
+impl SourceTable {
+    /// Of a token of this confidence, of which nothing but `thought` is known at first, where the mean of all is `mean`.
+    fn estimate(&self, position: usize, confidence: f32, (thought, mean): (f64, f64)) -> f64 {
+        let bucket = bucket(confidence);
+        // A source that turns out better or worse than was thought moves what is thought of unseen buckets.
+        let prior = odds_times(thought, odds(self.all.estimate(mean)) / odds(mean));
+        let of_bucket = self.by_bucket[bucket].estimate(prior);
+        let cell = &self.by_position[position.min(MAX_POSITIONS - 1)][bucket];
+        cell.estimate(of_bucket).clamp(BOUNDS.0, BOUNDS.1)
+    }
+
+    fn observe(&mut self, position: usize, confidence: f32, is_accepted: bool) {
+        let (bucket, is_accepted) = (bucket(confidence), f64::from(u8::from(is_accepted)));
+        self.all.observe(is_accepted);
+        self.by_bucket[bucket].observe(is_accepted);
+        self.by_position[position.min(MAX_POSITIONS - 1)][bucket].observe(is_accepted);
+    }
+}
+
 /// What was observed of all sequences.
 #[derive(Clone, Debug, Default)]
 pub struct AcceptanceTable {
     sources: [SourceTable; Source::ALL.len()],
+    /// Of second guesses.
+    seconds: SourceTable,
 }
 
 /// How one sequence differs from all: each source's acceptances and rejections beside the expected ones.
@@ -72,25 +95,25 @@ impl AcceptanceTable {
     /// Probability that a token at this position (from 0) is accepted when all before it were.
     pub fn estimate(&self, position: usize, proposed: &ProposedToken) -> f64 {
         let table = &self.sources[proposed.source.idx()];
-        let bucket = bucket(proposed.confidence);
-        // A source that turns out better or worse than was thought moves what is thought of unseen buckets.
-        let thought = prior(proposed);
-        let general = table.all.estimate(PRIOR_MEAN);
-        let prior = odds_times(thought, odds(general) / odds(PRIOR_MEAN));
-        let of_bucket = table.by_bucket[bucket].estimate(prior);
-        let cell = &table.by_position[position.min(MAX_POSITIONS - 1)][bucket];
-        cell.estimate(of_bucket).clamp(BOUNDS.0, BOUNDS.1)
+        table.estimate(position, proposed.confidence, (prior(proposed), PRIOR_MEAN))
+    }
+
+    /// Probability that a second guess is what the target samples at this position when all tokens before were accepted.
+    pub fn estimate_second(&self, position: usize, second: &SecondGuess) -> f64 {
+        let thought = f64::from(known(second.confidence)) * SECOND_PRIOR.1;
+        self.seconds.estimate(position, second.confidence, (thought, SECOND_PRIOR.0))
     }
 
     /// Takes in what became of a proposal: its first `n_accepted` tokens were accepted, the next one, if there is one, was
-    /// not. What follows says nothing.
-    pub fn observe(&mut self, proposal: &[ProposedToken], n_accepted: usize) {
+    /// not, and `correction` came in its place. What follows says nothing.
+    pub fn observe(&mut self, proposal: &[ProposedToken], n_accepted: usize, correction: Option<TokenId>) {
         for (position, proposed) in proposal.iter().take(n_accepted + 1).enumerate() {
-            let is_accepted = f64::from(u8::from(position < n_accepted));
-            let (bucket, table) = (bucket(proposed.confidence), &mut self.sources[proposed.source.idx()]);
-            table.all.observe(is_accepted);
-            table.by_bucket[bucket].observe(is_accepted);
-            table.by_position[position.min(MAX_POSITIONS - 1)][bucket].observe(is_accepted);
+            let is_accepted = position < n_accepted;
+            self.sources[proposed.source.idx()].observe(position, proposed.confidence, is_accepted);
+            if let Some(second) = proposed.second {
+                let is_right = !is_accepted && correction == Some(second.token);
+                self.seconds.observe(position, second.confidence, is_right);
+            }
         }
     }
 }
@@ -137,11 +160,16 @@ impl Odds {
 
 /// Acceptance of a source that nothing is known of.
 const PRIOR_MEAN: f64 = 0.6;
+/// The same of second guesses, and how much of its own probability a draft is believed of one.
+const SECOND_PRIOR: (f64, f64) = (0.1, 0.6);
 
 /// What is thought of a token before anything was seen: a confident source is somewhat believed.
 fn prior(proposed: &ProposedToken) -> f64 {
-    let confidence = if proposed.confidence.is_nan() { 0.0 } else { proposed.confidence.clamp(0.0, 1.0) };
-    0.25 + 0.65 * f64::from(confidence)
+    0.25 + 0.65 * f64::from(known(proposed.confidence))
+}
+
+fn known(confidence: f32) -> f32 {
+    if confidence.is_nan() { 0.0 } else { confidence.clamp(0.0, 1.0) }
 }
 
 fn bucket(confidence: f32) -> usize {
@@ -160,13 +188,17 @@ pub(crate) fn odds_times(probability: f64, factor: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use paceline_domain::TokenId;
     use proptest::prelude::*;
 
     use super::*;
 
     fn proposal(source: Source, confidences: &[f32]) -> Vec<ProposedToken> {
-        let token = |confidence: &f32| ProposedToken { token: TokenId(1), source, confidence: *confidence };
+        let token = |confidence: &f32| ProposedToken {
+            token: TokenId(1),
+            source,
+            confidence: *confidence,
+            second: None,
+        };
         confidences.iter().map(token).collect()
     }
 
@@ -175,8 +207,8 @@ mod tests {
         let mut table = AcceptanceTable::new();
         // Sure tokens are accepted first and second, unsure ones never.
         for _ in 0..200 {
-            table.observe(&proposal(Source::Draft, &[0.97, 0.97, 0.2]), 2);
-            table.observe(&proposal(Source::Draft, &[0.2]), 0);
+            table.observe(&proposal(Source::Draft, &[0.97, 0.97, 0.2]), 2, None);
+            table.observe(&proposal(Source::Draft, &[0.2]), 0, None);
         }
         let estimate =
             |position, confidence| table.estimate(position, &proposal(Source::Draft, &[confidence])[0]);
@@ -195,7 +227,7 @@ mod tests {
         let mut reject = |n: usize| {
             for _ in 0..n {
                 sequence.observe(&table, &bad, 0);
-                table.observe(&bad, 0);
+                table.observe(&bad, 0, None);
             }
             sequence.estimates(&table, &bad)[0]
         };
@@ -210,9 +242,9 @@ mod tests {
         let (mut good, mut poor) = (SequenceAcceptance::default(), SequenceAcceptance::default());
         for _ in 0..40 {
             good.observe(&table, &some, 1);
-            table.observe(&some, 1);
+            table.observe(&some, 1, None);
             poor.observe(&table, &some, 0);
-            table.observe(&some, 0);
+            table.observe(&some, 0, None);
         }
         let (general, good, poor) =
             (table.estimate(0, &some[0]), good.estimates(&table, &some)[0], poor.estimates(&table, &some)[0]);
@@ -223,9 +255,26 @@ mod tests {
     #[test]
     fn what_changes_is_noticed() {
         let (mut table, some) = (AcceptanceTable::new(), proposal(Source::Draft, &[0.5]));
-        (0..500).for_each(|_| table.observe(&some, 0));
-        (0..300).for_each(|_| table.observe(&some, 1));
+        (0..500).for_each(|_| table.observe(&some, 0, None));
+        (0..300).for_each(|_| table.observe(&some, 1, None));
         assert!(table.estimate(0, &some[0]) > 0.6);
+    }
+
+    #[test]
+    fn second_guesses_are_learnt_from_corrections() {
+        let mut table = AcceptanceTable::new();
+        let second = SecondGuess { token: TokenId(2), confidence: 0.2 };
+        let mut proposal = proposal(Source::Draft, &[0.6, 0.6]);
+        let first = table.estimate_second(0, &second);
+        assert!((0.05..0.2).contains(&first), "{first}");
+        proposal.iter_mut().for_each(|proposed| proposed.second = Some(second));
+        // At the first place it is what came instead, at the second one never.
+        for _ in 0..100 {
+            table.observe(&proposal, 0, Some(TokenId(2)));
+            table.observe(&proposal, 1, Some(TokenId(3)));
+        }
+        let (first, later) = (table.estimate_second(0, &second), table.estimate_second(1, &second));
+        assert!((0.4..0.55).contains(&first) && later < 0.1, "{first} {later}");
     }
 
     proptest! {
@@ -238,7 +287,7 @@ mod tests {
             for (source, confidences, n_accepted) in seen {
                 let proposal = proposal(Source::ALL[source], &confidences);
                 sequence.observe(&table, &proposal, n_accepted);
-                table.observe(&proposal, n_accepted);
+                table.observe(&proposal, n_accepted, None);
             }
             for source in Source::ALL {
                 let estimates = sequence.estimates(&table, &proposal(source, &[confidence; 20]));

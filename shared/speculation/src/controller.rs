@@ -121,6 +121,8 @@ pub struct StepLoad {
 pub struct Choice {
     /// Proposals of each sequence that enter, from the first on.
     pub n_proposed: Vec<usize>,
+    /// Second guesses that enter beside them.
+    pub n_branches: usize,
     /// Tokens expected, the plain ones included.
     pub expected_tokens: f64,
     /// Predicted time.
@@ -132,7 +134,7 @@ pub struct Choice {
 impl Choice {
     /// Proposed rows in the step.
     pub fn n_rows(&self) -> usize {
-        self.n_proposed.iter().sum()
+        self.n_proposed.iter().sum::<usize>() + self.n_branches
     }
 }
 
@@ -243,6 +245,11 @@ impl Controller {
         self.drafting.forgive(ms);
     }
 
+    /// What rows may still cost.
+    pub fn rows(&self) -> &Account {
+        &self.rows
+    }
+
     /// Opens the accounts, when it is known what a plain step takes.
     pub fn open(&mut self, plain_ms: f64) {
         self.rows.open(plain_ms);
@@ -278,7 +285,13 @@ impl Controller {
         let mut n_proposed = vec![0; acceptance.len()];
         let ranked = ranked(acceptance, best.n_rows);
         ranked.iter().for_each(|(_, sequence)| n_proposed[*sequence] += 1);
-        let mut choice = Choice { n_proposed, expected_tokens: best.tokens, predicted_ms: best.ms, plain_ms };
+        let mut choice = Choice {
+            n_proposed,
+            n_branches: 0,
+            expected_tokens: best.tokens,
+            predicted_ms: best.ms,
+            plain_ms,
+        };
         let has_offers = load.n_spare_rows > 0 && acceptance.iter().any(|offer| !offer.is_empty());
         // Where nobody can be asked yet, it is tried in the next step.
         let is_trying = !acceptance.is_empty() && std::mem::take(&mut self.is_trying);

@@ -135,7 +135,13 @@ fn a_hopeless_source_is_tried_ever_more_seldom_and_every_sequence_has_its_turn()
 fn predicted_and_actual_are_exported() {
     let cost = |n_rows: usize| 10.0 * n_rows as f64;
     let mut controller = Controller::new(rich());
-    let choice = Choice { n_proposed: vec![2], expected_tokens: 2.5, predicted_ms: 14.0, plain_ms: 10.0 };
+    let choice = Choice {
+        n_proposed: vec![2],
+        n_branches: 0,
+        expected_tokens: 2.5,
+        predicted_ms: 14.0,
+        plain_ms: 10.0,
+    };
     let _ = controller.choose(&[], load(1), &cost);
     controller.settle(&choice, &settled(&choice, 3, 6.0));
     let Forecast { n_steps, n_speculative, expected_tokens, tokens, predicted_ms, ms, plain_ms } =

@@ -14,6 +14,7 @@
 //! * [`step_times`] – how long a step takes, learnt from the steps that were measured
 //! * [`account`] – what speculation may lose
 //! * [`controller`] – how many proposals of which sequences enter the next step
+//! * [`branches`] – which second guesses enter beside them
 //! * [`turns`] – how many tokens a draft on the target's machine drafts before a step
 //! * [`breaker`] – leaves out a source that is late, dead or talks nonsense, until it is well again
 
@@ -22,6 +23,7 @@
 pub mod acceptance;
 pub mod account;
 pub mod alignment;
+pub mod branches;
 pub mod breaker;
 pub mod controller;
 mod key_costs;
@@ -35,12 +37,13 @@ pub mod turns;
 
 pub use acceptance::{AcceptanceTable, SequenceAcceptance};
 pub use account::{Account, AccountConfig};
+pub use branches::{BranchOffer, add_branches};
 pub use breaker::{Breaker, BreakerConfig, Fault};
 pub use controller::{Choice, Controller, ControllerConfig, Promise, StepCost, StepLoad};
 pub use load::Load;
 pub use newcomers::{Newcomers, Tried};
 pub use ngram::{NgramConfig, NgramProposer};
-pub use proposal::{ProposedToken, Source, SourceCounters};
+pub use proposal::{Guess, ProposedToken, Source, SourceCounters};
 pub use step_times::{Beside, Drafting, StepTimes};
 pub use suffix_automaton::SuffixAutomaton;
 pub use turns::Turn;

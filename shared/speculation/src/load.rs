@@ -1,6 +1,6 @@
 //! What a step has to do, as far as its time depends on it.
 
-use paceline_domain::StepPlan;
+use paceline_domain::{SequenceChunk, StepPlan};
 
 /// What a step has to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -25,11 +25,16 @@ impl Load {
         Self { n_rows, n_keys: n_rows * start_pos + n_rows * (n_rows + 1) / 2, n_reads }
     }
 
+    /// Rows of a chunk. Each branch reads the keys before it for itself.
+    pub fn of_chunk(chunk: &SequenceChunk) -> Self {
+        let rows = Self::rows(chunk.start_pos as usize, chunk.tokens.len());
+        let branches = chunk.branches.iter().map(|branch| Self::rows(chunk.position_of(branch) as usize, 1));
+        branches.fold(rows, Self::and)
+    }
+
     /// What a plan has to do.
     pub fn of(plan: &StepPlan) -> Self {
-        let chunks = plan.chunks.iter();
-        let loads = chunks.map(|chunk| Self::rows(chunk.start_pos as usize, chunk.tokens.len()));
-        loads.fold(Self::default(), Self::and)
+        plan.chunks.iter().map(Self::of_chunk).fold(Self::default(), Self::and)
     }
 
     /// With so many rows in the same chunks, that look at as many keys as these do.

@@ -123,6 +123,7 @@ impl NgramProposer {
             token: *token,
             source: Source::Ngram,
             confidence: alignment.confidence(n_ahead),
+            second: None,
         };
         rest.iter().enumerate().map(proposed)
     }
@@ -145,7 +146,7 @@ impl NgramProposer {
             let confidence = confidence(context, next, found.len + i);
             context = next;
             proposed.push(token);
-            ProposedToken { token, source: Source::Ngram, confidence }
+            ProposedToken { token, source: Source::Ngram, confidence, second: None }
         })
     }
 }

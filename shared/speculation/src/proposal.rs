@@ -1,6 +1,6 @@
 //! Proposed tokens, where they come from, and what became of them. It makes none.
 
-use paceline_domain::TokenId;
+use paceline_domain::{SecondGuess, TokenId};
 
 /// Positions of a proposal that are counted apart; later ones count as the last.
 pub const MAX_POSITIONS: usize = 16;
@@ -41,6 +41,23 @@ pub struct ProposedToken {
     pub source: Source,
     /// How sure the source is, 0 to 1. Not calibrated.
     pub confidence: f32,
+    /// What it would say instead.
+    pub second: Option<SecondGuess>,
+}
+
+/// What a step is to verify at one place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Guess {
+    /// The proposed token.
+    pub token: TokenId,
+    /// Another one, which gets a row of its own: a branch.
+    pub second: Option<TokenId>,
+}
+
+impl From<TokenId> for Guess {
+    fn from(token: TokenId) -> Self {
+        Self { token, second: None }
+    }
 }
 
 /// What became of a source's proposals, counted as other engines do.
@@ -56,6 +73,10 @@ pub struct SourceCounters {
     pub accepted_tokens: u64,
     /// The same by position in the proposal.
     pub accepted_per_position: [u64; MAX_POSITIONS],
+    /// Second guesses that were verified beside them.
+    pub branches: u64,
+    /// Those of them that were sampled.
+    pub accepted_branches: u64,
 }
 
 impl SourceCounters {
@@ -74,6 +95,12 @@ impl SourceCounters {
         self.drafts += u64::from(self.draft_tokens > n_before);
     }
 
+    /// Counts second guesses that were verified together, and whether one of them was right.
+    pub fn add_branches(&mut self, n_branches: usize, took_branch: bool) {
+        self.branches += n_branches as u64;
+        self.accepted_branches += u64::from(took_branch);
+    }
+
     /// Accepted of proposed tokens, 0 to 1; 0 when there were none.
     pub fn acceptance(&self) -> f64 {
         if self.draft_tokens == 0 { 0.0 } else { self.accepted_tokens as f64 / self.draft_tokens as f64 }
@@ -86,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_mixed_proposal_is_counted_by_source_and_position() {
-        let proposed = |source| ProposedToken { token: TokenId(1), source, confidence: 0.5 };
+        let proposed = |source| ProposedToken { token: TokenId(1), source, confidence: 0.5, second: None };
         let proposal = [proposed(Source::Draft), proposed(Source::Draft), proposed(Source::Ngram)];
         let mut counters = [SourceCounters::default(); 2];
         for source in Source::ALL {
@@ -100,6 +127,10 @@ mod tests {
         assert_eq!((ngram.drafts, ngram.draft_tokens, ngram.accepted_tokens), (2, 2, 1));
         assert_eq!(ngram.accepted_per_position[..3], [0, 0, 1]);
         assert_eq!(draft.acceptance(), 0.75);
+        let mut branched = draft;
+        branched.add_branches(3, true);
+        branched.add_branches(2, false);
+        assert_eq!((branched.branches, branched.accepted_branches, branched.acceptance()), (5, 1, 0.75));
         assert_eq!(SourceCounters::default().acceptance(), 0.0);
     }
 }

@@ -160,6 +160,11 @@ impl StepTimes {
         self.draw();
     }
 
+    /// Milliseconds of reading so many keys once more.
+    pub fn read_ms(&self, n_keys: usize) -> f64 {
+        self.key_costs.ms(0.0, n_keys as f64)
+    }
+
     /// Milliseconds that a further row takes in a step of many rows, as those are that read prompts; `None` where none was
     /// measured.
     pub fn row_of_many_ms(&self) -> Option<f64> {

@@ -53,7 +53,12 @@ fn run(
     let load = StepLoad { n_rows: n_sequences, n_tokens: n_sequences, n_spare_rows: 256 };
     let mut total = Run { ms: 0.0, plain_ms: 0.0 };
     for step in 0..n_steps {
-        let token = ProposedToken { token: TokenId(0), source: Source::Draft, confidence: confidence(step) };
+        let token = ProposedToken {
+            token: TokenId(0),
+            source: Source::Draft,
+            confidence: confidence(step),
+            second: None,
+        };
         let proposal = [token; N_OFFERED];
         let estimates: Vec<_> =
             sequences.iter().map(|sequence| sequence.estimates(&table, &proposal)).collect();
@@ -66,7 +71,7 @@ fn run(
             let n_accepted = accepted(step, i, *n).min(*n);
             n_tokens += 1 + n_accepted;
             sequences[i].observe(&table, &proposal[..*n], n_accepted);
-            table.observe(&proposal[..*n], n_accepted);
+            table.observe(&proposal[..*n], n_accepted, None);
         }
         let n_rows = n_sequences + choice.n_rows();
         let ms = true_ms(n_rows, share);

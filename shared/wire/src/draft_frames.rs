@@ -2,7 +2,8 @@
 //! the others of its frame: one bad session must not end all.
 
 use paceline_domain::{
-    DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, DraftOpen, DraftProposal, TokenId,
+    DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, DraftOpen, DraftProposal, SecondGuess,
+    TokenId,
 };
 
 use crate::{ProtocolError, draft};
@@ -157,6 +158,8 @@ impl From<&DraftProposal> for draft::Proposal {
             tokens: tokens(&proposal.tokens),
             confidence: proposal.confidence.clone(),
             compute_us: proposal.compute_us,
+            second_tokens: proposal.seconds.iter().map(|second| second.token.0).collect(),
+            second_confidence: proposal.seconds.iter().map(|second| second.confidence).collect(),
         }
     }
 }
@@ -172,9 +175,19 @@ impl TryFrom<draft::Proposal> for DraftProposal {
                 "session {session}: {n_tokens} tokens are proposed with {n_confidences} confidences"
             )));
         }
-        if let Some(confidence) = proposal.confidence.iter().find(|value| !(0.0..=1.0).contains(*value)) {
+        let (n_seconds, n_confidences) = (proposal.second_tokens.len(), proposal.second_confidence.len());
+        if n_seconds != n_confidences || (n_seconds > 0 && n_seconds != n_tokens) {
+            return Err(ProtocolError(format!(
+                "session {session}: {n_tokens} tokens are proposed with {n_seconds} second guesses and {n_confidences} \
+                 confidences of these"
+            )));
+        }
+        let mut confidences = proposal.confidence.iter().chain(&proposal.second_confidence);
+        if let Some(confidence) = confidences.find(|value| !(0.0..=1.0).contains(*value)) {
             return Err(ProtocolError(format!("session {session}: a confidence of {confidence}")));
         }
+        let seconds = proposal.second_tokens.into_iter().zip(proposal.second_confidence);
+        let second = |(token, confidence)| SecondGuess { token: TokenId(token), confidence };
         Ok(Self {
             session,
             generation: proposal.generation,
@@ -182,6 +195,7 @@ impl TryFrom<draft::Proposal> for DraftProposal {
             start_pos: proposal.start_pos,
             tokens: token_ids(proposal.tokens),
             confidence: proposal.confidence,
+            seconds: seconds.map(second).collect(),
             compute_us: proposal.compute_us,
         })
     }
@@ -233,6 +247,7 @@ mod tests {
             start_pos: 7,
             tokens: vec![TokenId(9)],
             confidence: vec![0.5],
+            seconds: vec![SecondGuess { token: TokenId(4), confidence: 0.25 }],
             compute_us: 1_500,
         }
     }
@@ -267,14 +282,16 @@ mod tests {
         let named: Vec<_> = malformed.iter().map(|one| (one.session, one.generation)).collect();
         assert_eq!(named, [(1, 2), (2, 2), (3, 2)]);
 
-        let answer = DraftAnswer { proposals: (1..=4).map(proposal).collect(), nacks: vec![] };
+        let answer = DraftAnswer { proposals: (1..=6).map(proposal).collect(), nacks: vec![] };
         let mut frame = draft::ProposalFrame::from(&answer);
         frame.proposals[0].confidence[0] = f32::NAN;
         frame.proposals[1].confidence.clear();
         frame.proposals[2].tokens.clear();
         frame.proposals[2].confidence.clear();
+        frame.proposals[3].second_confidence[0] = 1.5;
+        frame.proposals[4].second_tokens.push(3);
         let (understood, malformed) = super::answer(frame);
-        assert_eq!(understood.proposals, [proposal(4)]);
-        assert_eq!(malformed.len(), 3);
+        assert_eq!(understood.proposals, [proposal(6)]);
+        assert_eq!(malformed.len(), 5);
     }
 }

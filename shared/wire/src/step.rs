@@ -1,9 +1,9 @@
 //! Step plans and results between protobuf and the domain. Shape is checked here; meaning is the shard's matter.
 
 use paceline_domain::{
-    BlockCopy, BlockId, Epoch, HeldBack, SampledToken, SamplingParams, ScoredToken, Scoring, SequenceChunk,
-    SequenceId, SequenceOpen, SequenceSamples, SequenceScores, StepNumber, StepPlan, StepResult, StepTimings,
-    TokenId, TokenLogprob,
+    BlockCopy, BlockId, Branch, Epoch, HeldBack, SampledToken, SamplingParams, ScoredToken, Scoring,
+    SequenceChunk, SequenceId, SequenceOpen, SequenceSamples, SequenceScores, StepNumber, StepPlan,
+    StepResult, StepTimings, TokenId, TokenLogprob,
 };
 
 use crate::{ProtocolError, shard};
@@ -113,8 +113,14 @@ impl From<&SequenceChunk> for shard::SequenceChunk {
             n_sampled: chunk.n_sampled,
             runs_ahead: chunk.runs_ahead,
             scoring: scoring(&chunk.scoring),
+            branches: chunk.branches.iter().map(branch).collect(),
         }
     }
+}
+
+fn branch(branch: &Branch) -> shard::Branch {
+    let Branch { after, token, block } = *branch;
+    shard::Branch { after, token: token.0, block: block.0 }
 }
 
 fn scoring(scoring: &Scoring) -> Option<shard::Scoring> {
@@ -149,6 +155,21 @@ impl TryFrom<shard::SequenceChunk> for SequenceChunk {
                 n_tokens - n_sampled
             )));
         }
+        if let Some(branch) =
+            chunk.branches.iter().find(|branch| branch.after >= chunk.n_sampled.saturating_sub(1))
+        {
+            return Err(ProtocolError(format!(
+                "sequence {}: a branch after {} proposals of {}",
+                chunk.sequence,
+                branch.after,
+                n_sampled.saturating_sub(1)
+            )));
+        }
+        let branch = |branch: shard::Branch| Branch {
+            after: branch.after,
+            token: TokenId(branch.token),
+            block: BlockId(branch.block),
+        };
         Ok(Self {
             sequence: SequenceId(chunk.sequence),
             start_pos: chunk.start_pos,
@@ -158,6 +179,7 @@ impl TryFrom<shard::SequenceChunk> for SequenceChunk {
             n_sampled: chunk.n_sampled,
             runs_ahead: chunk.runs_ahead,
             scoring,
+            branches: chunk.branches.into_iter().map(branch).collect(),
         })
     }
 }
@@ -328,6 +350,7 @@ mod tests {
                 n_sampled: 1,
                 runs_ahead: false,
                 scoring: Scoring { tokens: vec![TokenId(7)], n_top: 2 },
+                branches: Vec::new(),
             }],
         }
     }
@@ -339,6 +362,14 @@ mod tests {
         (ahead.chunks[0].tokens, ahead.chunks[0].runs_ahead) = (vec![UNKNOWN_TOKEN], true);
         ahead.chunks[0].scoring = Scoring::default();
         assert_eq!(StepPlan::try_from(shard::Plan::from(&ahead)), Ok(ahead));
+        let mut verifying = plan();
+        let branch = |after| Branch { after, token: TokenId(3), block: BlockId(11) };
+        let chunk = &mut verifying.chunks[0];
+        (chunk.n_sampled, chunk.scoring, chunk.branches) = (2, Scoring::default(), vec![branch(0)]);
+        assert_eq!(StepPlan::try_from(shard::Plan::from(&verifying)), Ok(verifying.clone()));
+        verifying.chunks[0].branches.push(branch(1));
+        let error = StepPlan::try_from(shard::Plan::from(&verifying)).expect_err("there is one proposal");
+        assert!(error.0.contains("a branch after 1 proposals of 1"), "{error}");
     }
 
     #[test]

@@ -25,7 +25,7 @@ const CHUNK: usize = 64;
 const N_POSITIONS: usize = 2_048;
 
 /// Answers each prompt greedily, then asks the draft at each token of the answer what comes next. One JSON object a line for
-/// each variant and class: tokens, and the share of them that the draft foresees.
+/// each variant and class: tokens, the share of them that the draft foresees, and that of its second guesses.
 #[derive(Parser)]
 struct Cli {
     /// Model file
@@ -94,25 +94,29 @@ fn main() -> anyhow::Result<()> {
     let checkpoint = open(&cli.draft)?;
     for variant in &cli.variants {
         let mut draft = Model::load(&checkpoint, *variant)?;
-        let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        let mut counts: BTreeMap<&str, (usize, usize, usize)> = BTreeMap::new();
         for answer in &answers {
             let expected = draft.expected_after_each(&answer.tokens)?;
             let own = answer.n_prompt - 1..answer.tokens.len() - 1;
-            let n_foreseen = own.clone().filter(|i| expected[*i] == answer.tokens[i + 1]).count();
+            let guessed =
+                |guess: usize| own.clone().filter(|i| expected[*i][guess] == answer.tokens[i + 1]).count();
+            let [first, second] = [guessed(0), guessed(1)];
             for class in [answer.class.as_str(), "all"] {
-                let (foreseen, all) = counts.entry(class).or_default();
-                *foreseen += n_foreseen;
+                let (firsts, seconds, all) = counts.entry(class).or_default();
+                *firsts += first;
+                *seconds += second;
                 *all += own.len();
             }
         }
-        for (class, (n_foreseen, n_tokens)) in counts {
-            let share = (1e4 * n_foreseen as f64 / n_tokens as f64).round() / 1e4;
+        for (class, (n_firsts, n_seconds, n_tokens)) in counts {
+            let share = |n: usize| (1e4 * n as f64 / n_tokens as f64).round() / 1e4;
             let quantize = variant.quantize.map(Quantization::name);
             let (vocabulary, weight_bytes) = (draft.head.len(), draft.decoder.memory_bytes().0);
             println!(
                 "{}",
                 json!({ "class": class, "vocabulary": vocabulary, "quantize": quantize,
-                    "weight_bytes": weight_bytes, "tokens": n_tokens, "foreseen": share })
+                    "weight_bytes": weight_bytes, "tokens": n_tokens, "foreseen": share(n_firsts),
+                    "second_guesses": share(n_seconds) })
             );
         }
     }
@@ -138,12 +142,16 @@ fn answers(cli: &Cli) -> anyhow::Result<Vec<Answer>> {
         let prompt = template.render(&[message], AddGenerationPrompt::Yes)?;
         let mut tokens = tokenizer.encode_prompt(&prompt, SpecialTokens::Parse)?;
         let n_prompt = tokens.len();
-        let mut next = model.run(&tokens, 0)?.pop();
+        let mut next = model.run(&tokens, 0)?.pop().map(|[first, _]| first);
         while let Some(token) = next {
             tokens.push(token);
             let is_last =
                 tokenizer.eos_tokens().contains(&token) || tokens.len() == n_prompt + cli.max_tokens;
-            next = if is_last { None } else { model.run(&[token], tokens.len() - 1)?.pop() };
+            next = if is_last {
+                None
+            } else {
+                model.run(&[token], tokens.len() - 1)?.pop().map(|[first, _]| first)
+            };
         }
         answers.push(Answer { class, tokens, n_prompt });
     }
@@ -178,13 +186,13 @@ impl Model {
         Ok(Self { decoder, head, blocks: (0..n_kv_blocks as u32).map(BlockId).collect() })
     }
 
-    /// The likeliest token after each of a whole sequence.
-    fn expected_after_each(&mut self, tokens: &[TokenId]) -> anyhow::Result<Vec<TokenId>> {
+    /// The two likeliest tokens after each of a whole sequence.
+    fn expected_after_each(&mut self, tokens: &[TokenId]) -> anyhow::Result<Vec<[TokenId; 2]>> {
         self.run(tokens, 0)
     }
 
-    /// Goes on with the sequence from a position; the likeliest token after each of these.
-    fn run(&mut self, tokens: &[TokenId], start: usize) -> anyhow::Result<Vec<TokenId>> {
+    /// Goes on with the sequence from a position; the two likeliest tokens after each of these.
+    fn run(&mut self, tokens: &[TokenId], start: usize) -> anyhow::Result<Vec<[TokenId; 2]>> {
         ensure!(start + tokens.len() <= N_POSITIONS, "a sequence is longer than {N_POSITIONS} tokens");
         let mut expected = Vec::new();
         for (chunk, tokens) in tokens.chunks(CHUNK).enumerate() {
@@ -197,13 +205,18 @@ impl Model {
                 sequence_of_row: &vec![0; tokens.len()],
                 block_tables: &[&self.blocks],
                 output_rows: &output_rows,
+                copies: &[],
             };
             let mut logits = self.decoder.forward(&batch, &mut Solo::new())?;
             for row in 0..tokens.len() {
                 let row = logits.row(row)?;
-                let best =
-                    (0..row.len()).reduce(|best, next| if row[next] > row[best] { next } else { best });
-                expected.push(self.head.token(best.context("a head without tokens")?));
+                let best = |but: Option<usize>| {
+                    let others = (0..row.len()).filter(|column| Some(*column) != but);
+                    others.reduce(|best, next| if row[next] > row[best] { next } else { best })
+                };
+                let first = best(None).context("a head without tokens")?;
+                let second = best(Some(first)).context("a head of one token")?;
+                expected.push([first, second].map(|column| self.head.token(column)));
             }
         }
         Ok(expected)

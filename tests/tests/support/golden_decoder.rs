@@ -64,6 +64,7 @@ impl GoldenDecoder {
                 sequence_of_row: &vec![0; tokens.len()],
                 block_tables: &[table],
                 output_rows: &output_rows,
+                copies: &[],
             };
             let mut logits = self.decoder.forward(&batch, collective).expect("a forward pass");
             for row in 0..logits.n_rows() {
@@ -89,6 +90,7 @@ impl GoldenDecoder {
             sequence_of_row: &sequence_of_row,
             block_tables: &tables,
             output_rows: &output_rows,
+            copies: &[],
         };
         let mut logits = self.decoder.forward(&batch, &mut Solo::new()).expect("a forward pass");
         for row in 0..logits.n_rows() {

@@ -184,7 +184,8 @@ impl Drafter {
         let Some(costs) = self.costs(open, times).filter(|_| n_awaited > 0 && is_paying) else {
             return Duration::ZERO;
         };
-        let typical = ProposedToken { token: TokenId(0), source: Source::Draft, confidence: 0.8 };
+        let typical =
+            ProposedToken { token: TokenId(0), source: Source::Draft, confidence: 0.8, second: None };
         let gain = n_awaited as f64 * self.table.estimate(0, &typical);
         let plain_rate = n as f64 / costs.plain_ms();
         let rate = (n as f64 + gain) / (costs.step_ms(n + n_awaited) + latency_ms);

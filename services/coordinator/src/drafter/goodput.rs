@@ -2,7 +2,8 @@
 //! Pure.
 
 use paceline_speculation::{
-    Beside, Choice, Controller, ControllerConfig, Drafting, Load, Promise, StepCost, StepLoad, StepTimes,
+    Beside, BranchOffer, Choice, Controller, ControllerConfig, Drafting, Load, Promise, StepCost, StepLoad,
+    StepTimes, add_branches,
     controller::{Settlement, promise},
 };
 
@@ -184,12 +185,25 @@ impl Goodput {
         self.controller.choose(acceptance, load, costs)
     }
 
+    /// As [`add_branches`], within what rows may cost; so long was waited for the proposals.
+    pub fn add_branches(
+        &self,
+        choice: &mut Choice,
+        offers: Vec<BranchOffer>,
+        load: StepLoad,
+        (waited_ms, costs): (f64, &Costs<'_>),
+    ) -> Vec<BranchOffer> {
+        let most_ms = self.controller.rows().balance_ms();
+        add_branches(choice, offers, load, (waited_ms, most_ms), costs)
+    }
+
     /// Takes in what a step has cost or saved.
     pub fn step_done(&mut self, choice: Option<&Choice>, done: &Done, times: &StepTimes) {
         self.measure(done);
         let Some(all_ms) = times.predict(done.load) else { return };
         let plain = Choice {
             n_proposed: Vec::new(),
+            n_branches: 0,
             expected_tokens: done.n_plain_tokens as f64,
             predicted_ms: all_ms,
             plain_ms: all_ms,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
-use paceline_domain::SequenceId;
+use paceline_domain::{SequenceId, TokenId};
 use paceline_speculation::{Drafting, Source, SourceCounters, controller::Forecast};
 use tonic::transport::Uri;
 
@@ -57,6 +57,12 @@ pub struct Outcome {
     pub n_proposed: usize,
     /// Those of them, from the first on, that were accepted.
     pub n_accepted: usize,
+    /// What came in place of the next one, if there was one.
+    pub correction: Option<TokenId>,
+    /// Second guesses that were verified beside them, and whether one of them was the correction.
+    pub n_branches: usize,
+    /// See `n_branches`.
+    pub took_branch: bool,
 }
 
 /// Plain counters, for metrics: all grow only, but for the two that say so.

@@ -153,6 +153,9 @@ impl Remote {
         if let Some(token) = proposal.tokens.iter().find(|token| token.0 >= n_vocab) {
             return Err(Nonsense(format!("token {token} of a vocabulary of {n_vocab}")));
         }
+        if let Some(second) = proposal.seconds.iter().find(|second| second.token.0 >= n_vocab) {
+            return Err(Nonsense(format!("second guess {} of a vocabulary of {n_vocab}", second.token)));
+        }
         if proposal.tokens.len() > MAX_BUFFERED {
             return Err(Nonsense(format!("{} tokens at once", proposal.tokens.len())));
         }
@@ -176,12 +179,13 @@ impl Remote {
             return Ok(());
         }
         self.buffer.truncate(start.saturating_sub(n_committed));
-        let new = proposal.tokens.iter().zip(&proposal.confidence).skip(n_old);
+        let new = proposal.tokens.iter().zip(&proposal.confidence).enumerate().skip(n_old);
         let room = MAX_BUFFERED - self.buffer.len();
-        self.buffer.extend(new.take(room).map(|(token, confidence)| ProposedToken {
+        self.buffer.extend(new.take(room).map(|(i, (token, confidence))| ProposedToken {
             token: *token,
             source: Source::Draft,
             confidence: *confidence,
+            second: proposal.seconds.get(i).copied().filter(|second| second.token != *token),
         }));
         if !self.buffer.is_empty() {
             self.waiting = None;
@@ -280,7 +284,16 @@ mod tests {
     fn proposal(epoch: u32, start_pos: u32, tokens: &[u32]) -> DraftProposal {
         let confidence = vec![0.5; tokens.len()];
         let tokens = ids(tokens);
-        DraftProposal { session: 7, generation: 1, epoch, start_pos, tokens, confidence, compute_us: 0 }
+        DraftProposal {
+            session: 7,
+            generation: 1,
+            epoch,
+            start_pos,
+            tokens,
+            confidence,
+            seconds: Vec::new(),
+            compute_us: 0,
+        }
     }
 
     fn tell(remote: &mut Remote, tokens: &[TokenId], budget: u32) -> DraftControl {

@@ -199,6 +199,11 @@ impl Sequence {
         self.remote.committed(tokens);
     }
 
+    /// A proposal was verified with so many branches beside it; whether one of them was right.
+    pub fn branched(&mut self, n_branches: usize, took_branch: bool) {
+        self.counters[Source::Draft.idx()].add_branches(n_branches, took_branch);
+    }
+
     /// Takes in what became of a proposal.
     pub fn verified(&mut self, table: &AcceptanceTable, proposal: &[ProposedToken], n_accepted: usize) {
         self.acceptance.observe(table, proposal, n_accepted);
@@ -224,7 +229,12 @@ impl Sequence {
             return Vec::new();
         }
         let n = MOST_IN_TURN.min(self.options.max_tokens).min(self.n_left().saturating_sub(1));
-        let typical = ProposedToken { token: TokenId(0), source: Source::Draft, confidence: self.confidence };
+        let typical = ProposedToken {
+            token: TokenId(0),
+            source: Source::Draft,
+            confidence: self.confidence,
+            second: None,
+        };
         let estimates = self.acceptance.estimates(table, &vec![typical; n]);
         newcomers.applied(estimates, table.estimate(0, &typical), self.tried)
     }

@@ -15,6 +15,7 @@ use paceline_domain::{
     SpeculationOptions, StepPlan, StepResult, StepTimings, TokenId,
 };
 use paceline_draft::{
+    choice::Drafted,
     planner::{Chunk, PassLimits, plan},
     sessions::{Limits as SessionLimits, Sessions, StreamId},
 };
@@ -204,7 +205,7 @@ async fn draft_service(
             if chunk.is_last {
                 let history = sessions.get(chunk.key).expect("it is live").history().tokens();
                 let (token, confidence) = drafted(&truth, chunk.key.1, history);
-                sessions.drafted(chunk.key, token, confidence);
+                sessions.drafted(chunk.key, Drafted { token, confidence, second: None });
             }
         }
         for (_, answer) in sessions.take_answers() {
@@ -386,6 +387,9 @@ impl World {
             sequence: verified.sequence,
             n_proposed: verified.n_proposed,
             n_accepted: verified.n_accepted,
+            correction: verified.correction,
+            n_branches: verified.n_branches,
+            took_branch: verified.took_branch,
         };
         let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
         let (n_tokens, drafting) = (applied.commits.len(), applied.drafting);

@@ -76,6 +76,7 @@ impl Engine {
         if group.copies_blocks() {
             self.scheduler.copy_blocks();
         }
+        self.drafter.set_branches(group.copies_blocks());
         self.member.tell(GroupStatus::Ready {
             n_ranks: group.n_ranks(),
             n_kv_blocks,

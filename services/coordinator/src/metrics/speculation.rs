@@ -28,6 +28,8 @@ struct Proposals {
     accepted_tokens: IntCounter,
     draft_tokens_per_pos: Vec<IntCounter>,
     accepted_tokens_per_pos: Vec<IntCounter>,
+    branches: IntCounter,
+    accepted_branches: IntCounter,
 }
 
 /// What was predicted of steps and what came.
@@ -64,6 +66,12 @@ impl Speculation {
             "paceline_speculation_accepted_tokens_total",
             "Tokens of proposals that were accepted, without the free one after them",
         )?;
+        let branches = by_source(
+            "paceline_speculation_branches_total",
+            "Second guesses that were verified beside tokens of proposals",
+        )?;
+        let accepted_branches =
+            by_source("paceline_speculation_accepted_branches_total", "Second guesses that were right")?;
         let by_position = |(name, help): (&str, &str)| {
             new.add(IntCounterVec::new(new.opts(name, help), &["source", "position"])?)
         };
@@ -82,6 +90,8 @@ impl Speculation {
                 accepted_tokens: of(&accepted_tokens),
                 draft_tokens_per_pos: positions(&drafted),
                 accepted_tokens_per_pos: positions(&accepted),
+                branches: of(&branches),
+                accepted_branches: of(&accepted_branches),
             }
         });
         Ok(Self { sources, forecast: Forecast::new(new)?, service: Service::new(new)? })
@@ -100,6 +110,8 @@ impl Proposals {
         raise(&self.drafts, counters.drafts);
         raise(&self.draft_tokens, counters.draft_tokens);
         raise(&self.accepted_tokens, counters.accepted_tokens);
+        raise(&self.branches, counters.branches);
+        raise(&self.accepted_branches, counters.accepted_branches);
         let all = |positions: &[IntCounter], to: &[u64]| {
             positions.iter().zip(to).for_each(|(counter, to)| raise(counter, *to));
         };

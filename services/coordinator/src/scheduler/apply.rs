@@ -1,6 +1,8 @@
 //! What a step's result changes: tokens are committed, full blocks of them become known to the prefix cache.
 
-use paceline_domain::{SampledToken, ScoredToken, SequenceId, SequenceSamples, StepNumber, StepResult};
+use paceline_domain::{
+    SampledToken, ScoredToken, SequenceId, SequenceSamples, StepNumber, StepResult, TokenId,
+};
 use paceline_speculation::Drafting;
 
 use super::{
@@ -26,6 +28,12 @@ pub struct Verified {
     pub n_proposed: usize,
     /// Those of them, from the first on, that were sampled.
     pub n_accepted: usize,
+    /// What was sampled in place of the next one, if there was one.
+    pub correction: Option<TokenId>,
+    /// Second guesses that were verified beside them, and whether one of them was the correction.
+    pub n_branches: usize,
+    /// See `n_branches`.
+    pub took_branch: bool,
 }
 
 /// Log probabilities of tokens of a prompt. Those of one sequence come in order, each once.
@@ -70,8 +78,8 @@ pub struct ResultMismatch {
 
 impl Scheduler {
     /// Takes rank 0's answer to the oldest plan in flight. Of a chunk that samples several tokens it takes as many as
-    /// there are: the proposals that were sampled and one more. Tokens of sequences that were finished meanwhile are
-    /// dropped.
+    /// there are: the proposals that were sampled and one more, or two where the first of these is a branch. Tokens of
+    /// sequences that were finished meanwhile are dropped.
     ///
     /// # Errors
     /// When it is not the answer to that plan.
@@ -125,12 +133,24 @@ impl Scheduler {
         }
         // It may have lost its place, and even have another one, since the plan was made; its tokens are good.
         let has_kept_place = sequence.opened_at.is_some_and(|opened| opened <= step);
-        if has_kept_place {
-            sequence.n_computed = n_before + sampled.len();
+        let n_accepted = asked.n_accepted(&sampled);
+        if has_kept_place && asked.n_sampled > 0 {
+            // The key and value of a branch are in a block that is nobody's.
+            sequence.n_computed = n_before + n_accepted + 1;
+        } else if has_kept_place {
+            sequence.n_computed = n_before;
         }
         if asked.n_sampled > 1 {
-            let (n_proposed, n_accepted) = (asked.n_sampled - 1, sampled.len() - 1);
-            applied.verified.push(Verified { sequence: id, n_proposed, n_accepted });
+            let n_proposed = asked.n_sampled - 1;
+            let correction = (n_accepted < n_proposed).then(|| sampled[n_accepted].token);
+            applied.verified.push(Verified {
+                sequence: id,
+                n_proposed,
+                n_accepted,
+                correction,
+                n_branches: asked.branches.len(),
+                took_branch: sampled.len() > n_accepted + 1,
+            });
             if has_kept_place {
                 sequence.is_verifying = false;
                 sequence.n_planned = sequence.n_computed;
@@ -150,7 +170,7 @@ impl Scheduler {
 }
 
 /// Whether the result answers the plan: the same step, for each chunk with sampled rows the proposals that were
-/// sampled and at most one more, and the scores that were asked for.
+/// sampled and what follows them, and the scores that were asked for.
 fn check(plan: &InFlight, result: &StepResult) -> Result<(), ResultMismatch> {
     let sampling = || plan.asked.iter().filter(|asked| asked.n_sampled > 0);
     let is_answer = (plan.epoch, plan.step) == (result.epoch, result.step)
@@ -185,10 +205,23 @@ fn n_scores(plan: &InFlight, result: &StepResult) -> (ScoreCounts, ScoreCounts) 
     (wanted.filter(|(_, n)| *n > 0).collect(), found.collect())
 }
 
+/// After the proposals that were sampled comes one more token; if that is a branch's, another one.
 fn answers(asked: &Asked, samples: &SequenceSamples) -> bool {
-    let Some((_, accepted)) = samples.tokens.split_last() else { return false };
-    let proposals = &asked.proposals;
-    samples.sequence == asked.sequence
-        && accepted.len() <= proposals.len()
-        && accepted.iter().zip(proposals).all(|(sampled, proposed)| sampled.token == *proposed)
+    let n_accepted = asked.n_accepted(&samples.tokens);
+    let is_branch = |token: &SampledToken| {
+        asked.branches.iter().any(|branch| (branch.after as usize, branch.token) == (n_accepted, token.token))
+    };
+    let n_last = match samples.tokens.get(n_accepted) {
+        Some(token) => 1 + usize::from(is_branch(token)),
+        None => return false,
+    };
+    samples.sequence == asked.sequence && samples.tokens.len() == n_accepted + n_last
+}
+
+impl Asked {
+    /// Proposals, from the first on, that were sampled; one more token at least comes after them.
+    fn n_accepted(&self, sampled: &[SampledToken]) -> usize {
+        let pairs = sampled.iter().zip(&self.proposals).take(sampled.len().saturating_sub(1));
+        pairs.take_while(|(sampled, proposed)| sampled.token == **proposed).count()
+    }
 }

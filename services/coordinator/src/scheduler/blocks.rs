@@ -26,7 +26,7 @@ impl Scheduler {
 
     /// As many of `n` positions after the next one as a sequence can have blocks for without taking anybody's.
     pub(super) fn grow_if_free(&mut self, id: SequenceId, n: usize) -> usize {
-        let n_next = self.sequences[&id].n_planned + 1;
+        let n_next = self.sequences[&id].n_next();
         let n_missing = blocks_for(n_next + n).saturating_sub(self.sequences[&id].blocks.len());
         let more = self.ledger.take(n_missing.min(self.ledger.n_free())).unwrap_or_default();
         let blocks = &mut self.sequence(id).blocks;

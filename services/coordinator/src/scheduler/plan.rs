@@ -1,7 +1,9 @@
 //! One step: decode rows first, then proposals to verify, then prompts, within one budget of rows.
 
-use paceline_domain::{Epoch, SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepPlan, TokenId};
-use paceline_speculation::{Drafting, Load};
+use paceline_domain::{
+    BlockId, Branch, Epoch, SequenceChunk, SequenceId, SequenceOpen, StepNumber, StepPlan, TokenId,
+};
+use paceline_speculation::{Drafting, Guess, Load};
 
 use super::{
     MAX_STEPS_IN_FLIGHT, Scheduler,
@@ -35,6 +37,7 @@ pub(super) struct Asked {
     pub(super) n_scored: usize,
     /// What it verifies.
     pub(super) proposals: Vec<TokenId>,
+    pub(super) branches: Vec<Branch>,
 }
 
 /// A step while it is put together.
@@ -45,6 +48,8 @@ struct Draft {
     load: Load,
     /// Rows whose logits are wanted.
     n_output_rows: usize,
+    /// Blocks of branches, which are needed for this step only.
+    lent: Vec<BlockId>,
 }
 
 impl Scheduler {
@@ -57,6 +62,8 @@ impl Scheduler {
         let mut draft = Draft::default();
         self.add_decodes(&mut draft);
         self.add_prompts(&mut draft);
+        // Plans run in order, so whoever takes them next writes them later.
+        self.ledger.give_back(&draft.lent);
         let only_closes = draft.chunks.is_empty();
         if only_closes && (self.closes.is_empty() || !self.in_flight.is_empty()) {
             return None;
@@ -105,35 +112,67 @@ impl Scheduler {
         let mut has_prompts = false;
         for id in self.running.clone() {
             let sequence = &self.sequences[&id];
-            let (next, n_planned) = (sequence.next(), sequence.n_planned);
+            let (decodes, n_next) = (sequence.decodes(), sequence.n_next());
             has_prompts |= sequence.reads_prompt();
-            let decodes = matches!(next, Next::Known(1) | Next::Ahead);
-            if decodes && sequence.has_place() && self.grow(id, n_planned + 1) {
+            if decodes && sequence.has_place() && self.grow(id, n_next) {
                 decoding.push(id);
             }
         }
         let n_reserved = decoding.len() + if has_prompts { ROWS_FOR_PROMPTS } else { 0 };
-        let n_rows_left = (self.limits.max_rows as usize).saturating_sub(n_reserved);
+        let mut n_rows_left = (self.limits.max_rows as usize).saturating_sub(n_reserved);
         // Each running sequence may have one sampled row anyway; who reads log probabilities off its prompt needs more.
         let mut n_sampled_left = self.limits.max_sampled_rows as usize - self.running.len();
         if self.running.iter().any(|id| self.sequences[id].is_scoring()) {
             n_sampled_left /= 2;
         }
-        let mut n_left = n_rows_left.min(n_sampled_left);
         for id in decoding {
-            let mut proposals = std::mem::take(&mut self.sequence(id).proposals);
-            proposals.truncate(n_left);
-            if !proposals.is_empty() {
-                proposals.truncate(self.grow_if_free(id, proposals.len()));
-            }
-            n_left -= proposals.len();
             let open = self.open(id);
-            let chunk = match proposals.as_slice() {
-                [] => self.sequence(id).chunk(id, 1),
-                proposals => self.sequence(id).verification(id, proposals),
-            };
+            let n_more = self.sequences[&id].n_unread() - 1;
+            if n_more > n_rows_left {
+                draft.add(open, self.sequence(id).chunk(id, 1));
+                continue;
+            }
+            n_rows_left -= n_more;
+            let n_left = n_rows_left.min(n_sampled_left);
+            let chunk = self.verification(id, n_left, &mut draft.lent);
+            let n_rows = chunk.n_rows() - 1 - n_more;
+            (n_rows_left, n_sampled_left) = (n_rows_left - n_rows, n_sampled_left - n_rows);
             draft.add(open, chunk);
         }
+    }
+
+    /// A decoding sequence's chunk with its proposals and branches, as far as there is room.
+    fn verification(&mut self, id: SequenceId, n_left: usize, lent: &mut Vec<BlockId>) -> SequenceChunk {
+        let mut proposals = std::mem::take(&mut self.sequence(id).proposals);
+        proposals.truncate(n_left);
+        if !proposals.is_empty() {
+            proposals.truncate(self.grow_if_free(id, proposals.len()));
+        }
+        if proposals.is_empty() {
+            let n_unread = self.sequences[&id].n_unread();
+            return self.sequence(id).chunk(id, n_unread);
+        }
+        let branches = self.branches(id, &proposals, n_left - proposals.len(), lent);
+        self.sequence(id).verification(id, &proposals, branches)
+    }
+
+    /// Second guesses beside these proposals, as many as there is room for.
+    fn branches(
+        &mut self,
+        id: SequenceId,
+        proposals: &[Guess],
+        n_left: usize,
+        lent: &mut Vec<BlockId>,
+    ) -> Vec<Branch> {
+        if !self.copies_blocks || !self.sequences[&id].may_branch() {
+            return Vec::new();
+        }
+        let seconds = proposals.iter().zip(0..).filter_map(|(guess, after)| Some((after, guess.second?)));
+        let seconds: Vec<(u32, TokenId)> = seconds.take(n_left.min(self.ledger.n_free())).collect();
+        let blocks = self.ledger.take(seconds.len()).unwrap_or_default();
+        lent.extend_from_slice(&blocks);
+        let branch = |((after, token), block)| Branch { after, token, block };
+        seconds.into_iter().zip(blocks).map(branch).collect()
     }
 
     /// Parts of prompts, as many rows as the time between tokens allows.
@@ -142,7 +181,7 @@ impl Scheduler {
         for id in self.running.clone() {
             let sequence = &self.sequences[&id];
             let is_new = sequence.opened_at.is_none();
-            if !matches!(sequence.next(), Next::Known(n) if n > 1 || is_new)
+            if !matches!(sequence.next(), Next::Known(_) if is_new || !sequence.decodes())
                 || (is_new && (self.awaits_prefix(id) || self.awaits_copy(id)))
             {
                 continue;
@@ -217,14 +256,15 @@ impl Asked {
             n_sampled,
             n_scored: chunk.scoring.tokens.len(),
             proposals: chunk.tokens[n_rows - n_sampled.saturating_sub(1)..].to_vec(),
+            branches: chunk.branches.clone(),
         }
     }
 }
 
 impl Draft {
     fn add(&mut self, open: Option<SequenceOpen>, chunk: SequenceChunk) {
-        self.load = self.load.and(Load::rows(chunk.start_pos as usize, chunk.tokens.len()));
-        self.n_output_rows += chunk.n_output_rows();
+        self.load = self.load.and(Load::of_chunk(&chunk));
+        self.n_output_rows += chunk.n_output_rows() + chunk.branches.len();
         self.opens.extend(open);
         self.chunks.push(chunk);
     }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use paceline_domain::{BlockId, SequenceChunk, StepPlan};
-use paceline_speculation::Load;
+use paceline_domain::{BlockId, StepPlan};
+use paceline_speculation::{Guess, Load};
 use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 
 use super::*;
@@ -258,13 +258,17 @@ impl World {
         for (id, room) in open {
             let mut tokens = self.scheduler.tokens(id).expect("it runs").to_vec();
             let n_before = tokens.len();
+            let mut guesses = Vec::new();
             for i in 0..n as u64 {
                 let right = next_alone(self.live[&id].1, &tokens);
                 let is_wrong = (id.0 + i * 3 + n_before as u64) % 8 < misled;
                 tokens.push(if is_wrong { TokenId(N_VOCAB) } else { right });
+                // Behind a wrong one nothing is known.
+                let second = (i % 3 != 1).then_some(if is_wrong { right } else { TokenId(N_VOCAB + 1) });
+                guesses.push(Guess { token: tokens[tokens.len() - 1], second });
             }
             assert!(room > 0);
-            self.scheduler.propose(id, tokens.split_off(n_before));
+            self.scheduler.propose(id, guesses);
         }
     }
 
@@ -277,7 +281,8 @@ impl World {
             );
             return;
         };
-        let n_outputs: usize = plan.chunks.iter().map(SequenceChunk::n_output_rows).sum();
+        let n_outputs: usize =
+            plan.chunks.iter().map(|chunk| chunk.n_output_rows() + chunk.branches.len()).sum();
         assert!(plan.n_rows() <= self.limits.max_rows as usize, "{} rows", plan.n_rows());
         assert!(n_outputs <= self.limits.max_sampled_rows as usize, "{n_outputs} rows with logits");
         assert!(n_in_flight < MAX_STEPS_IN_FLIGHT && plan.chunks.len() <= self.limits.max_sequences);
@@ -409,7 +414,7 @@ proptest! {
 #[test]
 fn random_events_meet_hits_preemption_and_running_ahead() {
     let (mut n_cached, mut n_preemptions, mut n_ahead, mut n_verified, mut n_copied) = (0, 0, 0, 0, 0);
-    let mut n_scored_again = 0;
+    let (mut n_scored_again, mut n_branches) = (0, 0);
     let mut runner = TestRunner::deterministic();
     for _ in 0..200 {
         let (limits, n_blocks) = limits().new_tree(&mut runner).expect("limits").current();
@@ -422,6 +427,7 @@ fn random_events_meet_hits_preemption_and_running_ahead() {
         let chunks = || world.log.iter().flat_map(|plan| &plan.chunks);
         n_ahead += chunks().filter(|chunk| chunk.runs_ahead).count();
         n_verified += chunks().filter(|chunk| chunk.n_sampled > 1).count();
+        n_branches += chunks().map(|chunk| chunk.branches.len()).sum::<usize>();
         // Chunks whose first rows were scored before their sequence lost its place.
         n_scored_again += chunks()
             .filter(|chunk| !chunk.scoring.tokens.is_empty() && chunk.n_output_rows() < chunk.tokens.len())
@@ -429,7 +435,7 @@ fn random_events_meet_hits_preemption_and_running_ahead() {
         n_copied +=
             world.log.iter().flat_map(|plan| &plan.opens).filter(|open| open.copied.is_some()).count();
     }
-    let met = (n_cached, n_preemptions, n_ahead, n_verified, n_copied, n_scored_again);
+    let met = (n_cached, n_preemptions, n_ahead, n_verified, n_copied, n_scored_again, n_branches);
     assert!(n_cached > 1000 && n_preemptions > 10 && n_ahead > 1000, "{met:?}");
-    assert!(n_verified > 100 && n_copied > 50 && n_scored_again > 0, "{met:?}");
+    assert!(n_verified > 100 && n_copied > 50 && n_scored_again > 0 && n_branches > 30, "{met:?}");
 }

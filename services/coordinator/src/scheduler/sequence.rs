@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use paceline_domain::{
-    BlockCopy, BlockId, HeldBack, SamplingParams, Scoring, SequenceChunk, SequenceId, SequenceOpen,
+    BlockCopy, BlockId, Branch, HeldBack, SamplingParams, Scoring, SequenceChunk, SequenceId, SequenceOpen,
     StepNumber, TokenId, UNKNOWN_TOKEN,
 };
+use paceline_speculation::Guess;
 
 use super::{BLOCK_POSITIONS, MAX_PREEMPTIONS, NewSequence, Pace, Priority, blocks_for};
 use crate::prefix::{PrefixKey, extend_keys};
@@ -61,7 +62,7 @@ pub(super) struct Sequence {
     pub(super) keys: Vec<PrefixKey>,
     root: PrefixKey,
     /// For the next plan.
-    pub(super) proposals: Vec<TokenId>,
+    pub(super) proposals: Vec<Guess>,
 }
 
 /// What a sequence can run in the next step.
@@ -122,9 +123,34 @@ impl Sequence {
         }
     }
 
-    /// Whether tokens that are known are still to be read, but for the last one.
+    /// Whether its next step gives a token and reads no prompt. After a branch was right its token comes again before the
+    /// one that followed it.
+    pub(super) fn decodes(&self) -> bool {
+        match self.next() {
+            Next::Known(1) | Next::Ahead => true,
+            Next::Known(2) => self.opened_at.is_some() && !self.is_scoring(),
+            _ => false,
+        }
+    }
+
+    /// Whether tokens that are known are still to be read, but for the last ones.
     pub(super) fn reads_prompt(&self) -> bool {
-        matches!(self.next(), Next::Known(2..))
+        matches!(self.next(), Next::Known(2..)) && !self.decodes()
+    }
+
+    /// Positions that its blocks must hold for its next token, when it decodes.
+    pub(super) fn n_next(&self) -> usize {
+        self.tokens.len().max(self.n_planned + 1)
+    }
+
+    /// Tokens up to its next one that no plan has run, when it decodes.
+    pub(super) fn n_unread(&self) -> usize {
+        self.n_next() - self.n_planned
+    }
+
+    /// Whether proposals for it may have branches: what a grammar allows after them is not asked for.
+    pub(super) fn may_branch(&self) -> bool {
+        !self.is_constrained
     }
 
     /// Whether no step can be planned for it before its next token is known.
@@ -140,7 +166,7 @@ impl Sequence {
 
     /// Proposals that its next step can verify: with all of them accepted and the free token it is at its limit.
     pub(super) fn n_proposals(&self) -> usize {
-        let is_open = self.next() == Next::Known(1) && self.n_unknown == 0;
+        let is_open = self.decodes() && self.next() != Next::Ahead && self.n_unknown == 0;
         if is_open { self.n_limit - self.tokens.len() - 1 } else { 0 }
     }
 
@@ -282,14 +308,21 @@ impl Sequence {
             n_sampled,
             runs_ahead,
             scoring,
+            branches: Vec::new(),
         }
     }
 
-    /// Its chunk of the next step: its last token and these proposals.
-    pub(super) fn verification(&mut self, id: SequenceId, proposals: &[TokenId]) -> SequenceChunk {
-        let mut chunk = self.chunk(id, 1);
-        chunk.tokens.extend_from_slice(proposals);
+    /// Its chunk of the next step: its last token, these proposals and branches.
+    pub(super) fn verification(
+        &mut self,
+        id: SequenceId,
+        proposals: &[Guess],
+        branches: Vec<Branch>,
+    ) -> SequenceChunk {
+        let mut chunk = self.chunk(id, self.n_unread());
+        chunk.tokens.extend(proposals.iter().map(|guess| guess.token));
         chunk.n_sampled += proposals.len() as u32;
+        chunk.branches = branches;
         self.is_verifying = true;
         chunk
     }

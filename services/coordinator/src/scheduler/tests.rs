@@ -57,7 +57,11 @@ pub(super) fn answer(plan: &StepPlan, tokens: &[u32]) -> StepResult {
         |token: &u32| SampledToken { token: TokenId(*token), logprob: None, top_logprobs: Vec::new() };
     let samples = plan.chunks.iter().filter(|chunk| chunk.n_sampled > 0).map(|chunk| SequenceSamples {
         sequence: chunk.sequence,
-        tokens: tokens.iter().take(chunk.n_sampled as usize).map(sampled).collect(),
+        tokens: tokens
+            .iter()
+            .take(chunk.n_sampled as usize + chunk.branches.len().min(1))
+            .map(sampled)
+            .collect(),
     });
     let timings = StepTimings { total_us: 1_000 * plan.n_rows() as u64, ..StepTimings::default() };
     let (samples, scores) = (samples.collect(), Vec::new());
@@ -65,7 +69,7 @@ pub(super) fn answer(plan: &StepPlan, tokens: &[u32]) -> StepResult {
 }
 
 /// (sequence, start, tokens, sampled) of each chunk.
-fn shape(plan: &StepPlan) -> Vec<(u64, u32, usize, u32)> {
+pub(super) fn shape(plan: &StepPlan) -> Vec<(u64, u32, usize, u32)> {
     let of = |chunk: &paceline_domain::SequenceChunk| {
         (chunk.sequence.0, chunk.start_pos, chunk.tokens.len(), chunk.n_sampled)
     };
@@ -215,7 +219,16 @@ fn proposals_are_verified_and_only_committed_tokens_count_as_computed() {
         assert_eq!(plan.chunks[0].tokens, tokens(&[5, 7, 8]));
         assert_eq!(scheduler.plan(), None, "where it goes on is not known");
         let applied = scheduler.apply(answer(&plan, &sampled)).unwrap();
-        assert_eq!(applied.verified, [Verified { sequence: id, n_proposed: 2, n_accepted }]);
+        let correction = (n_accepted < 2).then(|| TokenId(sampled[n_accepted]));
+        let verified = Verified {
+            sequence: id,
+            n_proposed: 2,
+            n_accepted,
+            correction,
+            n_branches: 0,
+            took_branch: false,
+        };
+        assert_eq!(applied.verified, [verified]);
         assert_eq!(applied.commits.iter().map(|commit| commit.sampled.token.0).collect::<Vec<_>>(), sampled);
         assert_eq!(scheduler.tokens(id).unwrap()[4..], tokens(&sampled));
         let plan = scheduler.plan().unwrap();

@@ -122,16 +122,33 @@ impl ToyGroup {
             self.memory[slot(start + i)] = entry(*token, start + i);
         }
         let first = chunk.tokens.len() - chunk.n_sampled as usize;
+        // A branch's entry is in a block of its own, beside copies of those before it; the others never see it.
+        let mut after_branch = HashMap::new();
+        for branch in &chunk.branches {
+            let position = chunk.position_of(branch) as usize;
+            let place = position / BLOCK_POSITIONS * BLOCK_POSITIONS;
+            let (from, to) = (slot(place), branch.block.idx() * BLOCK_POSITIONS);
+            self.memory.copy_within(from..from + BLOCK_POSITIONS, to);
+            self.memory[to + position - place] = entry(branch.token, position);
+            let before = (0..place).map(slot).chain(to..=to + position - place);
+            after_branch.insert(branch.after, next(sequence.seed, before.map(|slot| self.memory[slot])));
+        }
         let scored = chunk.scoring.tokens.iter().zip(first - chunk.scoring.tokens.len()..);
         let scored = scored
             .map(|(token, row)| score(*token, (0..=start + row).map(|position| self.memory[slot(position)])));
         let scored: Vec<ScoredToken> = scored.collect();
         let mut tokens = Vec::new();
+        let mut sampled = |token| {
+            tokens.push(SampledToken { token, logprob: None, top_logprobs: Vec::new() });
+            self.last.insert(id, ((start + first + tokens.len()) as u32, token));
+        };
         for row in first..chunk.tokens.len() {
             let token = next(sequence.seed, (0..=start + row).map(|position| self.memory[slot(position)]));
-            tokens.push(SampledToken { token, logprob: None, top_logprobs: Vec::new() });
-            self.last.insert(id, ((start + row + 1) as u32, token));
+            sampled(token);
             if chunk.tokens.get(row + 1) != Some(&token) {
+                let guess = ((row - first) as u32, token);
+                let branch = chunk.branches.iter().find(|branch| (branch.after, branch.token) == guess);
+                branch.into_iter().for_each(|branch| sampled(after_branch[&branch.after]));
                 break;
             }
         }

@@ -93,6 +93,7 @@ pub fn tokens_of(
                 sequence_of_row: &vec![0; tokens.len()],
                 block_tables: &[&blocks],
                 output_rows: &output_rows,
+                copies: &[],
             };
             let mut logits = decoder.forward(&batch, &mut Solo::new()).expect("runs");
             start += tokens.len();

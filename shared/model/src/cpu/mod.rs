@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use paceline_checkpoint::Checkpoint;
-use paceline_domain::BlockId;
+use paceline_domain::{BlockCopy, BlockId};
 use paceline_kernels::attention::AttentionScratch;
 use paceline_kernels::kv::KvRow;
 use paceline_kernels::rope::Rope;
@@ -90,6 +90,8 @@ struct Rows {
     /// Range of each sequence in `blocks`.
     tables: Vec<Range<usize>>,
     output_rows: Vec<usize>,
+    /// Of the last rows, which are branches.
+    copies: Vec<BlockCopy>,
 }
 
 impl CpuBackend {
@@ -138,6 +140,7 @@ impl Rows {
         copy(&mut self.positions, batch.positions);
         copy(&mut self.sequence_of_row, batch.sequence_of_row);
         copy(&mut self.output_rows, batch.output_rows);
+        copy(&mut self.copies, batch.copies);
         self.blocks.clear();
         self.tables.clear();
         for table in batch.block_tables {

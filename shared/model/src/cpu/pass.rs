@@ -1,11 +1,13 @@
 //! The operations of a forward pass on a CPU: which kernel works on which buffer.
 
+use std::ops::Range;
+
 use paceline_collectives::Collective;
 use paceline_domain::{BlockId, TokenId};
 use paceline_kernels::argmax::argmax;
 use paceline_kernels::attention::{AttentionArgs, attention};
 use paceline_kernels::elementwise::add_into;
-use paceline_kernels::kv::NewKv;
+use paceline_kernels::kv::{KvLayer, NewKv};
 use paceline_kernels::linear::{announce, announce_gated};
 use paceline_kernels::residual::{Residual, add_norm_quantize};
 use paceline_kernels::rms_norm::RmsNorm;
@@ -81,10 +83,19 @@ impl Backend for CpuBackend {
         let rows = self.rows.for_kernels();
         announce(&engine.pool, &[&weights.output]);
         engine.project_attention(weights, rows.len(), &mut self.scratch);
-        let n_kv = rows.len() * engine.kv_width();
         let Scratch { key, value, .. } = &self.scratch;
-        let new = NewKv { rows: &rows, keys: &key[..n_kv], values: &value[..n_kv] };
-        self.kv.layer_mut(layer).store(engine.kernels, &engine.pool, &new);
+        let (kv, width) = (self.kv.layer_mut(layer), engine.kv_width());
+        let store = |kv: &mut KvLayer, range: Range<usize>| {
+            let elements = range.start * width..range.end * width;
+            let (keys, values) = (&key[elements.clone()], &value[elements]);
+            kv.store(engine.kernels, &engine.pool, &NewKv { rows: &rows[range], keys, values });
+        };
+        let n_before = rows.len() - self.rows.copies.len();
+        store(kv, 0..n_before);
+        if n_before < rows.len() {
+            self.rows.copies.iter().for_each(|copy| kv.copy_block(copy.from, copy.to));
+            store(kv, n_before..rows.len());
+        }
         Ok(())
     }
 

@@ -173,6 +173,7 @@ fn run_step(
         sequence_of_row: &sequence_of_row,
         block_tables: tables,
         output_rows: &output_rows,
+        copies: &[],
     };
     let mut logits = decoder.forward(&batch, collective).expect("a forward pass");
     (0..step.len()).map(|row| logits.row(row).expect("a row").to_vec()).collect()

@@ -270,6 +270,7 @@ impl<'a> Rank<'a> {
                     sequence_of_row: &vec![0; end - start],
                     block_tables: &[table],
                     output_rows,
+                    copies: &[],
                 };
                 let chosen = self.step(&batch)?;
                 self.next.extend(chosen);
@@ -293,6 +294,7 @@ impl<'a> Rank<'a> {
                 sequence_of_row: &sequence_of_row,
                 block_tables: &tables,
                 output_rows: &output_rows,
+                copies: &[],
             };
             self.next = self.step(&batch)?;
         }

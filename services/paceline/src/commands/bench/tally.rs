@@ -115,7 +115,7 @@ impl Tally {
 
     /// Tokens that a sequence got from a pass, on average.
     pub fn tokens_per_pass(&self) -> f64 {
-        let n_accepted = self.proposals.n_accepted();
+        let n_accepted = self.proposals.n_accepted() + self.proposals.n_accepted_branches();
         self.n_tokens as f64 / self.n_tokens.saturating_sub(n_accepted).max(1) as f64
     }
 
@@ -185,6 +185,8 @@ mod tests {
             accepted_tokens: n_accepted,
             accepted_tokens_per_pos: accepted.to_vec(),
             draft_tokens_per_pos: vec![2, 2],
+            branches: 3,
+            accepted_branches: 1,
         };
         Answer {
             choice: None,
@@ -219,7 +221,7 @@ mod tests {
         assert_eq!(object["speedup_vs_off"], 2.0);
         assert_eq!(object["total_speedup_vs_off"], 1.667);
         assert_eq!((&object["acceptance"], &object["identical"]), (&json!(0.75), &json!(true)));
-        assert_eq!(object["tokens_per_pass"], 1.75, "seven tokens in four passes");
+        assert_eq!(object["tokens_per_pass"], 2.333, "seven tokens in three passes");
         assert_eq!(object["proposals"][0]["accepted_tokens_per_pos"], json!([2, 1]));
         assert_eq!(plain.json(("code", 2, "off"), &plain)["acceptance"], Value::Null);
     }
