@@ -28,7 +28,7 @@ use paceline_speculation::{
 };
 use tokio::time::Instant as TokioInstant;
 
-pub use self::interface::{DrafterConfig, DrafterStats, Outcome, Placement, StepEnd};
+pub use self::interface::{DrafterConfig, DrafterStats, Placement, StepEnd};
 use self::{
     connection::{Connection, Silence, VainWaits},
     goodput::{Costs, Done, Goodput},
@@ -36,6 +36,7 @@ use self::{
     sequence::{NewSequence, Sequence},
     turns::TurnTaking,
 };
+use crate::scheduler::Verified;
 
 /// Fewest tokens a request may generate for a draft session to be worth its prompt.
 const WORTH_A_SESSION: usize = 8;
@@ -338,13 +339,13 @@ impl Drafter {
     }
 
     /// A step was answered: what became of its proposals, what it took.
-    pub fn step_done(&mut self, step: StepNumber, outcomes: &[Outcome], end: &StepEnd, times: &StepTimes) {
+    pub fn step_done(&mut self, step: StepNumber, outcomes: &[Verified], end: &StepEnd, times: &StepTimes) {
         let Some(at) = self.in_flight.iter().position(|in_flight| in_flight.step == step) else { return };
         let in_flight = self.in_flight.drain(..=at).next_back().expect("invariant: it is there");
         let InFlight { load, n_plain_tokens, proposed, .. } = in_flight;
         let millis = |duration: Duration| duration.as_secs_f64() * 1e3;
         let waited = proposed.as_ref().map_or(Duration::ZERO, |proposed| proposed.waited);
-        let proposals = |outcome: &Outcome| {
+        let proposals = |outcome: &Verified| {
             let proposal = proposed.as_ref()?.by_sequence.get(&outcome.sequence)?;
             Some(&proposal[..outcome.n_proposed.min(proposal.len())])
         };
@@ -385,7 +386,7 @@ impl Drafter {
 
 impl Drafter {
     /// What a turn has cost and brought each of its sequences.
-    fn charge(&mut self, proposed: &Proposed, outcomes: &[Outcome], done: &Done, times: &StepTimes) {
+    fn charge(&mut self, proposed: &Proposed, outcomes: &[Verified], done: &Done, times: &StepTimes) {
         let n_members = proposed.members.len().max(1) as f64;
         let row_ms = times.predict(Load::plain(done.n_plain_tokens)).unwrap_or(0.0);
         for id in &proposed.members {

@@ -199,7 +199,7 @@ impl Group {
         self.drafter.flush(Instant::now());
         let correction = (n_accepted < n_proposed).then(|| expected[n_accepted]);
         let outcome =
-            Outcome { sequence: ID, n_proposed, n_accepted, correction, n_branches: 0, took_branch: false };
+            Verified { sequence: ID, n_proposed, n_accepted, correction, n_branches: 0, took_branch: false };
         let outcomes = if n_proposed > 0 { vec![outcome] } else { Vec::new() };
         // A row more costs a twentieth: what is measured is made up, so that nothing depends on this machine.
         let elapsed = Duration::from_millis(100 + 5 * n_proposed as u64);

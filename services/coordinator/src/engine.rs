@@ -24,13 +24,13 @@ use crate::{
     client::Client,
     constraint::{Constraint, send_masks},
     deadlines::Deadlines,
-    drafter::{Drafter, DrafterConfig, Outcome, StepEnd, sequence},
+    drafter::{Drafter, DrafterConfig, StepEnd, sequence},
     groups::Member,
     id_map::IdMap,
     metrics::GroupMetrics,
     output::Output,
     reader::Progress,
-    scheduler::{Limits, NewSequence, Pace, Priority, Scheduler, Verified},
+    scheduler::{Limits, NewSequence, Pace, Priority, Scheduler},
     shard_group::{FormError, GroupSpec, RankEvent, ShardGroup},
 };
 
@@ -366,10 +366,9 @@ impl Engine {
         tracing::debug!(step = step.0, elapsed_us = elapsed.as_micros() as u64, "step done");
         self.metrics.step(done.n_rows, elapsed);
         let applied = self.scheduler.apply(result).map_err(|error| error.to_string())?;
-        let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
         let (n_tokens, drafting) = (applied.commits.len(), applied.drafting);
         let end = StepEnd { n_tokens, elapsed, compute, ran_ahead, drafting };
-        self.drafter.step_done(step, &outcomes, &end, self.scheduler.step_times());
+        self.drafter.step_done(step, &applied.verified, &end, self.scheduler.step_times());
         for commit in &applied.commits {
             self.drafter.committed(commit.sequence, &[commit.sampled.token]);
         }
@@ -387,9 +386,4 @@ impl Engine {
 fn pace(id: SequenceId, choice: &Active, drafter: &Drafter) -> Pace {
     let needs_each = drafter.needs_each_token(id) || choice.constraint.is_some();
     if needs_each { Pace::StepByStep } else { Pace::RunAhead }
-}
-
-fn outcome(verified: &Verified) -> Outcome {
-    let Verified { sequence, n_proposed, n_accepted, correction, n_branches, took_branch } = *verified;
-    Outcome { sequence, n_proposed, n_accepted, correction, n_branches, took_branch }
 }

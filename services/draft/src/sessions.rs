@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use paceline_domain::{
     BlockId, DraftAnswer, DraftClose, DraftCommit, DraftControl, DraftNack, DraftOpen, DraftProposal,
-    SamplingParams, TokenId, group::BLOCK_POSITIONS,
+    SamplingParams, SecondGuess, TokenId, group::BLOCK_POSITIONS,
 };
 use paceline_sampling::TokenHistory;
 
@@ -408,7 +408,8 @@ impl Sessions {
                 continue;
             }
             let drafted = &session.drafted[start - session.n_committed..];
-            let seconds: Vec<_> = drafted.iter().filter_map(|drafted| drafted.second).collect();
+            let none = |drafted: &Drafted| SecondGuess { token: drafted.token, confidence: 0.0 };
+            let second = |drafted: &Drafted| drafted.second.unwrap_or_else(|| none(drafted));
             let proposal = DraftProposal {
                 session: *id,
                 generation: session.generation,
@@ -416,8 +417,7 @@ impl Sessions {
                 start_pos: start as u32,
                 tokens: tokens.to_vec(),
                 confidence: drafted.iter().map(|drafted| drafted.confidence).collect(),
-                // All of them have one, or a row had a single token: then none is told.
-                seconds: if seconds.len() == drafted.len() { seconds } else { Vec::new() },
+                seconds: drafted.iter().map(second).collect(),
                 compute_us: std::mem::take(&mut session.compute_us),
             };
             session.n_known = session.history.len();

@@ -39,24 +39,28 @@ fn chunk(id: u64, ids: &[u32], n_sampled: u32) -> SequenceChunk {
     }
 }
 
-/// Samples of three sequences whose rows prefer these tokens: a verification, a prompt, another verification.
-fn sampled(n_logprobs: Option<u32>) -> Vec<Vec<TokenId>> {
-    let mut chunks = vec![chunk(1, &[1, 5, 6], 3), chunk(2, &[1, 2, 3], 1), chunk(3, &[4, 2], 2)];
-    // Its first rows are scored; they are not sampled.
-    chunks[1].scoring = Scoring { tokens: tokens(&[2, 3]), n_top: 0 };
-    let opens = chunks.iter().map(|chunk| SequenceOpen {
+fn open(chunk: &SequenceChunk, sampling: &SamplingParams) -> SequenceOpen {
+    SequenceOpen {
         sequence: chunk.sequence,
-        // The last sequence always takes the other way through the gather.
-        sampling: SamplingParams {
-            n_logprobs: n_logprobs.or((chunk.sequence.0 == 3).then_some(0)),
-            ..SamplingParams::greedy()
-        },
+        sampling: sampling.clone(),
         n_prompt: 1,
         cached_tokens: Vec::new(),
         cached_blocks: Vec::new(),
         copied: None,
         held_back: None,
         is_constrained: false,
+    }
+}
+
+/// Samples of three sequences whose rows prefer these tokens: a verification, a prompt, another verification.
+fn sampled(n_logprobs: Option<u32>) -> Vec<Vec<TokenId>> {
+    let mut chunks = vec![chunk(1, &[1, 5, 6], 3), chunk(2, &[1, 2, 3], 1), chunk(3, &[4, 2], 2)];
+    // Its first rows are scored; they are not sampled.
+    chunks[1].scoring = Scoring { tokens: tokens(&[2, 3]), n_top: 0 };
+    let opens = chunks.iter().map(|chunk| {
+        // The last sequence always takes the other way through the gather.
+        let n_logprobs = n_logprobs.or((chunk.sequence.0 == 3).then_some(0));
+        open(chunk, &SamplingParams { n_logprobs, ..SamplingParams::greedy() })
     });
     let opens = opens.collect();
     let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
@@ -87,16 +91,7 @@ fn proposals_count_up_to_the_first_that_differs() {
 fn sampled_with(n_usable: usize, params: &[SamplingParams], row: impl Fn(usize) -> Vec<f32>) -> Vec<TokenId> {
     let ids = 0..params.len() as u64;
     let chunks: Vec<SequenceChunk> = ids.map(|id| chunk(id, &[1, 2], 1)).collect();
-    let opens = params.iter().zip(&chunks).map(|(sampling, chunk)| SequenceOpen {
-        sequence: chunk.sequence,
-        sampling: sampling.clone(),
-        n_prompt: 1,
-        cached_tokens: Vec::new(),
-        cached_blocks: Vec::new(),
-        copied: None,
-        held_back: None,
-        is_constrained: false,
-    });
+    let opens = params.iter().zip(&chunks).map(|(sampling, chunk)| open(chunk, sampling));
     let opens = opens.collect();
     let plan = StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens, chunks };
     let mut rows = Rows((0..params.len()).map(row).collect());
@@ -150,16 +145,8 @@ fn chosen(
     n_ranks: usize,
 ) -> Vec<SampledToken> {
     let chunks = vec![chunk];
-    let open = SequenceOpen {
-        sequence: SequenceId(1),
-        sampling: sampling.clone(),
-        n_prompt: 2,
-        cached_tokens: Vec::new(),
-        cached_blocks: Vec::new(),
-        copied: None,
-        held_back,
-        is_constrained: masks.is_some(),
-    };
+    let is_constrained = masks.is_some();
+    let open = SequenceOpen { n_prompt: 2, held_back, is_constrained, ..open(&chunks[0], sampling) };
     let plan =
         StepPlan { epoch: Epoch(1), step: StepNumber(1), closes: Vec::new(), opens: vec![open], chunks };
     let mut sequences = Sequences::new(8);

@@ -81,7 +81,8 @@ pub struct DraftProposal {
     pub tokens: Vec<TokenId>,
     /// The draft's probability of each.
     pub confidence: Vec<f32>,
-    /// What it would have said instead of each; as many as there are tokens, or none.
+    /// What it would have said instead of each, the token itself where there is nothing; as many as there are tokens, or
+    /// none.
     pub seconds: Vec<SecondGuess>,
     /// Microseconds that were computed for the session since it last proposed.
     pub compute_us: u32,

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
-use paceline_domain::{SequenceId, TokenId};
 use paceline_speculation::{Drafting, Source, SourceCounters, controller::Forecast};
 use tonic::transport::Uri;
 
@@ -46,23 +45,6 @@ pub struct StepEnd {
     pub ran_ahead: bool,
     /// What the draft service did meanwhile.
     pub drafting: Drafting,
-}
-
-/// What became of a sequence's proposals in a step.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Outcome {
-    /// Whose.
-    pub sequence: SequenceId,
-    /// Proposals that were verified.
-    pub n_proposed: usize,
-    /// Those of them, from the first on, that were accepted.
-    pub n_accepted: usize,
-    /// What came in place of the next one, if there was one.
-    pub correction: Option<TokenId>,
-    /// Second guesses that were verified beside them, and whether one of them was the correction.
-    pub n_branches: usize,
-    /// See `n_branches`.
-    pub took_branch: bool,
 }
 
 /// Plain counters, for metrics: all grow only, but for the two that say so.

@@ -25,7 +25,7 @@ use tokio::{sync::mpsc, time::sleep};
 use tracing::Span;
 
 use super::{
-    Drafter, DrafterConfig, DrafterStats, NewSequence, Outcome, Placement, StepEnd, clock,
+    Drafter, DrafterConfig, DrafterStats, NewSequence, Placement, StepEnd, clock,
     link::{About, Link, LinkEvent, Outbox, Target},
 };
 use crate::scheduler::{self, ItlBound, Limits, Pace, Priority, Scheduler};
@@ -383,18 +383,9 @@ impl World {
         let result = self.result(&plan, compute);
         let step = result.step;
         let applied = self.scheduler.apply(result).expect("it answers the plan");
-        let outcome = |verified: &scheduler::Verified| Outcome {
-            sequence: verified.sequence,
-            n_proposed: verified.n_proposed,
-            n_accepted: verified.n_accepted,
-            correction: verified.correction,
-            n_branches: verified.n_branches,
-            took_branch: verified.took_branch,
-        };
-        let outcomes: Vec<Outcome> = applied.verified.iter().map(outcome).collect();
         let (n_tokens, drafting) = (applied.commits.len(), applied.drafting);
         let end = StepEnd { n_tokens, elapsed, compute, ran_ahead, drafting };
-        self.drafter.step_done(step, &outcomes, &end, self.scheduler.step_times());
+        self.drafter.step_done(step, &applied.verified, &end, self.scheduler.step_times());
         for commit in &applied.commits {
             self.drafter.committed(commit.sequence, &[commit.sampled.token]);
             let n_left = self.n_left.get_mut(&commit.sequence).expect("it runs");
