@@ -36,7 +36,7 @@ use crate::{
 enum Mood {
     /// Proposes what the target will say.
     Good,
-    /// The same, but for one token, where what is right is its second guess.
+    /// The same, but for one token, where what is right is its second guess, of which it is surer than of others.
     Unsure,
     /// The same, but for one token.
     Wrong,
@@ -61,10 +61,15 @@ const SELDOM: [Mood; 8] = {
 const BADNESS: f64 = 0.25;
 const DOUBT: f64 = 0.4;
 
+/// Where it serves, and the task that does.
+pub type Serving = (String, JoinHandle<Result<(), tonic::transport::Error>>);
+
 /// A service; clones are the same one.
 #[derive(Clone, Debug)]
 pub struct HostileDraft {
     seed: u64,
+    /// Of all frames, where it is not drawn anew for each.
+    mood: Option<Mood>,
     n_streams: Arc<AtomicU64>,
 }
 
@@ -83,12 +88,22 @@ impl HostileDraft {
     ///
     /// # Errors
     /// When no port is free.
-    pub async fn start(
-        seed: u64,
-    ) -> anyhow::Result<(String, JoinHandle<Result<(), tonic::transport::Error>>)> {
+    pub async fn start(seed: u64) -> anyhow::Result<Serving> {
+        Self::serve(seed, None).await
+    }
+
+    /// As [`Self::start`]; it says what the target will say, but in each proposal for one token, where that is its second guess.
+    ///
+    /// # Errors
+    /// When no port is free.
+    pub async fn start_unsure(seed: u64) -> anyhow::Result<Serving> {
+        Self::serve(seed, Some(Mood::Unsure)).await
+    }
+
+    async fn serve(seed: u64, mood: Option<Mood>) -> anyhow::Result<Serving> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = format!("http://{}", listener.local_addr()?);
-        let service = DraftServer::new(Self { seed, n_streams: Arc::default() });
+        let service = DraftServer::new(Self { seed, mood, n_streams: Arc::default() });
         let serving = Server::builder().add_service(service).serve_with_incoming(TcpIncoming::from(listener));
         Ok((address, tokio::spawn(serving)))
     }
@@ -116,7 +131,8 @@ impl Draft for HostileDraft {
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (outbox, answers) = mpsc::channel(64);
         let stream = self.n_streams.fetch_add(1, Ordering::Relaxed);
-        tokio::spawn(answer(request.into_inner(), outbox, Random::new(self.seed ^ (stream << 32))));
+        let random = Random::new(self.seed ^ (stream << 32));
+        tokio::spawn(answer(request.into_inner(), outbox, random, self.mood));
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 }
@@ -125,13 +141,15 @@ async fn answer(
     mut frames: Streaming<ControlFrame>,
     outbox: mpsc::Sender<Result<ProposalFrame, Status>>,
     mut random: Random,
+    always: Option<Mood>,
 ) {
     let mut sessions = BTreeMap::new();
     while let Ok(Some(frame)) = frames.message().await {
-        let mood = match (random.happens(BADNESS), random.happens(DOUBT)) {
-            (true, _) => *random.pick(&SELDOM),
-            (false, true) => Mood::Unsure,
-            (false, false) => Mood::Good,
+        let mood = match (always, random.happens(BADNESS), random.happens(DOUBT)) {
+            (Some(mood), ..) => mood,
+            (None, true, _) => *random.pick(&SELDOM),
+            (None, false, true) => Mood::Unsure,
+            (None, false, false) => Mood::Good,
         };
         let told = take_in(&mut sessions, frame);
         if mood == Mood::Dying {
@@ -191,13 +209,14 @@ fn say(mood: Mood, id: u64, session: &Session, frame: &mut ProposalFrame, random
         confidence: next.iter().map(|_| random.within(0..100) as f32 / 100.0).collect(),
         compute_us: random.bits() as u32,
         second_tokens: next.iter().map(|_| random.within(0..N_VOCAB) as u32).collect(),
-        second_confidence: next.iter().map(|_| random.within(0..100) as f32 / 100.0).collect(),
+        second_confidence: next.iter().map(|_| random.within(0..50) as f32 / 100.0).collect(),
     };
     let at = random.within(0..proposal.tokens.len().max(1));
     match mood {
         Mood::Good => {}
         Mood::Unsure => {
             proposal.second_tokens[at] = proposal.tokens[at];
+            proposal.second_confidence[at] = random.within(50..100) as f32 / 100.0;
             proposal.tokens[at] = random.within(0..N_VOCAB) as u32;
         }
         Mood::Wrong => proposal.tokens[at] = random.within(0..N_VOCAB) as u32,
