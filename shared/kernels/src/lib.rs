@@ -6,6 +6,7 @@
 //! # Layout
 //! * [`isa`] – the instruction sets kernels exist for
 //! * `cache` – how large the nearest cache is
+//! * `ahead` – how far ahead of the sums weights are fetched
 //! * [`dispatch`] – the table of function pointers of one instruction set
 //! * [`pool`] – the thread pool: one job at a time, tasks claimed one by one
 //! * [`formats`] – what the blocks of every weight type mean
@@ -44,6 +45,7 @@ pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 
+mod ahead;
 mod cache;
 mod simd;
 #[cfg(test)]

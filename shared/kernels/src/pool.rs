@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 
 use share::Share;
 
+use crate::ahead::Ahead;
+
 /// How long an idle thread looks for work before it sleeps. Waking a sleeper costs about as much.
 const SPIN: Duration = Duration::from_micros(40);
 /// Looks at the counter between two looks at the clock.
@@ -50,6 +52,7 @@ pub enum Pinning {
 pub struct ThreadPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    ahead: Ahead,
 }
 
 type Task = dyn Fn(usize) + Sync;
@@ -112,12 +115,17 @@ impl ThreadPool {
                     .expect("invariant: the system can start the configured number of threads")
             })
             .collect();
-        Self { shared, workers }
+        Self { shared, workers, ahead: Ahead::default() }
     }
 
     /// Threads that run tasks, the caller's included.
     pub fn n_threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// How far ahead its threads fetch weights.
+    pub(crate) fn ahead(&self) -> &Ahead {
+        &self.ahead
     }
 
     /// Calls `task(0) .. task(n_tasks - 1)`, each once, on any threads in any order, and returns when all are

@@ -1,7 +1,7 @@
 //! The 16 rows of a tile in two AVX2 registers.
 
 use super::lanes::{Lanes, for_tokens, sum_float, sum_quantized};
-use super::{AHEAD_BYTES, FloatLeaf, QuantizedLeaf, RowSums};
+use super::{FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat};
 use crate::packed::{Line, TILE_ROWS};
 use crate::simd;
@@ -73,8 +73,8 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn prefetch<const NEAREST: bool, T>(self, first: &T) {
-        let address = std::ptr::from_ref(first).cast::<i8>().wrapping_add(AHEAD_BYTES);
+    fn prefetch<const NEAREST: bool, T>(self, first: &T, ahead: usize) {
+        let address = std::ptr::from_ref(first).cast::<i8>().wrapping_add(ahead);
         if NEAREST {
             op!(_mm_prefetch::<_MM_HINT_NTA>(address));
         } else {

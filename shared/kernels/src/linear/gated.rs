@@ -68,14 +68,14 @@ pub fn gated_matmul(
     if n_groups == 0 {
         return;
     }
-    let product = |matrix| TileProduct { kernels, matrix, input };
+    let ahead = pool.ahead().bytes(n_tokens);
+    let product = |matrix| TileProduct { kernels, matrix, input, ahead };
     let gated = Gated { kernels, products: [product(gate), product(up)], n_rows, out };
     pool.run(tasks.len() * n_tokens.div_ceil(TASK_TOKENS), &|task| {
         let tokens = task_tokens(task / tasks.len(), n_tokens);
-        with_stack(|stack| {
-            for group in tasks.tiles(task % tasks.len()) {
-                gated.run_group(group, &tokens, stack);
-            }
+        let groups = tasks.tiles(task % tasks.len());
+        pool.ahead().during(task, (groups.len() * group_bytes, n_tokens), || {
+            with_stack(|stack| groups.for_each(|group| gated.run_group(group, &tokens, stack)));
         });
     });
 }

@@ -21,9 +21,9 @@ pub(super) trait Lanes: Copy {
 
     fn simd(self) -> Self::Simd;
 
-    /// Starts to fetch the cache line [`super::AHEAD_BYTES`] behind this one, which need not be there, into the first-level
+    /// Starts to fetch the cache line that lies so many bytes behind this one, and need not be there, into the first-level
     /// cache alone or into the second.
-    fn prefetch<const NEAREST: bool, T>(self, first: &T);
+    fn prefetch<const NEAREST: bool, T>(self, first: &T, ahead: usize);
     fn load_bytes(self, line: &Line) -> Self::Bytes;
     /// `(bytes >> right) & mask` in each byte, `<<` for negative `right`; `mask` removes what crosses bytes.
     fn field(self, bytes: Self::Bytes, right: i32, mask: u8) -> Self::Bytes;
@@ -98,8 +98,8 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
         let PackedGroup { planes, own, shared } = leaf.weights.group::<F>(group);
         match leaf.fetch {
             Fetch::Nowhere => (),
-            Fetch::Nearest => prefetch_group::<V, F, true>(v, leaf.weights.group::<F>(group)),
-            Fetch::Second => prefetch_group::<V, F, false>(v, leaf.weights.group::<F>(group)),
+            Fetch::Nearest(ahead) => prefetch_group::<V, F, true>(v, leaf.weights.group::<F>(group), ahead),
+            Fetch::Second(ahead) => prefetch_group::<V, F, false>(v, leaf.weights.group::<F>(group), ahead),
         }
         let codes = unpack::<V, F>(v, planes);
         let scales = resolve::<V, F>(v, own, shared);
@@ -123,13 +123,13 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
 /// Starts to fetch what lies behind a group: each line of the stream, because the CPU's own prefetchers stand
 /// back where a program fetches, and would miss the ones left out.
 #[inline(always)]
-fn prefetch_group<V: Lanes, F: QuantFormat, const NEAREST: bool>(v: V, group: PackedGroup<'_>) {
+fn prefetch_group<V: Lanes, F: QuantFormat, const NEAREST: bool>(v: V, group: PackedGroup<'_>, ahead: usize) {
     for line in group.planes {
-        v.prefetch::<NEAREST, _>(line);
+        v.prefetch::<NEAREST, _>(line, ahead);
     }
-    v.prefetch::<NEAREST, _>(&group.own[0]);
+    v.prefetch::<NEAREST, _>(&group.own[0], ahead);
     if F::SCALES.has_super() {
-        v.prefetch::<NEAREST, _>(&group.shared[0]);
+        v.prefetch::<NEAREST, _>(&group.shared[0], ahead);
     }
 }
 
@@ -280,8 +280,8 @@ pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
     for (column, weights) in columns.enumerate() {
         match leaf.fetch {
             Fetch::Nowhere => (),
-            Fetch::Nearest => v.prefetch::<true, _>(&weights[0]),
-            Fetch::Second => v.prefetch::<false, _>(&weights[0]),
+            Fetch::Nearest(ahead) => v.prefetch::<true, _>(&weights[0], ahead),
+            Fetch::Second(ahead) => v.prefetch::<false, _>(&weights[0], ahead),
         }
         let weights = match F::TYPE {
             WeightType::F32 => v.load_f32(chunk(weights, 0)),

@@ -57,7 +57,7 @@ pub fn matmul<const N: usize>(
         );
         let bias_fits = bias.is_none_or(|bias| bias.len() == matrix.n_rows() && matrix.n_subtrees() == 1);
         assert!(bias_fits, "invariant: a bias has an element for each output row of a whole product");
-        let product = TileProduct { kernels, matrix, input };
+        let product = TileProduct { kernels, matrix, input, ahead: pool.ahead().bytes(input.n_rows) };
         let tasks = TileTasks::new(pool, matrix.n_tiles(), matrix.tile_bytes(), input.n_rows);
         Part { product, bias, out: SharedSlice::new(out), tasks }
     });
@@ -67,12 +67,14 @@ pub fn matmul<const N: usize>(
     }
     pool.run(n_tile_tasks * input.n_rows.div_ceil(TASK_TOKENS), &|task| {
         let tokens = task_tokens(task / n_tile_tasks, input.n_rows);
-        let mut task = task % n_tile_tasks;
+        let mut of_part = task % n_tile_tasks;
         for part in &parts {
-            if task < part.tasks.len() {
-                return part.run_task(part.tasks.tiles(task), &tokens);
+            if of_part < part.tasks.len() {
+                let tiles = part.tasks.tiles(of_part);
+                let read = (tiles.len() * part.product.matrix.tile_bytes(), input.n_rows);
+                return pool.ahead().during(task, read, || part.run_task(tiles, &tokens));
             }
-            task -= part.tasks.len();
+            of_part -= part.tasks.len();
         }
     });
 }

@@ -36,19 +36,15 @@ use crate::packed::{TILE_ROWS, TilePart};
 use crate::quantize::{CodeBits, GroupScale, Quads, QuantizeRow};
 use paceline_domain::WeightType;
 
-/// How far ahead weights are fetched, in bytes: a few thousand cycles of reading, far less than the caches hold. Nearer
-/// comes too late and keeps the CPU's own prefetchers away (2 KiB: a third slower).
-const AHEAD_BYTES: usize = 10 * 1024;
-
-/// Where the weights that lie [`AHEAD_BYTES`] behind are fetched to while a leaf is summed.
+/// Where the weights that lie so many bytes behind are fetched to while a leaf is summed.
 #[derive(Clone, Copy)]
 pub(crate) enum Fetch {
     /// They are in the caches.
     Nowhere,
     /// The first-level cache, and no other one: where it is large enough, a tenth faster with one token.
-    Nearest,
+    Nearest(usize),
     /// The second-level cache.
-    Second,
+    Second(usize),
 }
 
 /// Sums of the 16 rows of a tile for one token.

@@ -3,6 +3,7 @@
 
 use super::{Fetch, FloatLeaf, Input, MAX_TOKENS, QuantizedLeaf, RowSums};
 use crate::Kernels;
+use crate::ahead::FARTHEST;
 use crate::cache::is_nearest_roomy;
 use crate::formats::GROUP_LEN;
 use crate::packed::{InputKind, Leaf, MAX_DEPTH, PackedMatrix, TILE_ROWS};
@@ -28,6 +29,8 @@ pub(super) struct TileProduct<'a> {
     pub kernels: &'static Kernels,
     pub matrix: &'a PackedMatrix,
     pub input: Input<'a>,
+    /// How far ahead the nearest cache is to be filled, in bytes.
+    pub ahead: usize,
 }
 
 impl TileProduct<'_> {
@@ -41,7 +44,7 @@ impl TileProduct<'_> {
         finish: &mut dyn FnMut(usize, usize, &[RowSums]),
     ) {
         let mut first = tokens.start;
-        let mut fetch = if is_nearest_roomy() { Fetch::Nearest } else { Fetch::Second };
+        let mut fetch = if is_nearest_roomy() { Fetch::Nearest(self.ahead) } else { Fetch::Second(FARTHEST) };
         while first < tokens.end {
             // Tokens that lie side by side; see `QuantizedRows`.
             let end = tokens.end.min((first / MAX_TOKENS + 1) * MAX_TOKENS);
