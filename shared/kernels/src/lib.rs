@@ -56,7 +56,7 @@ pub use dispatch::Kernels;
 pub use error::KernelError;
 pub use formats::dequantize_row;
 pub use isa::Isa;
-pub use linear::{GatedOutput, Input, Product, gated_matmul, matmul};
+pub use linear::{GateUp, GatedOutput, Input, Product, gated_matmul, matmul};
 pub use packed::{InputKind, PackSpec, PackedMatrix};
 pub use pool::{Pinning, ThreadPool};
 pub use quantize::{CodeBits, QuantizedRows, quantize_rows};

@@ -26,7 +26,7 @@ mod scalar;
 mod tile;
 mod upcoming;
 
-pub use gated::{GatedOutput, gated_matmul};
+pub use gated::{GateUp, GatedOutput, gated_matmul};
 pub use matmul::{Input, Product, matmul};
 pub use upcoming::{announce, announce_gated};
 

@@ -238,11 +238,26 @@ proptest! {
 #[test]
 fn the_gated_product_gives_the_bits_of_its_steps() {
     use WeightType::{F16, Q4_1, Q4_K, Q8_0};
-    for (gate_type, up_type, n_rows, n_tokens) in
-        [(Q4_1, Q4_1, 96, 1), (Q4_K, Q8_0, 80, 70), (F16, Q8_0, 50, 17), (F16, F16, 33, 3)]
-    {
+    for (gate_type, up_type, n_rows, n_tokens) in [
+        (Q4_1, Q4_1, 96, 1),
+        (Q4_1, Q4_1, 80, 20),
+        (Q4_K, Q8_0, 64, 70),
+        (F16, Q8_0, 50, 17),
+        (F16, F16, 64, 3),
+    ] {
         let file = |weight_type, seed| FileMatrix::random(weight_type, n_rows, 256, 0.1, seed);
-        let [gate, up] = [file(gate_type, 1), file(up_type, 2)].map(|file| file.pack(&[0, 256], 0..1));
+        let files = [file(gate_type, 1), file(up_type, 2)];
+        let [gate, up] = files.each_ref().map(|file| file.pack(&[0, 256], 0..1));
+        let specs = [gate_type, up_type].map(|weight_type| PackSpec::whole_rows(weight_type, n_rows, 256));
+        let [gate_file, up_file] = &files;
+        let weights = GateUp::pack(
+            specs.each_ref(),
+            [&|row| gate_file.row(row).into(), &|row| up_file.row(row).into()],
+            &pool(2),
+        )
+        .unwrap();
+        let is_one = gate_type == up_type && n_rows % 32 == 0;
+        assert_eq!(matches!(weights, GateUp::InTurns(_)), is_one);
         let x = activations(n_tokens, 256, 3);
         for (isa, code_bits) in
             Isa::available().into_iter().flat_map(|isa| CodeBits::ALL.map(|bits| (isa, bits)))
@@ -258,10 +273,10 @@ fn the_gated_product_gives_the_bits_of_its_steps() {
                 (QuantizedRows::new(), vec![f32::NAN; expected.len()], QuantizedRows::new());
             quantize_rows(kernels, &pool, &x, (256, code_bits), &mut rows);
             let input = Input { n_rows: n_tokens, quantized: Some(&rows), float: &x };
-            gated_matmul(kernels, &pool, input, [&gate, &up], GatedOutput::Float(&mut found));
+            gated_matmul(kernels, &pool, input, &weights, GatedOutput::Float(&mut found));
             assert_eq!(bits(&found), bits(&expected), "{isa}");
             let quantized = GatedOutput::Quantized(&mut out, CodeBits::Eight);
-            gated_matmul(kernels, &pool, input, [&gate, &up], quantized);
+            gated_matmul(kernels, &pool, input, &weights, quantized);
             for token in 0..n_tokens {
                 assert_eq!(bits(&out.row(token)), bits(&expected_rows.row(token)), "{isa}");
             }

@@ -3,7 +3,6 @@
 
 use super::{Fetch, FloatLeaf, Input, MAX_TOKENS, QuantizedLeaf, RowSums};
 use crate::Kernels;
-use crate::ahead::FARTHEST;
 use crate::cache::is_nearest_roomy;
 use crate::formats::GROUP_LEN;
 use crate::packed::{InputKind, Leaf, MAX_DEPTH, PackedMatrix, TILE_ROWS};
@@ -29,7 +28,7 @@ pub(super) struct TileProduct<'a> {
     pub kernels: &'static Kernels,
     pub matrix: &'a PackedMatrix,
     pub input: Input<'a>,
-    /// How far ahead the nearest cache is to be filled, in bytes.
+    /// How far ahead weights are fetched, in bytes.
     pub ahead: usize,
 }
 
@@ -44,7 +43,8 @@ impl TileProduct<'_> {
         finish: &mut dyn FnMut(usize, usize, &[RowSums]),
     ) {
         let mut first = tokens.start;
-        let mut fetch = if is_nearest_roomy() { Fetch::Nearest(self.ahead) } else { Fetch::Second(FARTHEST) };
+        let mut fetch =
+            if is_nearest_roomy() { Fetch::Nearest(self.ahead) } else { Fetch::Second(self.ahead) };
         while first < tokens.end {
             // Tokens that lie side by side; see `QuantizedRows`.
             let end = tokens.end.min((first / MAX_TOKENS + 1) * MAX_TOKENS);

@@ -1,6 +1,7 @@
 //! Tells the threads which weights come next, so that who waits for others fetches them into its caches. It guesses
 //! the shares of the thread pool; a wrong guess costs time, never bits.
 
+use super::GateUp;
 use crate::packed::PackedMatrix;
 use crate::pool::{N_UPCOMING, ThreadPool};
 
@@ -24,10 +25,14 @@ pub fn announce(pool: &ThreadPool, matrices: &[&PackedMatrix]) {
 }
 
 /// Announces a [`super::gated_matmul`] with these matrices.
-pub fn announce_gated(pool: &ThreadPool, matrices: [&PackedMatrix; 2]) {
+pub fn announce_gated(pool: &ThreadPool, weights: &GateUp) {
+    let [gate, up] = match weights {
+        GateUp::InTurns(both) => return announce(pool, &[both]),
+        GateUp::Apart(matrices) => matrices,
+    };
     let n_threads = pool.n_threads();
     pool.announce(|thread| {
-        matrices.map(|matrix| stretch(matrix, thread * matrix.n_tiles() / n_threads, FETCH_BYTES / 2))
+        [gate, up].map(|matrix| stretch(matrix, thread * matrix.n_tiles() / n_threads, FETCH_BYTES / 2))
     });
 }
 

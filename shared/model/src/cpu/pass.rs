@@ -60,11 +60,11 @@ impl Backend for CpuBackend {
         let Scratch { hidden, normed, quantized, .. } = &mut self.scratch;
         let (weight, is_wanted, bits) = match half {
             Half::Attention => {
-                let inputs = weights.attention.as_ref().map(AttentionWeights::inputs);
+                let inputs = weights.attention.iter().flat_map(AttentionWeights::inputs);
                 (&weights.attention_norm, want_quantized(inputs), engine.bits.attention_input)
             }
             Half::Ffn => {
-                let inputs = weights.ffn.as_ref().map(|ffn| [&ffn.gate, &ffn.up]);
+                let inputs = weights.ffn.iter().flat_map(|ffn| ffn.gate_up.matrices());
                 (&weights.ffn_norm, want_quantized(inputs), engine.bits.ffn_input)
             }
         };
@@ -126,8 +126,8 @@ impl Backend for CpuBackend {
             let shape = (engine.query_width(), engine.bits.attention_output);
             quantize_rows(engine.kernels, &engine.pool, attended, shape, quantized);
         }
-        if let Some(FfnWeights { gate, up, .. }) = &self.weights.layers[layer].ffn {
-            announce_gated(&engine.pool, [gate, up]);
+        if let Some(FfnWeights { gate_up, .. }) = &self.weights.layers[layer].ffn {
+            announce_gated(&engine.pool, gate_up);
         }
         engine.sum_columns(matrix, Input { n_rows, quantized: Some(quantized), float: attended }, partials);
         Ok(())
@@ -135,7 +135,7 @@ impl Backend for CpuBackend {
 
     fn gate_up(&mut self, layer: usize) -> Result<(), ModelError> {
         let (engine, n_rows) = (&self.engine, self.rows.len());
-        let FfnWeights { gate, up, down } = ffn_of(&self.weights, layer);
+        let FfnWeights { gate_up, down } = ffn_of(&self.weights, layer);
         let Scratch { normed, quantized, ffn_hidden, ffn_hidden_quantized, .. } = &mut self.scratch;
         let float = &normed[..n_rows * engine.config.n_embd];
         let input = Input { n_rows, quantized: Some(quantized), float };
@@ -144,7 +144,7 @@ impl Backend for CpuBackend {
             InputKind::Float => GatedOutput::Float(&mut ffn_hidden[..n_rows * down.n_cols()]),
         };
         announce(&engine.pool, &[down]);
-        gated_matmul(engine.kernels, &engine.pool, input, [gate, up], out);
+        gated_matmul(engine.kernels, &engine.pool, input, gate_up, out);
         Ok(())
     }
 
@@ -191,7 +191,7 @@ impl Backend for CpuBackend {
         for (row, chosen) in output_rows.iter().zip(chosen.chunks_exact_mut(n_embd)) {
             chosen.copy_from_slice(&hidden[row * n_embd..][..n_embd]);
         }
-        let is_wanted = want_quantized(Some([head]));
+        let is_wanted = want_quantized([head]);
         let rows = Residual {
             hidden: &mut chosen[..n],
             normed: &mut chosen_normed[..n],
@@ -262,8 +262,8 @@ fn ffn_of(weights: &CpuWeights, layer: usize) -> &FfnWeights {
 }
 
 /// Whether one of the matrices that follow multiplies quantized rows.
-fn want_quantized<const N: usize>(matrices: Option<[&PackedMatrix; N]>) -> bool {
-    matrices.as_slice().as_flattened().iter().any(|matrix| matrix.input_kind() == InputKind::Quantized)
+fn want_quantized<'a>(matrices: impl IntoIterator<Item = &'a PackedMatrix>) -> bool {
+    matrices.into_iter().any(|matrix| matrix.input_kind() == InputKind::Quantized)
 }
 
 impl Engine {

@@ -1,7 +1,7 @@
-//! A rank's matrices as the CPU kernels want them: each packed on its own. Nothing is multiplied here.
+//! A rank's matrices as the CPU kernels want them. Nothing is multiplied here.
 
 use paceline_kernels::linear::announce;
-use paceline_kernels::{PackedMatrix, ThreadPool};
+use paceline_kernels::{GateUp, PackedMatrix, ThreadPool};
 
 use crate::ModelError;
 use crate::weights::{AttentionRows, FfnRows, LayerWeights, MatrixRows, Packer, ProjectionRows, Weights};
@@ -25,8 +25,7 @@ pub(super) struct Projection {
 
 /// The gated feed-forward network.
 pub(super) struct FfnWeights {
-    pub gate: PackedMatrix,
-    pub up: PackedMatrix,
+    pub gate_up: GateUp,
     pub down: PackedMatrix,
 }
 
@@ -61,8 +60,11 @@ impl Packer for CpuPacker<'_> {
 
     fn ffn(&mut self, rows: &FfnRows<'_>) -> Result<FfnWeights, ModelError> {
         Ok(FfnWeights {
-            gate: self.matrix(&rows.gate)?,
-            up: self.matrix(&rows.up)?,
+            gate_up: GateUp::pack(
+                [rows.gate.spec(), rows.up.spec()],
+                [&|row| rows.gate.row(row), &|row| rows.up.row(row)],
+                self.pool,
+            )?,
             down: self.matrix(&rows.down)?,
         })
     }
@@ -101,6 +103,8 @@ impl CpuWeights {
                 [&query.matrix, &key.matrix, &value.matrix, output]
             });
         let ffn = self.layers.iter().filter_map(|layer| layer.ffn.as_ref());
-        attention.chain(ffn.flat_map(|ffn| [&ffn.gate, &ffn.up, &ffn.down])).chain(&self.head)
+        attention
+            .chain(ffn.flat_map(|ffn| ffn.gate_up.matrices().iter().chain([&ffn.down])))
+            .chain(&self.head)
     }
 }
