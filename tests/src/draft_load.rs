@@ -47,6 +47,11 @@ impl Seen {
         gaps.get(at).copied().unwrap_or(f64::NAN)
     }
 
+    /// The longest gap.
+    pub fn longest_ms(&self) -> f64 {
+        self.gaps_ms.iter().copied().fold(0.0, f64::max)
+    }
+
     fn merge(&mut self, other: Self) {
         self.n_requests += other.n_requests;
         self.n_different += other.n_different;

@@ -145,6 +145,8 @@ async fn faults(options: &Options) -> anyhow::Result<()> {
     let mut lines = Vec::new();
     for fault in ["stopped", "killed"] {
         let plain = bench.phase(SpeculationMode::Off).await?;
+        // What is left without a draft service.
+        let ngram = bench.phase(SpeculationMode::Ngram).await?;
         let pid = bench.draft_pid()?;
         signal(pid, if fault == "stopped" { "-STOP" } else { "-KILL" })?;
         let without = bench.phase(SpeculationMode::Auto).await?;
@@ -152,10 +154,13 @@ async fn faults(options: &Options) -> anyhow::Result<()> {
         lines.push(json!({
             "fault": fault,
             "p99_ms_off": plain.p99_ms(),
+            "p99_ms_ngram": ngram.p99_ms(),
             "p99_ms": without.p99_ms(),
-            "p99_ratio": without.p99_ms() / plain.p99_ms(),
+            "p99_ratio": without.p99_ms() / ngram.p99_ms(),
             "gaps": without.gaps_ms.len(),
-            "longest_ms": without.gaps_ms.iter().copied().fold(0.0, f64::max),
+            "longest_ms": without.longest_ms(),
+            "p99_ms_coming_back": back.seen.p99_ms(),
+            "longest_ms_coming_back": back.seen.longest_ms(),
             "serves_after_s": back.serves.as_secs_f64(),
             "drafted_after_s": back.drafted.map(|drafted| drafted.as_secs_f64()),
         }));
@@ -171,6 +176,8 @@ struct Back {
     serves: Duration,
     /// From then on until its tokens are verified again.
     drafted: Option<Duration>,
+    /// What clients saw meanwhile.
+    seen: Seen,
 }
 
 /// Lets it come back.
@@ -191,7 +198,7 @@ async fn back(bench: &mut Bench, fault: &str, pid: u32) -> anyhow::Result<Back> 
             }
         }
         let serves = start.elapsed();
-        Ok(Back { serves, drafted: until_drafted(&http, BACK_DEADLINE).await })
+        Ok((serves, until_drafted(&http, BACK_DEADLINE).await))
     };
     let comes_back = async {
         tokio::select! {
@@ -199,9 +206,10 @@ async fn back(bench: &mut Bench, fault: &str, pid: u32) -> anyhow::Result<Back> 
             back = comes_back => back,
         }
     };
-    let (back, seen) = during(&client, (&known, SpeculationMode::Auto), n_clients, comes_back).await?;
+    let (times, seen) = during(&client, (&known, SpeculationMode::Auto), n_clients, comes_back).await?;
     ensure!(seen.n_different == 0, "tokens differ after it came back");
-    back
+    let (serves, drafted) = times?;
+    Ok(Back { serves, drafted, seen })
 }
 
 async fn machines(options: &Options) -> anyhow::Result<()> {
