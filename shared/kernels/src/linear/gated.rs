@@ -25,8 +25,7 @@ pub enum GatedOutput<'a> {
 
 /// The two matrices of a gated network.
 pub enum GateUp {
-    /// Groups of 32 rows of the gate and as many of the values take turns in one matrix: a thread reads one stream of memory,
-    /// a tenth faster than two.
+    /// Groups of 32 rows of the gate and as many of the values take turns in one matrix: a thread reads one stream of memory.
     InTurns(PackedMatrix),
     /// They differ in type, or do not consist of whole groups.
     Apart([PackedMatrix; 2]),
