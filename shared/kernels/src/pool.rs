@@ -465,6 +465,46 @@ impl<'a, T> SharedSlice<'a, T> {
         // SAFETY: inside the borrowed slice, and disjoint from other parts by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(start, range.len()) }
     }
+
+    /// `n` rows, `first` and those that begin `stride` elements further each.
+    ///
+    /// # Safety
+    /// As of [`Self::range_mut`], for every row.
+    ///
+    /// # Panics
+    /// When a row is not inside the slice, or rows overlap.
+    pub(crate) unsafe fn strided_mut(&self, first: Range<usize>, stride: usize, n: usize) -> StridedMut<'_, T> {
+        let end = first.end + stride * n.saturating_sub(1);
+        assert!(first.start <= first.end && end <= self.len, "{n} rows from {first:?} are not inside 0..{}", self.len);
+        assert!(first.len() <= stride, "rows overlap");
+        // SAFETY: the range was checked, so the offset stays inside the borrowed slice.
+        let start = unsafe { self.start.add(first.start) };
+        StridedMut { start, len: first.len(), stride, n, borrow: std::marker::PhantomData }
+    }
+}
+
+/// Rows of a slice, as far from each other as is said, that nobody else uses.
+pub(crate) struct StridedMut<'a, T> {
+    start: *mut T,
+    len: usize,
+    stride: usize,
+    n: usize,
+    borrow: std::marker::PhantomData<&'a mut [T]>,
+}
+
+impl<T> StridedMut<'_, T> {
+    /// One of the rows.
+    ///
+    /// # Panics
+    /// When there are not so many.
+    #[inline(always)]
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.n, "row {row} of {}", self.n);
+        // SAFETY: the slice has room for `n` rows at this stride.
+        let start = unsafe { self.start.add(row * self.stride) };
+        // SAFETY: inside the slice; who made this promised that nobody else uses its rows.
+        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
+    }
 }
 
 #[cfg(test)]

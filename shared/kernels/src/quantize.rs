@@ -79,14 +79,14 @@ pub struct QuantizedRows {
     scales: Vec<GroupScale>,
 }
 
-/// Groups in memory for one row (or the rows of a block, in turn), each `step` groups after the one before.
+/// Groups of the rows of a block in memory: those of all rows lie side by side.
 pub(crate) struct GroupsMut<'a> {
-    /// Planes of the first group, then others up to the last one's.
+    /// `[n_groups, n_rows, n_planes]`.
     pub codes: &'a mut [Quads],
-    /// Likewise.
+    /// `[n_groups, n_rows]`.
     pub scales: &'a mut [GroupScale],
-    /// Groups from one to the next.
-    pub step: usize,
+    /// Rows of the block.
+    pub n_rows: usize,
 }
 
 impl QuantizedRows {
@@ -204,7 +204,7 @@ impl SharedRows<'_> {
     ///
     /// # Safety
     /// No other task uses these groups of this block at the same time.
-    unsafe fn block(&self, block: usize, groups: std::ops::Range<usize>) -> (usize, GroupsMut<'_>) {
+    unsafe fn block(&self, block: usize, groups: std::ops::Range<usize>) -> GroupsMut<'_> {
         let first_row = block * BLOCK_ROWS;
         let n_rows = (self.n_rows - first_row).min(BLOCK_ROWS);
         let start = first_row * self.n_groups + groups.start * n_rows;
@@ -214,34 +214,47 @@ impl SharedRows<'_> {
         let codes = unsafe { self.codes.range_mut(start * n_planes..end * n_planes) };
         // SAFETY: as above.
         let scales = unsafe { self.scales.range_mut(start..end) };
-        (n_rows, GroupsMut { codes, scales, step: n_rows })
+        GroupsMut { codes, scales, n_rows }
     }
 
-    /// Quantizes the columns of the groups `groups` of the rows of a block: `row(r)` gives those of its row `r`.
+    /// Quantizes the columns of the groups `groups` of the rows of a block.
     ///
     /// # Safety
     /// No other task uses these groups of this block at the same time.
-    pub(crate) unsafe fn quantize_block<'x>(
+    pub(crate) unsafe fn quantize_block(
         &self,
         kernels: &Kernels,
         block: usize,
         groups: std::ops::Range<usize>,
-        row: &mut dyn FnMut(usize) -> &'x [f32],
+        x: &BlockInput<'_>,
     ) {
         // SAFETY: the caller promises it.
-        let (n_rows, all) = unsafe { self.block(block, groups) };
-        let n_planes = self.bits.n_planes();
-        for r in 0..n_rows {
-            let codes = &mut all.codes[r * n_planes..];
-            let groups = GroupsMut { codes, scales: &mut all.scales[r..], step: all.step };
-            // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
-            unsafe { (kernels.linear.quantize_row[n_planes - 1])(row(block * BLOCK_ROWS + r), groups) };
-        }
+        let out = unsafe { self.block(block, groups) };
+        // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+        unsafe { (kernels.linear.quantize_block[self.bits.n_planes() - 1])(x, out) };
     }
 }
 
-/// Quantizes one row: kernel type of the dispatch table, one for each number of planes.
-pub(crate) type QuantizeRow = unsafe fn(x: &[f32], out: GroupsMut<'_>);
+/// Columns of the rows of a block.
+pub(crate) struct BlockInput<'a> {
+    /// The rows, from the first one's first column on.
+    pub x: &'a [f32],
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Columns; those up to a whole number of groups count as zero.
+    pub n_cols: usize,
+}
+
+impl<'a> BlockInput<'a> {
+    /// A row.
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [f32] {
+        &self.x[row * self.stride..][..self.n_cols]
+    }
+}
+
+/// Quantizes the rows of a block: kernel type of the dispatch table, one for each number of planes.
+pub(crate) type QuantizeBlock = unsafe fn(x: &BlockInput<'_>, out: GroupsMut<'_>);
 
 /// Quantizes `x` of shape `[n_rows, n_cols]` into `rows`. A short last group is filled up with zeros.
 ///
@@ -263,9 +276,9 @@ pub fn quantize_rows(
     let n_groups = rows.n_groups();
     let shared = rows.shared();
     pool.run(shared.n_rows.div_ceil(BLOCK_ROWS), &|block| {
-        let mut row = |row: usize| &x[row * n_cols..][..n_cols];
+        let x = BlockInput { x: &x[block * BLOCK_ROWS * n_cols..], stride: n_cols, n_cols };
         // SAFETY: each block belongs to one task.
-        unsafe { shared.quantize_block(kernels, block, 0..n_groups, &mut row) };
+        unsafe { shared.quantize_block(kernels, block, 0..n_groups, &x) };
     });
 }
 
@@ -284,26 +297,33 @@ const fn limit(n_planes: usize) -> f32 {
     if n_planes == 1 { CodeBits::Eight.limit() as f32 } else { CodeBits::Sixteen.limit() as f32 }
 }
 
-/// Calls `group` for each 32 elements of a row, the last filled up with zeros.
+/// Calls `group` for each 32 elements of each row, the last filled up with zeros.
 #[inline(always)]
 fn for_each_group<const P: usize>(
-    x: &[f32],
+    x: &BlockInput<'_>,
     out: GroupsMut<'_>,
     mut group: impl FnMut(&[f32; GROUP_LEN]) -> ([Quads; P], GroupScale),
 ) {
-    let (whole, rest) = x.as_chunks::<GROUP_LEN>();
     let (planes, _) = out.codes.as_chunks_mut::<P>();
-    let mut slots = planes.iter_mut().step_by(out.step).zip(out.scales.iter_mut().step_by(out.step));
-    for (x, (planes, scale)) in whole.iter().zip(&mut slots) {
-        (*planes, *scale) = group(x);
+    for row in 0..out.n_rows {
+        let planes = planes[row..].iter_mut().step_by(out.n_rows);
+        let mut slots = planes.zip(out.scales[row..].iter_mut().step_by(out.n_rows));
+        let (whole, rest) = x.row(row).as_chunks::<GROUP_LEN>();
+        for (x, (planes, scale)) in whole.iter().zip(&mut slots) {
+            (*planes, *scale) = group(x);
+        }
+        if let Some((planes, scale)) = slots.next() {
+            (*planes, *scale) = group(&filled_up(rest));
+        }
     }
-    if !rest.is_empty()
-        && let Some((planes, scale)) = slots.next()
-    {
-        let mut last = [0.0; GROUP_LEN];
-        last[..rest.len()].copy_from_slice(rest);
-        (*planes, *scale) = group(&last);
-    }
+}
+
+/// A group's first elements, and zeros.
+#[inline(always)]
+fn filled_up(part: &[f32]) -> [f32; GROUP_LEN] {
+    let mut group = [0.0; GROUP_LEN];
+    group[..part.len()].copy_from_slice(part);
+    group
 }
 
 /// Joins what belongs to the codes of a group, from the sums of its halves.
@@ -319,7 +339,7 @@ fn group_scale(sums: [i32; 2], scale: f32) -> GroupScale {
 }
 
 /// The definition.
-pub(crate) fn quantize_row_scalar<const P: usize>(x: &[f32], out: GroupsMut<'_>) {
+pub(crate) fn quantize_block_scalar<const P: usize>(x: &BlockInput<'_>, out: GroupsMut<'_>) {
     for_each_group::<P>(x, out, |x| {
         // Magnitudes compare as integers do, NaN above all.
         let largest = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
@@ -347,7 +367,7 @@ pub(crate) fn quantize_row_scalar<const P: usize>(x: &[f32], out: GroupsMut<'_>)
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{quantize_row_avx2, quantize_row_avx512};
+pub(crate) use x86::{quantize_block_avx2, quantize_block_avx512};
 
 #[cfg(test)]
 mod tests;

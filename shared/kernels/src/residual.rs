@@ -3,7 +3,7 @@
 
 use crate::Kernels;
 use crate::pool::{SharedSlice, ThreadPool};
-use crate::quantize::{BLOCK_ROWS, CodeBits, QuantizedRows};
+use crate::quantize::{BLOCK_ROWS, BlockInput, CodeBits, QuantizedRows};
 use crate::rms_norm::RmsNorm;
 
 /// The rows and what is to be done with them; both slices are `[n_rows, n_cols]`.
@@ -54,9 +54,9 @@ pub fn add_norm_quantize(
             unsafe { (kernels.rms_norm_row)(hidden, norm, normed) };
         }
         if let Some((n_groups, quantized)) = &quantized {
-            let mut row = |row: usize| &normed[(row - rows.start) * n_cols..][..n_cols];
+            let x = BlockInput { x: normed, stride: n_cols, n_cols };
             // SAFETY: each block belongs to one task.
-            unsafe { quantized.quantize_block(kernels, block, 0..*n_groups, &mut row) };
+            unsafe { quantized.quantize_block(kernels, block, 0..*n_groups, &x) };
         }
     });
 }

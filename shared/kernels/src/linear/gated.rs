@@ -8,7 +8,7 @@ use crate::error::KernelError;
 use crate::formats::GROUP_LEN;
 use crate::packed::{PackSpec, PackedMatrix, RowBytes, TILE_ROWS};
 use crate::pool::{SharedSlice, ThreadPool};
-use crate::quantize::{BLOCK_ROWS, CodeBits, QuantizedRows, SharedRows};
+use crate::quantize::{BLOCK_ROWS, BlockInput, CodeBits, QuantizedRows, SharedRows};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -164,11 +164,14 @@ impl Gated<'_> {
             for ((matrix, first), values) in self.weights.group(group).into_iter().zip(gate_and_up.iter_mut())
             {
                 let product = TileProduct { kernels, matrix, input, ahead };
+                let values = SharedSlice::new(values.as_flattened_mut());
                 for half in 0..rows.len().div_ceil(TILE_ROWS) {
                     product.run(first + half, tokens, stack, &mut |_, first_token, sums| {
-                        for (sums, values) in sums.iter().zip(&mut values[first_token - tokens.start..]) {
-                            values[half * TILE_ROWS..][..TILE_ROWS].copy_from_slice(sums);
-                        }
+                        let start = (first_token - tokens.start) * GROUP_LEN + half * TILE_ROWS;
+                        // SAFETY: nothing else uses the values of this thread.
+                        let out = unsafe { values.strided_mut(start..start + TILE_ROWS, GROUP_LEN, sums.len()) };
+                        // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+                        unsafe { (kernels.linear.write_rows)(sums, None, out) };
                     });
                 }
             }
@@ -183,10 +186,10 @@ impl Gated<'_> {
     fn write(&self, group: usize, rows: &Range<usize>, tokens: &Range<usize>, values: &[[f32; GROUP_LEN]]) {
         match &self.out {
             SharedOutput::Quantized(out) => {
-                for block in tokens.start / BLOCK_ROWS..tokens.end.div_ceil(BLOCK_ROWS) {
-                    let mut row = |token: usize| &values[token - tokens.start][..rows.len()];
+                for (block, values) in (tokens.start / BLOCK_ROWS..).zip(values.chunks(BLOCK_ROWS)) {
+                    let x = BlockInput { x: values.as_flattened(), stride: GROUP_LEN, n_cols: rows.len() };
                     // SAFETY: each group of each token block belongs to one task.
-                    unsafe { out.quantize_block(self.kernels, block, group..group + 1, &mut row) };
+                    unsafe { out.quantize_block(self.kernels, block, group..group + 1, &x) };
                 }
             }
             SharedOutput::Float(out) => {

@@ -115,8 +115,15 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
             (0..T).for_each(add);
         }
     }
+    put(v.simd(), acc, leaf.adds, sums);
+}
+
+/// Writes the sums of a leaf, or adds them to its left neighbour's.
+#[inline(always)]
+fn put<S: Simd, const T: usize>(s: S, acc: [S::F32; T], adds: bool, sums: &mut [RowSums]) {
     for (sums, acc) in sums.iter_mut().zip(acc) {
-        v.simd().store(acc, sums);
+        let acc = if adds { s.add(s.load(sums), acc) } else { acc };
+        s.store(acc, sums);
     }
 }
 
@@ -292,7 +299,5 @@ pub(super) fn sum_float<V: Lanes, F: FloatFormat, const T: usize>(
             acc[t] = v.simd().fma(weights, v.simd().splat(tokens[t][column]), acc[t]);
         }
     }
-    for (sums, acc) in sums.iter_mut().zip(acc) {
-        v.simd().store(acc, sums);
-    }
+    put(v.simd(), acc, leaf.adds, sums);
 }

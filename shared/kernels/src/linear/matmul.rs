@@ -148,18 +148,10 @@ impl Part<'_> {
     fn write(&self, tile: usize, subtree: usize, first_token: usize, sums: &[RowSums]) {
         let (n_rows, n_tokens) = (self.product.matrix.n_rows(), self.product.input.n_rows);
         let rows = tile * TILE_ROWS..n_rows.min((tile + 1) * TILE_ROWS);
-        for (idx, sums) in sums.iter().enumerate() {
-            let start = (subtree * n_tokens + first_token + idx) * n_rows;
-            // SAFETY: each task has its own tiles and tokens, and each (subtree, token, tile) its own range.
-            let out = unsafe { self.out.range_mut(start + rows.start..start + rows.end) };
-            match out.first_chunk_mut() {
-                // The usual case: a copy of known length.
-                Some(out) => *out = *sums,
-                None => out.copy_from_slice(&sums[..rows.len()]),
-            }
-            if let Some(bias) = self.bias {
-                out.iter_mut().zip(&bias[rows.clone()]).for_each(|(out, bias)| *out += bias);
-            }
-        }
+        let start = (subtree * n_tokens + first_token) * n_rows;
+        // SAFETY: each task has its own tiles and tokens, and each (subtree, token, tile) its own range.
+        let out = unsafe { self.out.strided_mut(start + rows.start..start + rows.end, n_rows, sums.len()) };
+        // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
+        unsafe { (self.product.kernels.linear.write_rows)(sums, self.bias.map(|bias| &bias[rows]), out) };
     }
 }

@@ -25,6 +25,7 @@ mod matmul;
 mod scalar;
 mod tile;
 mod upcoming;
+mod write;
 
 pub use gated::{GateUp, GatedOutput, gated_matmul};
 pub use matmul::{Input, Product, matmul};
@@ -33,8 +34,9 @@ pub use upcoming::{announce, announce_gated};
 use crate::formats::GROUP_LEN;
 use crate::isa::Isa;
 use crate::packed::{TILE_ROWS, TilePart};
-use crate::quantize::{CodeBits, GroupScale, Quads, QuantizeRow};
+use crate::quantize::{CodeBits, GroupScale, Quads, QuantizeBlock};
 use paceline_domain::WeightType;
+use write::WriteRows;
 
 /// Where the weights that lie so many bytes behind are fetched to while a leaf is summed.
 #[derive(Clone, Copy)]
@@ -64,6 +66,8 @@ pub(crate) struct QuantizedLeaf<'a> {
     pub step: usize,
     /// Where later weights are fetched to meanwhile.
     pub fetch: Fetch,
+    /// Whether the leaf is added to what was summed before, its left neighbour.
+    pub adds: bool,
 }
 
 impl QuantizedLeaf<'_> {
@@ -87,6 +91,8 @@ pub(crate) struct FloatLeaf<'a> {
     pub stride: usize,
     /// Where later weights are fetched to meanwhile.
     pub fetch: Fetch,
+    /// Whether the leaf is added to what was summed before, its left neighbour.
+    pub adds: bool,
 }
 
 impl<'a> FloatLeaf<'a> {
@@ -103,9 +109,9 @@ impl<'a> FloatLeaf<'a> {
     }
 }
 
-/// Sums a leaf for `sums.len()` tokens, 1 to [`MAX_TOKENS`].
+/// Sums a leaf for `sums.len()` tokens, 1 to [`MAX_TOKENS`], and writes or adds it to `sums` as the leaf says.
 pub(crate) type SumQuantizedLeaf = unsafe fn(leaf: &QuantizedLeaf<'_>, sums: &mut [RowSums]);
-/// Sums a leaf for `sums.len()` tokens, 1 to [`MAX_TOKENS`].
+/// Likewise.
 pub(crate) type SumFloatLeaf = unsafe fn(leaf: &FloatLeaf<'_>, sums: &mut [RowSums]);
 
 /// Most tokens that share one pass over a tile.
@@ -115,19 +121,21 @@ pub(crate) const MAX_TOKENS: usize = crate::quantize::BLOCK_ROWS;
 #[derive(Clone, Copy)]
 pub struct LinearKernels {
     /// By planes of codes, less one; so is the next.
-    pub(crate) quantize_row: [QuantizeRow; 2],
+    pub(crate) quantize_block: [QuantizeBlock; 2],
     quantized: [[SumQuantizedLeaf; 10]; 2],
     float: [SumFloatLeaf; 3],
+    write_rows: WriteRows,
 }
 
 /// The functions of every type, generic ones named by their module and the type.
 macro_rules! table {
-    ($quantize_row:ident, $module:ident :: $quantized:ident, $float:ident) => {{
+    ($quantize_block:ident, $module:ident :: $quantized:ident, $float:ident, $write_rows:ident) => {{
         use crate::formats::*;
         LinearKernels {
-            quantize_row: [crate::quantize::$quantize_row::<1>, crate::quantize::$quantize_row::<2>],
+            quantize_block: [crate::quantize::$quantize_block::<1>, crate::quantize::$quantize_block::<2>],
             quantized: [table!(1, $module::$quantized), table!(2, $module::$quantized)],
             float: [$module::$float::<F32>, $module::$float::<F16>, $module::$float::<BF16>],
+            write_rows: write::$write_rows,
         }
     }};
     ($planes:literal, $module:ident :: $quantized:ident) => {
@@ -151,17 +159,19 @@ impl LinearKernels {
     pub(crate) const fn for_isa(isa: Isa) -> Self {
         match isa {
             Isa::Scalar => {
-                table!(quantize_row_scalar, scalar::sum_quantized_scalar, sum_float_scalar)
+                table!(quantize_block_scalar, scalar::sum_quantized_scalar, sum_float_scalar, write_rows_scalar)
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => table!(quantize_row_avx2, avx2::sum_quantized_avx2, sum_float_avx2),
+            Isa::Avx2 => {
+                table!(quantize_block_avx2, avx2::sum_quantized_avx2, sum_float_avx2, write_rows_avx2)
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
-                table!(quantize_row_avx512, avx512::sum_quantized_avx512, sum_float_avx512)
+                table!(quantize_block_avx512, avx512::sum_quantized_avx512, sum_float_avx512, write_rows_avx512)
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => {
-                table!(quantize_row_avx512, avx512::sum_quantized_vnni, sum_float_avx512)
+                table!(quantize_block_avx512, avx512::sum_quantized_vnni, sum_float_avx512, write_rows_avx512)
             }
             #[cfg(not(target_arch = "x86_64"))]
             _ => panic!("invariant: only the scalar table exists here"),

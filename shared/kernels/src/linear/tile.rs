@@ -65,8 +65,11 @@ impl TileProduct<'_> {
         let n = tokens.len();
         let (mut depth, mut subtree) = (0, 0);
         for leaf in self.matrix.leaves() {
-            self.sum_leaf(tile, leaf, (tokens.start, fetch), &mut stack[depth][..n]);
-            for _ in 0..leaf.n_adds {
+            // The first addition is the kernel's.
+            let adds = leaf.n_adds > 0;
+            depth -= usize::from(adds);
+            self.sum_leaf(tile, leaf, (tokens.start, fetch, adds), &mut stack[depth][..n]);
+            for _ in 1..leaf.n_adds {
                 let (left, right) = stack.split_at_mut(depth);
                 let (left, right) = (left[depth - 1][..n].as_flattened_mut(), right[0][..n].as_flattened());
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
@@ -82,12 +85,18 @@ impl TileProduct<'_> {
         }
     }
 
-    /// Sums a leaf for the tokens from one on.
-    fn sum_leaf(&self, tile: usize, leaf: &Leaf, (first_token, fetch): (usize, Fetch), sums: &mut [RowSums]) {
+    /// Sums a leaf for the tokens from one on; `adds` says whether to its left neighbour.
+    fn sum_leaf(
+        &self,
+        tile: usize,
+        leaf: &Leaf,
+        (first_token, fetch, adds): (usize, Fetch, bool),
+        sums: &mut [RowSums],
+    ) {
         let weight_type = self.matrix.weight_type();
         match (self.matrix.input_kind(), self.input.quantized) {
             (InputKind::Quantized, Some(rows)) => {
-                let leaf = QuantizedLeaf { fetch, ..self.quantized_leaf(tile, leaf, rows, first_token) };
+                let leaf = QuantizedLeaf { fetch, adds, ..self.quantized_leaf(tile, leaf, rows, first_token) };
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                 unsafe { (self.kernels.linear.quantized(weight_type, rows.bits()))(&leaf, sums) }
             }
@@ -102,6 +111,7 @@ impl TileProduct<'_> {
                     tokens: &self.input.float[first_token * n_cols + leaf.columns.start..],
                     stride: n_cols,
                     fetch,
+                    adds,
                 };
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                 unsafe { (self.kernels.linear.float(weight_type))(&leaf, sums) }
@@ -126,6 +136,7 @@ impl TileProduct<'_> {
             scales: &rows.scales()[first..],
             step,
             fetch: Fetch::Nowhere,
+            adds: false,
         }
     }
 }

@@ -29,7 +29,7 @@ fn element() -> impl Strategy<Value = f32> {
 }
 
 proptest! {
-    /// `quantize_row_avx2` and `quantize_row_avx512` against `quantize_row_scalar`.
+    /// `quantize_block_avx2` and `quantize_block_avx512` against `quantize_block_scalar`.
     #[test]
     fn twins_give_the_bits_of_the_definition(
         x in prop::collection::vec(element(), 1..2000),

@@ -1,7 +1,9 @@
-//! SIMD twins of the quantization of a row.
+//! SIMD twins of the quantization of a block: row by row, and of a whole block in `sixteen`.
 
 use super::*;
 use std::arch::x86_64::*;
+
+mod sixteen;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn largest_int_avx2(v: __m256i) -> i32 {
@@ -62,7 +64,7 @@ fn group_avx2<const P: usize>(x: &[f32; GROUP_LEN]) -> ([Quads; P], GroupScale) 
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn quantize_row_avx2<const P: usize>(x: &[f32], out: GroupsMut<'_>) {
+pub(crate) fn quantize_block_avx2<const P: usize>(x: &BlockInput<'_>, out: GroupsMut<'_>) {
     for_each_group::<P>(x, out, |x| group_avx2(x));
 }
 
@@ -79,25 +81,42 @@ fn pack_avx512([first, second]: [__m512i; 2]) -> Quads {
     quads
 }
 
+/// Both halves of a group.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn group_avx512<const P: usize>(x: &[f32; GROUP_LEN]) -> ([Quads; P], GroupScale) {
-    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+#[inline]
+fn halves(x: &[f32; GROUP_LEN]) -> [__m512; 2] {
     // SAFETY: the array has the first 16 elements.
     let low = unsafe { _mm512_loadu_ps(x.as_ptr()) };
     // SAFETY: the array has 16 more.
     let high = unsafe { _mm512_loadu_ps(x[16..].as_ptr()) };
-    let largest = _mm512_max_epi32(
+    [low, high]
+}
+
+/// The larger magnitudes of both halves, as integers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
+fn largest_of([low, high]: [__m512; 2]) -> __m512i {
+    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+    _mm512_max_epi32(
         _mm512_and_si512(_mm512_castps_si512(low), magnitude),
         _mm512_and_si512(_mm512_castps_si512(high), magnitude),
-    );
-    let largest = f32::from_bits(_mm512_reduce_max_epi32(largest) as u32);
-    let (scale, inverse) = scale_and_inverse(largest, limit(P));
+    )
+}
+
+/// The codes of both halves for the inverse of a scale.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
+fn codes_of<const P: usize>(halves: [__m512; 2], inverse: f32) -> [__m512i; 2] {
     let inverse = _mm512_set1_ps(inverse);
-    let codes = [low, high].map(|part| {
+    halves.map(|part| {
         let scaled = _mm512_max_ps(_mm512_mul_ps(part, inverse), _mm512_set1_ps(-limit(P)));
         _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(limit(P))))
-    });
-    let sums = codes.map(|codes| _mm512_reduce_add_epi32(codes));
+    })
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
+fn planes_of<const P: usize>(codes: [__m512i; 2]) -> [Quads; P] {
     let mut planes = [Quads::default(); P];
     let mut left = codes;
     for plane in planes.iter_mut().rev() {
@@ -105,10 +124,24 @@ fn group_avx512<const P: usize>(x: &[f32; GROUP_LEN]) -> ([Quads; P], GroupScale
         *plane = pack_avx512(left);
         left = left.map(|code| _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
     }
-    (planes, group_scale(sums, scale))
+    planes
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(crate) fn quantize_row_avx512<const P: usize>(x: &[f32], out: GroupsMut<'_>) {
-    for_each_group::<P>(x, out, |x| group_avx512(x));
+fn group_avx512<const P: usize>(x: &[f32; GROUP_LEN]) -> ([Quads; P], GroupScale) {
+    let halves = halves(x);
+    let largest = f32::from_bits(_mm512_reduce_max_epi32(largest_of(halves)) as u32);
+    let (scale, inverse) = scale_and_inverse(largest, limit(P));
+    let codes = codes_of::<P>(halves, inverse);
+    let sums = codes.map(|codes| _mm512_reduce_add_epi32(codes));
+    (planes_of(codes), group_scale(sums, scale))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn quantize_block_avx512<const P: usize>(x: &BlockInput<'_>, out: GroupsMut<'_>) {
+    if out.n_rows == BLOCK_ROWS {
+        sixteen::quantize(x, out.codes.as_chunks_mut::<P>().0, out.scales);
+    } else {
+        for_each_group::<P>(x, out, |x| group_avx512(x));
+    }
 }
