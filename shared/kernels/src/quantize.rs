@@ -53,7 +53,6 @@ impl CodeBits {
 }
 
 /// What belongs to the 32 codes of a group.
-#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub(crate) struct GroupScale {
     /// What one unit of a code is worth.
@@ -66,25 +65,78 @@ pub(crate) struct GroupScale {
     pub negated_half_sums: [i32; 2],
 }
 
+/// The words of a [`GroupScale`] in memory.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum ScaleWord {
+    Scale,
+    ScaledSum,
+    NegatedSum,
+    NegatedFirstHalfSum,
+    NegatedSecondHalfSum,
+}
+
+/// How many there are.
+pub(crate) const SCALE_WORDS: usize = 5;
+
+impl GroupScale {
+    /// That of one of `n_rows` rows, from the words of their group: `[SCALE_WORDS, n_rows]`.
+    pub(crate) fn read(words: &[u32], n_rows: usize, row: usize) -> Self {
+        let word = |word: ScaleWord| words[word as usize * n_rows + row];
+        Self {
+            scale: f32::from_bits(word(ScaleWord::Scale)),
+            scaled_sum: f32::from_bits(word(ScaleWord::ScaledSum)),
+            negated_sum: word(ScaleWord::NegatedSum) as i32,
+            negated_half_sums: [ScaleWord::NegatedFirstHalfSum, ScaleWord::NegatedSecondHalfSum]
+                .map(|half| word(half) as i32),
+        }
+    }
+
+    /// Puts it where [`Self::read`] finds it.
+    #[inline(always)]
+    fn write(&self, words: &mut [u32], n_rows: usize, row: usize) {
+        let of_row = [
+            self.scale.to_bits(),
+            self.scaled_sum.to_bits(),
+            self.negated_sum as u32,
+            self.negated_half_sums[0] as u32,
+            self.negated_half_sums[1] as u32,
+        ];
+        for (word, words) in of_row.into_iter().zip(words.chunks_exact_mut(n_rows)) {
+            words[row] = word;
+        }
+    }
+}
+
 /// Rows of quantized activations. Kept between calls so that its memory is allocated once.
 ///
 /// Rows lie in blocks of [`BLOCK_ROWS`] (the last may have fewer, B): a block is `[n_groups, B]` groups of
-/// `[n_planes]` quads.
+/// `[n_planes]` quads, and `[n_groups, SCALE_WORDS, B]` words of their scales: whole cache lines, which a block's task writes
+/// at once.
 #[derive(Debug, Default)]
 pub struct QuantizedRows {
     n_rows: usize,
     n_cols: usize,
     bits: CodeBits,
     codes: Vec<Quads>,
-    scales: Vec<GroupScale>,
+    scales: Vec<u32>,
+}
+
+/// Where a row lies.
+pub(crate) struct Place {
+    /// Rows of its block: groups of a row lie so many groups apart.
+    pub step: usize,
+    /// The first group of the block, of its first row.
+    pub first_group: usize,
+    /// The row in the block.
+    pub row: usize,
 }
 
 /// Groups of the rows of a block in memory: those of all rows lie side by side.
 pub(crate) struct GroupsMut<'a> {
     /// `[n_groups, n_rows, n_planes]`.
     pub codes: &'a mut [Quads],
-    /// `[n_groups, n_rows]`.
-    pub scales: &'a mut [GroupScale],
+    /// `[n_groups, SCALE_WORDS, n_rows]`.
+    pub scales: &'a mut [u32],
     /// Rows of the block.
     pub n_rows: usize,
 }
@@ -105,7 +157,7 @@ impl QuantizedRows {
 
     /// Bytes of memory for so many rows.
     pub const fn bytes(n_rows: usize, n_cols: usize, bits: CodeBits) -> usize {
-        let group = bits.n_planes() * size_of::<Quads>() + size_of::<GroupScale>();
+        let group = bits.n_planes() * size_of::<Quads>() + SCALE_WORDS * size_of::<u32>();
         n_rows * n_cols.div_ceil(GROUP_LEN) * group
     }
 
@@ -133,18 +185,22 @@ impl QuantizedRows {
     pub(crate) fn reshape(&mut self, n_rows: usize, n_cols: usize, bits: CodeBits) {
         (self.n_rows, self.n_cols, self.bits) = (n_rows, n_cols, bits);
         let n_groups = n_rows * self.n_groups();
-        if self.scales.len() < n_groups {
-            self.scales.resize(n_groups, GroupScale::default());
+        if self.scales.len() < n_groups * SCALE_WORDS {
+            self.scales.resize(n_groups * SCALE_WORDS, 0);
         }
         if self.codes.len() < n_groups * bits.n_planes() {
             self.codes.resize(n_groups * bits.n_planes(), Quads::default());
         }
     }
 
-    /// Rows in the block of a row, and the index of the row's first group; the next ones follow at that distance.
-    pub(crate) fn place(&self, row: usize) -> (usize, usize) {
+    /// Where a row lies.
+    pub(crate) fn place(&self, row: usize) -> Place {
         let first = row / BLOCK_ROWS * BLOCK_ROWS;
-        ((self.n_rows - first).min(BLOCK_ROWS), first * self.n_groups() + row % BLOCK_ROWS)
+        Place {
+            step: (self.n_rows - first).min(BLOCK_ROWS),
+            first_group: first * self.n_groups(),
+            row: row % BLOCK_ROWS,
+        }
     }
 
     /// Codes of all groups, `[n_planes]` each.
@@ -152,8 +208,8 @@ impl QuantizedRows {
         &self.codes
     }
 
-    /// Scales of all groups.
-    pub(crate) fn scales(&self) -> &[GroupScale] {
+    /// Words of the scales of all groups.
+    pub(crate) fn scales(&self) -> &[u32] {
         &self.scales
     }
 
@@ -170,17 +226,25 @@ impl QuantizedRows {
 
     /// The row as numbers: code times scale.
     pub fn row(&self, row: usize) -> Vec<f32> {
-        let (step, first) = self.place(row);
-        let groups = (0..self.n_groups()).map(|group| first + group * step);
-        let mut values: Vec<f32> = groups.flat_map(|group| self.group_values(group)).collect();
+        let mut values: Vec<f32> = (0..self.n_groups()).flat_map(|group| self.group_values(row, group)).collect();
         values.truncate(self.n_cols);
         values
     }
 
-    fn group_values(&self, group: usize) -> [f32; GROUP_LEN] {
-        let scale = self.scales[group].scale;
-        group_codes(&self.codes[group * self.bits.n_planes()..][..self.bits.n_planes()])
-            .map(|code| code as f32 * scale)
+    fn group_values(&self, row: usize, group: usize) -> [f32; GROUP_LEN] {
+        let scale = self.group_scale(row, group).scale;
+        group_codes(self.group_planes(row, group)).map(|code| code as f32 * scale)
+    }
+
+    fn group_planes(&self, row: usize, group: usize) -> &[Quads] {
+        let (place, n_planes) = (self.place(row), self.bits.n_planes());
+        &self.codes[(place.first_group + group * place.step + place.row) * n_planes..][..n_planes]
+    }
+
+    fn group_scale(&self, row: usize, group: usize) -> GroupScale {
+        let place = self.place(row);
+        let words = &self.scales[(place.first_group + group * place.step) * SCALE_WORDS..];
+        GroupScale::read(words, place.step, place.row)
     }
 }
 
@@ -196,7 +260,7 @@ pub(crate) struct SharedRows<'a> {
     n_groups: usize,
     bits: CodeBits,
     codes: SharedSlice<'a, Quads>,
-    scales: SharedSlice<'a, GroupScale>,
+    scales: SharedSlice<'a, u32>,
 }
 
 impl SharedRows<'_> {
@@ -213,7 +277,7 @@ impl SharedRows<'_> {
         // SAFETY: blocks are disjoint, and so are their groups; the caller promises the rest.
         let codes = unsafe { self.codes.range_mut(start * n_planes..end * n_planes) };
         // SAFETY: as above.
-        let scales = unsafe { self.scales.range_mut(start..end) };
+        let scales = unsafe { self.scales.range_mut(start * SCALE_WORDS..end * SCALE_WORDS) };
         GroupsMut { codes, scales, n_rows }
     }
 
@@ -305,15 +369,20 @@ fn for_each_group<const P: usize>(
     mut group: impl FnMut(&[f32; GROUP_LEN]) -> ([Quads; P], GroupScale),
 ) {
     let (planes, _) = out.codes.as_chunks_mut::<P>();
-    for row in 0..out.n_rows {
-        let planes = planes[row..].iter_mut().step_by(out.n_rows);
-        let mut slots = planes.zip(out.scales[row..].iter_mut().step_by(out.n_rows));
+    let n_rows = out.n_rows;
+    for row in 0..n_rows {
+        let planes = planes[row..].iter_mut().step_by(n_rows);
+        let mut slots = planes.zip(out.scales.chunks_exact_mut(SCALE_WORDS * n_rows));
         let (whole, rest) = x.row(row).as_chunks::<GROUP_LEN>();
-        for (x, (planes, scale)) in whole.iter().zip(&mut slots) {
-            (*planes, *scale) = group(x);
+        for (x, (planes, words)) in whole.iter().zip(&mut slots) {
+            let (of_row, scale) = group(x);
+            *planes = of_row;
+            scale.write(words, n_rows, row);
         }
-        if let Some((planes, scale)) = slots.next() {
-            (*planes, *scale) = group(&filled_up(rest));
+        if let Some((planes, words)) = slots.next() {
+            let (of_row, scale) = group(&filled_up(rest));
+            *planes = of_row;
+            scale.write(words, n_rows, row);
         }
     }
 }

@@ -91,41 +91,58 @@ fn score_tile<S: Simd, E: KvElement, const N: usize, const B: usize>(
     scores: &mut [[f32; CHUNK]],
 ) {
     let Some((start, end)) = seen_by_any(queries) else { return };
-    let (first, last) = (start / BLOCK_POSITIONS, (end - 1) / BLOCK_POSITIONS);
-    let scale = s.splat(args.scale);
-    let mut block = first;
-    while block <= last {
-        // Past the end the last block is worked on again, and not stored.
-        let ids: [_; B] = std::array::from_fn(|b| args.block_table[(block + b).min(last)]);
-        let keys = ids.map(|id| args.blocks.keys(id, args.kv_head));
-        let next: [_; B] = std::array::from_fn(|b| after_keys(args, block + b, ahead));
-        let n_dims = keys[0].len();
-        let group_len = if E::IS_CODE { KV_GROUP } else { n_dims };
-        let mut total = [[s.splat(0.0); B]; N];
-        let mut group_start = 0;
-        while group_start < n_dims {
-            let dims = group_start..n_dims.min(group_start + group_len);
-            let sums = key_group::<S, E, N, B>(s, queries, (&keys, &next), dims);
-            if E::IS_CODE {
-                let scales = ids.map(|id| &args.blocks.key_scales(id, args.kv_head)[group_start / KV_GROUP]);
-                for b in 0..B {
-                    let scale = s.load_f16(scales[b]);
-                    for n in 0..N {
-                        total[n][b] = s.fma(sums[n][b], scale, total[n][b]);
-                    }
+    let (mut block, end) = (start / BLOCK_POSITIONS, (end - 1) / BLOCK_POSITIONS + 1);
+    while block < end {
+        let left = end - block;
+        match left {
+            1 => score_blocks::<S, E, N, 1>(s, args, (queries, ahead), block..end, scores),
+            2 => score_blocks::<S, E, N, 2>(s, args, (queries, ahead), block..end, scores),
+            _ => score_blocks::<S, E, N, B>(s, args, (queries, ahead), block..end, scores),
+        }
+        block += if left > 2 { B } else { left };
+    }
+}
+
+/// Scores of N queries with the first B blocks of `blocks`. Where there are fewer, the last one is worked on again and not
+/// stored.
+#[inline(always)]
+fn score_blocks<S: Simd, E: KvElement, const N: usize, const B: usize>(
+    s: S,
+    args: &ChunkArgs<'_, E>,
+    (queries, ahead): (&[Query<'_>], usize),
+    blocks: std::ops::Range<usize>,
+    scores: &mut [[f32; CHUNK]],
+) {
+    let first = blocks.start;
+    let ids: [_; B] = std::array::from_fn(|b| args.block_table[(first + b).min(blocks.end - 1)]);
+    let keys = ids.map(|id| args.blocks.keys(id, args.kv_head));
+    let next: [_; B] = std::array::from_fn(|b| after_keys(args, first + b, ahead));
+    let n_dims = keys[0].len();
+    let group_len = if E::IS_CODE { KV_GROUP } else { n_dims };
+    let mut total = [[s.splat(0.0); B]; N];
+    let mut group_start = 0;
+    while group_start < n_dims {
+        let dims = group_start..n_dims.min(group_start + group_len);
+        let sums = key_group::<S, E, N, B>(s, queries, (&keys, &next), dims);
+        if E::IS_CODE {
+            let scales = ids.map(|id| &args.blocks.key_scales(id, args.kv_head)[group_start / KV_GROUP]);
+            for b in 0..B {
+                let scale = s.load_f16(scales[b]);
+                for n in 0..N {
+                    total[n][b] = s.fma(sums[n][b], scale, total[n][b]);
                 }
-            } else {
-                total = sums;
             }
-            group_start += group_len;
+        } else {
+            total = sums;
         }
-        for n in 0..N {
-            let scores = scores[n].as_chunks_mut::<LANES>().0;
-            for b in 0..B.min(last + 1 - block) {
-                s.store(s.mul(total[n][b], scale), &mut scores[block + b]);
-            }
+        group_start += group_len;
+    }
+    let scale = s.splat(args.scale);
+    for n in 0..N {
+        let scores = scores[n].as_chunks_mut::<LANES>().0;
+        for b in 0..B.min(blocks.len()) {
+            s.store(s.mul(total[n][b], scale), &mut scores[first + b]);
         }
-        block += B;
     }
 }
 

@@ -66,6 +66,7 @@ impl Lanes for Avx2 {
     type Bytes = [__m256i; 2];
     type Ints = [__m256i; 2];
     const HOLDS_SUMS: bool = false;
+    const DOTS_WAIT: bool = false;
 
     #[inline(always)]
     fn simd(self) -> simd::Avx2 {
@@ -137,6 +138,11 @@ impl Lanes for Avx2 {
     fn times(self, ints: [__m256i; 2], factor: i32) -> [__m256i; 2] {
         let factor = op!(_mm256_set1_epi32(factor));
         both!(H => _mm256_mullo_epi32(ints[H], factor))
+    }
+
+    #[inline(always)]
+    fn plus(self, left: [__m256i; 2], right: [__m256i; 2]) -> [__m256i; 2] {
+        both!(H => _mm256_add_epi32(left[H], right[H]))
     }
 
     #[inline(always)]

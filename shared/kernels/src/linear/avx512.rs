@@ -89,6 +89,7 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     type Bytes = __m512i;
     type Ints = __m512i;
     const HOLDS_SUMS: bool = true;
+    const DOTS_WAIT: bool = VNNI;
 
     #[inline(always)]
     fn simd(self) -> simd::Avx512 {
@@ -158,6 +159,11 @@ impl<const VNNI: bool> Lanes for Avx512<VNNI> {
     #[inline(always)]
     fn times(self, ints: __m512i, factor: i32) -> __m512i {
         op!(_mm512_mullo_epi32(ints, _mm512_set1_epi32(factor)))
+    }
+
+    #[inline(always)]
+    fn plus(self, left: __m512i, right: __m512i) -> __m512i {
+        op!(_mm512_add_epi32(left, right))
     }
 
     #[inline(always)]

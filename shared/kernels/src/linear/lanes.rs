@@ -4,7 +4,7 @@
 use super::{Fetch, FloatLeaf, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, QuantFormat, ScaleLayout};
 use crate::packed::{Line, PackedGroup, QUADS, TILE_ROWS, planes};
-use crate::quantize::{GroupScale, Quads};
+use crate::quantize::{Quads, SCALE_WORDS, ScaleWord};
 use crate::simd::Simd;
 use paceline_domain::WeightType;
 
@@ -18,6 +18,8 @@ pub(super) trait Lanes: Copy {
     type Ints: Copy;
     /// Whether registers hold the sums of as many tokens as are summed at once, beside the codes of a group.
     const HOLDS_SUMS: bool;
+    /// Whether a dot waits several cycles for the one before it in its sum.
+    const DOTS_WAIT: bool;
 
     fn simd(self) -> Self::Simd;
 
@@ -35,6 +37,7 @@ pub(super) trait Lanes: Copy {
     fn splat_int(self, value: i32) -> Self::Ints;
     /// `ints * factor`, a power of two.
     fn times(self, ints: Self::Ints, factor: i32) -> Self::Ints;
+    fn plus(self, left: Self::Ints, right: Self::Ints) -> Self::Ints;
     /// `256 * high + low`.
     fn join(self, high: Self::Ints, low: Self::Ints) -> Self::Ints;
     fn to_floats(self, ints: Self::Ints) -> Floats<Self>;
@@ -84,6 +87,10 @@ macro_rules! each_token {
     };
 }
 
+/// So few tokens have each group's dots in two sums: until one is added to the next there is too little else to do. From
+/// more tokens on the other tokens' dots are enough, and registers are not.
+const FEW_TOKENS: usize = 8;
+
 /// Sums a leaf of quantized weights for `T` tokens with codes of `P` planes.
 #[inline(always)]
 pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: usize>(
@@ -93,8 +100,8 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
 ) {
     let mut acc = [v.simd().splat(0.0); T];
     let codes = leaf.codes.as_chunks::<P>().0.chunks(leaf.step);
-    let tokens = codes.zip(leaf.scales.chunks(leaf.step));
-    for (group, (x_codes, x_scales)) in tokens.take(leaf.n_groups).enumerate() {
+    let tokens = codes.zip(leaf.scales.chunks(SCALE_WORDS * leaf.step));
+    for (group, (x_codes, x_words)) in tokens.take(leaf.n_groups).enumerate() {
         let PackedGroup { planes, own, shared } = leaf.weights.group::<F>(group);
         match leaf.fetch {
             Fetch::Nowhere => (),
@@ -104,10 +111,15 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
         let codes = unpack::<V, F>(v, planes);
         let scales = resolve::<V, F>(v, own, shared);
         let x_codes: &[[Quads; P]; T] = x_codes.first_chunk().expect("invariant: all tokens have the group");
-        let x_scales: &[GroupScale; T] =
-            x_scales.first_chunk().expect("invariant: all tokens have the group");
+        let [x_scales, x_sums @ ..] = token_words::<F, T>(x_words, leaf.step);
         let mut add = |t: usize| {
-            acc[t] = add_group::<V, F, P>(v, &codes, &scales, (&x_codes[t], &x_scales[t]), acc[t]);
+            let sums = x_sums.map(|sums| sums[t]);
+            let x = (&x_codes[t], f32::from_bits(x_scales[t]), sums);
+            acc[t] = if V::DOTS_WAIT && T <= FEW_TOKENS {
+                add_group::<V, F, P, 2>(v, &codes, &scales, x, acc[t])
+            } else {
+                add_group::<V, F, P, 1>(v, &codes, &scales, x, acc[t])
+            };
         };
         if V::HOLDS_SUMS {
             each_token!(T, t => add(t));
@@ -116,6 +128,20 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
         }
     }
     put(v.simd(), acc, leaf.adds, sums);
+}
+
+/// Of a group of activations, for each token: the scale, and twice what the type of weights needs beside it, for the halves
+/// where these differ.
+#[inline(always)]
+fn token_words<F: QuantFormat, const T: usize>(words: &[u32], step: usize) -> [&[u32; T]; 3] {
+    let sums = match (F::SCALES.per_half(), F::SCALES.has_min()) {
+        (true, _) => [ScaleWord::NegatedFirstHalfSum, ScaleWord::NegatedSecondHalfSum],
+        (false, true) => [ScaleWord::ScaledSum; 2],
+        (false, false) => [ScaleWord::NegatedSum; 2],
+    };
+    [ScaleWord::Scale, sums[0], sums[1]].map(|word| {
+        words[word as usize * step..].first_chunk().expect("invariant: all tokens have the group")
+    })
 }
 
 /// Writes the sums of a leaf, or adds them to its left neighbour's.
@@ -217,55 +243,60 @@ fn resolve<V: Lanes, F: QuantFormat>(v: V, own: &[u8], shared: &[u8]) -> LaneSca
     }
 }
 
-/// `sum of (code - OFFSET) * activation code` over these quads; `negated_sum` is that of the activation codes.
+/// `sum of (code - OFFSET) * activation code` over these quads; `negated_sum` is that of the activation codes. The dots take
+/// turns in `CHAINS` sums, one or two.
 #[inline(always)]
-fn dot<V: Lanes, F: QuantFormat, const P: usize>(
+fn dot<V: Lanes, F: QuantFormat, const P: usize, const CHAINS: usize>(
     v: V,
     codes: &[V::Bytes],
     planes: &[Quads; P],
     first_quad: usize,
     negated_sum: i32,
 ) -> V::Ints {
-    let mut isums = [v.splat_int(0); P];
+    let mut isums = [[v.splat_int(0); 2]; P];
     if F::OFFSET != 0 {
-        isums[P - 1] = v.times(v.splat_int(negated_sum), F::OFFSET);
+        isums[P - 1][0] = v.times(v.splat_int(negated_sum), F::OFFSET);
     }
     for (quad, codes) in codes.iter().enumerate() {
-        for (isum, plane) in isums.iter_mut().zip(planes) {
-            let x = plane[first_quad + quad];
+        for (isums, plane) in isums.iter_mut().zip(planes) {
+            let (x, isum) = (plane[first_quad + quad], &mut isums[quad % CHAINS]);
             *isum = if F::BITS == 8 { v.dot::<8>(*isum, *codes, x) } else { v.dot::<6>(*isum, *codes, x) };
         }
     }
-    if P == 2 { v.join(isums[0], isums[1]) } else { isums[0] }
+    let mut totals = [v.splat_int(0); P];
+    for (total, isums) in totals.iter_mut().zip(isums) {
+        *total = if CHAINS == 2 { v.plus(isums[0], isums[1]) } else { isums[0] };
+    }
+    if P == 2 { v.join(totals[0], totals[1]) } else { totals[0] }
 }
 
 /// Adds the product of one group of all rows with one group of activations.
 #[inline(always)]
-fn add_group<V: Lanes, F: QuantFormat, const P: usize>(
+fn add_group<V: Lanes, F: QuantFormat, const P: usize, const CHAINS: usize>(
     v: V,
     codes: &[V::Bytes; QUADS],
     scales: &LaneScales<V>,
-    (planes, x): (&[Quads; P], &GroupScale),
+    (planes, scale, sums): (&[Quads; P], f32, [u32; 2]),
     acc: Floats<V>,
 ) -> Floats<V> {
-    let x_scale = v.simd().splat(x.scale);
+    let x_scale = v.simd().splat(scale);
     let mut acc = acc;
     if F::SCALES.per_half() {
         for half in 0..2 {
             let first = half * QUADS / 2;
             let codes = &codes[first..first + QUADS / 2];
-            let isum = dot::<V, F, P>(v, codes, planes, first, x.negated_half_sums[half]);
+            let isum = dot::<V, F, P, CHAINS>(v, codes, planes, first, sums[half] as i32);
             acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[half], x_scale), acc);
             if F::SCALES.has_min() {
-                let sum = x.scale * -x.negated_half_sums[half] as f32;
+                let sum = scale * -(sums[half] as i32) as f32;
                 acc = v.simd().fma(scales.min[half], v.simd().splat(sum), acc);
             }
         }
     } else {
-        let isum = dot::<V, F, P>(v, codes, planes, 0, x.negated_sum);
+        let isum = dot::<V, F, P, CHAINS>(v, codes, planes, 0, sums[0] as i32);
         acc = v.simd().fma(v.to_floats(isum), v.simd().mul(scales.scale[0], x_scale), acc);
         if F::SCALES.has_min() {
-            acc = v.simd().fma(scales.min[0], v.simd().splat(x.scaled_sum), acc);
+            acc = v.simd().fma(scales.min[0], v.simd().splat(f32::from_bits(sums[0])), acc);
         }
     }
     acc

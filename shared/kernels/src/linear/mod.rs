@@ -34,7 +34,7 @@ pub use upcoming::{announce, announce_gated};
 use crate::formats::GROUP_LEN;
 use crate::isa::Isa;
 use crate::packed::{TILE_ROWS, TilePart};
-use crate::quantize::{CodeBits, GroupScale, Quads, QuantizeBlock};
+use crate::quantize::{CodeBits, Quads, QuantizeBlock};
 use paceline_domain::WeightType;
 use write::WriteRows;
 
@@ -60,8 +60,8 @@ pub(crate) struct QuantizedLeaf<'a> {
     pub n_groups: usize,
     /// Planes of activation codes, from the leaf's first group of the first token on; tokens lie side by side.
     pub codes: &'a [Quads],
-    /// Scales of activations, likewise.
-    pub scales: &'a [GroupScale],
+    /// Words of their scales, from the same on.
+    pub scales: &'a [u32],
     /// Tokens from one group to the next, those of other leaves included.
     pub step: usize,
     /// Where later weights are fetched to meanwhile.

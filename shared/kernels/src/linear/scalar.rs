@@ -3,7 +3,7 @@
 use super::{FloatLeaf, MAX_TOKENS, QuantizedLeaf, RowSums};
 use crate::formats::{FloatFormat, GROUP_LEN, QuantFormat, Scales};
 use crate::packed::{TILE_ROWS, codes_of_row, scales_of_row};
-use crate::quantize::{GroupScale, group_codes};
+use crate::quantize::{GroupScale, SCALE_WORDS, group_codes};
 
 /// Sums a leaf of quantized weights.
 pub(crate) fn sum_quantized_scalar<F: QuantFormat, const P: usize>(
@@ -14,12 +14,13 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat, const P: usize>(
     let of_leaf = &mut of_leaf[..sums.len()];
     for group in 0..leaf.n_groups {
         let packed = leaf.weights.group::<F>(group);
+        let words = &leaf.scales[group * SCALE_WORDS * leaf.step..];
         for row in 0..TILE_ROWS {
             let weights = codes_of_row(packed.planes, F::BITS, row).map(|code| i32::from(code) - F::OFFSET);
             let scales = scales_of_row::<F>(packed.own, packed.shared, row).resolve(F::SCALES);
             for (token, sums) in of_leaf.iter_mut().enumerate() {
                 let place = group * leaf.step + token;
-                let x = (group_codes(&leaf.codes[place * P..][..P]), leaf.scales[place]);
+                let x = (group_codes(&leaf.codes[place * P..][..P]), GroupScale::read(words, leaf.step, token));
                 sums[row] = add_group::<F>(&weights, &scales, &x, sums[row]);
             }
         }

@@ -6,7 +6,7 @@ use crate::Kernels;
 use crate::cache::is_nearest_roomy;
 use crate::formats::GROUP_LEN;
 use crate::packed::{InputKind, Leaf, MAX_DEPTH, PackedMatrix, TILE_ROWS};
-use crate::quantize::QuantizedRows;
+use crate::quantize::{Place, QuantizedRows, SCALE_WORDS};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -127,13 +127,13 @@ impl TileProduct<'_> {
         first_token: usize,
     ) -> QuantizedLeaf<'b> {
         let groups = leaf.columns.start / GROUP_LEN..leaf.columns.end / GROUP_LEN;
-        let (step, first) = rows.place(first_token);
-        let first = first + groups.start * step;
+        let Place { step, first_group, row } = rows.place(first_token);
+        let first = first_group + groups.start * step;
         QuantizedLeaf {
             weights: self.matrix.layout().part(self.matrix.tile(tile), groups.start),
             n_groups: groups.len(),
-            codes: &rows.codes()[first * rows.bits().n_planes()..],
-            scales: &rows.scales()[first..],
+            codes: &rows.codes()[(first + row) * rows.bits().n_planes()..],
+            scales: &rows.scales()[first * SCALE_WORDS + row..],
             step,
             fetch: Fetch::Nowhere,
             adds: false,

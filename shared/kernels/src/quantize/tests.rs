@@ -11,16 +11,9 @@ fn quantized(isa: Isa, x: &[f32], n_cols: usize, bits: CodeBits) -> QuantizedRow
     rows
 }
 
-/// A [`GroupScale`], floats as bits.
-type ScaleBits = (u32, u32, i32, [i32; 2]);
-
-/// Everything of all groups, floats as bits.
-fn contents(rows: &QuantizedRows) -> (Vec<Quads>, Vec<ScaleBits>) {
-    let scale = |scale: &GroupScale| {
-        let GroupScale { scale, scaled_sum, negated_sum, negated_half_sums } = *scale;
-        (scale.to_bits(), scaled_sum.to_bits(), negated_sum, negated_half_sums)
-    };
-    (rows.codes.clone(), rows.scales.iter().map(scale).collect())
+/// Everything of all groups.
+fn contents(rows: &QuantizedRows) -> (&[Quads], &[u32]) {
+    (&rows.codes, &rows.scales)
 }
 
 /// Floats of all magnitudes, zero, infinite and NaN ones included, and plain ones.
@@ -57,7 +50,7 @@ proptest! {
                 let alone = quantized(Isa::Scalar, row, 50, bits);
                 prop_assert_eq!(alone.row(0), together.row(idx));
                 for ((x, value), group) in row.iter().zip(alone.row(0)).zip((0..).map(|i| i / GROUP_LEN)) {
-                    prop_assert!((x - value).abs() <= 0.51 * alone.scales[group].scale);
+                    prop_assert!((x - value).abs() <= 0.51 * alone.group_scale(0, group).scale);
                 }
             }
         }
@@ -72,10 +65,10 @@ fn special_groups() {
         x[2][7] = f32::INFINITY;
         x[3][9] = f32::NAN;
         let rows = quantized(isa, x.as_flattened(), 128, bits);
-        let scales: Vec<f32> = rows.scales.iter().map(|group| group.scale).collect();
+        let scales = [0, 1, 2, 3].map(|group| rows.group_scale(0, group).scale);
         assert_eq!(scales[..3], [0.0, 0.0, f32::INFINITY]);
         assert!(scales[3].is_nan());
-        assert_eq!(rows.group_values(1), [0.0; 32]);
+        assert_eq!(rows.group_values(0, 1), [0.0; 32]);
     }
 }
 
@@ -84,7 +77,7 @@ fn the_largest_codes_fit_their_planes() {
     for (isa, bits) in Isa::available().into_iter().flat_map(|isa| CodeBits::ALL.map(|bits| (isa, bits))) {
         let x: Vec<f32> = (0..32).map(|i| if i % 2 == 0 { 3.0 } else { -3.0 }).collect();
         let rows = quantized(isa, &x, 32, bits);
-        let codes = group_codes(&rows.codes[..bits.n_planes()]);
+        let codes = group_codes(rows.group_planes(0, 0));
         let expected: [i32; 32] = std::array::from_fn(|i| bits.limit() * if i % 2 == 0 { 1 } else { -1 });
         assert_eq!(codes, expected, "{isa} {bits:?}");
     }

@@ -70,14 +70,13 @@ pub(crate) fn quantize_block_avx2<const P: usize>(x: &BlockInput<'_>, out: Group
 
 /// The lowest bytes of 32 integers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
 fn pack_avx512([first, second]: [__m512i; 2]) -> Quads {
-    let [first, second] = [_mm512_cvtepi32_epi8(first), _mm512_cvtepi32_epi8(second)];
+    let first = _mm256_castsi128_si256(_mm512_cvtepi32_epi8(first));
+    let both = _mm256_inserti128_si256::<1>(first, _mm512_cvtepi32_epi8(second));
     let mut quads = Quads::default();
-    let (low, high) = quads.split_at_mut(4);
-    // SAFETY: the half array has the 16 bytes that are written.
-    unsafe { _mm_storeu_si128(low.as_mut_ptr().cast(), first) };
-    // SAFETY: as above.
-    unsafe { _mm_storeu_si128(high.as_mut_ptr().cast(), second) };
+    // SAFETY: the array has the 32 bytes that are written.
+    unsafe { _mm256_storeu_si256(quads.as_mut_ptr().cast(), both) };
     quads
 }
 
@@ -108,10 +107,12 @@ fn largest_of([low, high]: [__m512; 2]) -> __m512i {
 #[inline]
 fn codes_of<const P: usize>(halves: [__m512; 2], inverse: f32) -> [__m512i; 2] {
     let inverse = _mm512_set1_ps(inverse);
-    halves.map(|part| {
+    let mut codes = [_mm512_setzero_si512(); 2];
+    for (codes, part) in codes.iter_mut().zip(halves) {
         let scaled = _mm512_max_ps(_mm512_mul_ps(part, inverse), _mm512_set1_ps(-limit(P)));
-        _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(limit(P))))
-    })
+        *codes = _mm512_cvtps_epi32(_mm512_min_ps(scaled, _mm512_set1_ps(limit(P))));
+    }
+    codes
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
@@ -122,7 +123,9 @@ fn planes_of<const P: usize>(codes: [__m512i; 2]) -> [Quads; P] {
     for plane in planes.iter_mut().rev() {
         // Narrowing keeps the lowest 8 bits; rounding the others is subtracting these as a signed number.
         *plane = pack_avx512(left);
-        left = left.map(|code| _mm512_srai_epi32::<8>(_mm512_add_epi32(code, _mm512_set1_epi32(128))));
+        for code in &mut left {
+            *code = _mm512_srai_epi32::<8>(_mm512_add_epi32(*code, _mm512_set1_epi32(128)));
+        }
     }
     planes
 }

@@ -9,93 +9,95 @@ use super::*;
 pub(super) fn quantize<const P: usize>(
     x: &BlockInput<'_>,
     codes: &mut [[Quads; P]],
-    scales: &mut [GroupScale],
+    scales: &mut [u32],
 ) {
-    let groups = codes.as_chunks_mut().0.iter_mut().zip(scales.as_chunks_mut().0);
-    for (group, (codes, scales)) in groups.enumerate() {
-        let start = group * GROUP_LEN;
-        if start + GROUP_LEN <= x.n_cols {
-            let row = |row: usize| x.x[row * x.stride + start..].first_chunk();
-            quantize_group(
-                std::array::from_fn(|r| row(r).expect("invariant: rows have n_cols columns")),
-                codes,
-                scales,
-            );
-        } else {
-            let rows: [_; BLOCK_ROWS] = std::array::from_fn(|r| filled_up(&x.row(r)[start..]));
-            quantize_group(rows.each_ref(), codes, scales);
+    let words = scales.as_chunks_mut().0.as_chunks_mut().0;
+    let mut groups = codes.as_chunks_mut().0.iter_mut().zip(words);
+    let whole = x.n_cols / GROUP_LEN * GROUP_LEN;
+    for (start, (codes, words)) in (0..whole).step_by(GROUP_LEN).zip(&mut groups) {
+        let mut rows = [&[0.0; GROUP_LEN]; BLOCK_ROWS];
+        for (row, columns) in rows.iter_mut().enumerate() {
+            *columns = x.row(row)[start..].first_chunk().expect("invariant: the group is whole");
         }
+        quantize_group(rows, codes, words);
+    }
+    if let Some((codes, words)) = groups.next() {
+        let mut last = [[0.0; GROUP_LEN]; BLOCK_ROWS];
+        for (row, last) in last.iter_mut().enumerate() {
+            *last = filled_up(&x.row(row)[whole..]);
+        }
+        quantize_group(last.each_ref(), codes, words);
     }
 }
 
+/// What all lanes of each of sixteen rows give together, the first row's in the first lane. The operation is exact, so the
+/// order does not matter. A macro, as a closure with vectors in it would be called for each of them.
+macro_rules! across {
+    ($rows:expr, $join:ident) => {{
+        let rows: &[__m512i; BLOCK_ROWS] = $rows;
+        // In each 128 bits: two lanes of each of two rows, then one lane of each of four rows.
+        let mut fours = [_mm512_setzero_si512(); 4];
+        for (four, rows) in fours.iter_mut().zip(rows.as_chunks::<4>().0) {
+            let a = $join(_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+            let b = $join(_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+            *four = $join(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        }
+        let mut eights = [_mm512_setzero_si512(); 2];
+        for (eight, fours) in eights.iter_mut().zip(fours.as_chunks::<2>().0) {
+            *eight = $join(
+                _mm512_shuffle_i32x4::<0b01_00_01_00>(fours[0], fours[1]),
+                _mm512_shuffle_i32x4::<0b11_10_11_10>(fours[0], fours[1]),
+            );
+        }
+        let [a, b] = eights;
+        $join(_mm512_shuffle_i32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b))
+    }};
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
 fn quantize_group<const P: usize>(
     rows: [&[f32; GROUP_LEN]; BLOCK_ROWS],
     planes: &mut [[Quads; P]; BLOCK_ROWS],
-    scales: &mut [GroupScale; BLOCK_ROWS],
+    words: &mut [[u32; BLOCK_ROWS]; SCALE_WORDS],
 ) {
-    let largest = across(rows.map(|row| largest_of(halves(row))), |a, b| _mm512_max_epi32(a, b));
-    let largest = _mm512_castsi512_ps(largest);
+    let mut largest = [_mm512_setzero_si512(); BLOCK_ROWS];
+    for (largest, row) in largest.iter_mut().zip(rows) {
+        *largest = largest_of(halves(row));
+    }
+    let largest = _mm512_castsi512_ps(across!(&largest, _mm512_max_epi32));
     // NaN is not below anything, and stays.
     let is_there = !_mm512_cmp_ps_mask::<_CMP_LT_OQ>(largest, _mm512_set1_ps(VANISHING));
     let scale = _mm512_maskz_div_ps(is_there, largest, _mm512_set1_ps(limit(P)));
     let inverse = floats(_mm512_maskz_div_ps(is_there, _mm512_set1_ps(1.0), scale));
-    let mut codes = [[_mm512_setzero_si512(); 2]; BLOCK_ROWS];
-    for (row, codes) in codes.iter_mut().enumerate() {
-        *codes = codes_of::<P>(halves(rows[row]), inverse[row]);
-        planes[row] = planes_of(*codes);
+    let mut codes = [[_mm512_setzero_si512(); BLOCK_ROWS]; 2];
+    for row in 0..BLOCK_ROWS {
+        let of_row = codes_of::<P>(halves(rows[row]), inverse[row]);
+        planes[row] = planes_of(of_row);
+        [codes[0][row], codes[1][row]] = of_row;
     }
-    let sums = [0, 1].map(|half| across(codes.map(|codes| codes[half]), |a, b| _mm512_add_epi32(a, b)));
+    let sums = [across!(&codes[0], _mm512_add_epi32), across!(&codes[1], _mm512_add_epi32)];
     let sum = _mm512_add_epi32(sums[0], sums[1]);
-    let scaled_sum = floats(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
-    let negated = |ints| integers(_mm512_sub_epi32(_mm512_setzero_si512(), ints));
-    let (scale, sum, sums) = (floats(scale), negated(sum), sums.map(negated));
-    for (row, out) in scales.iter_mut().enumerate() {
-        *out = GroupScale {
-            scale: scale[row],
-            scaled_sum: scaled_sum[row],
-            negated_sum: sum[row],
-            negated_half_sums: [sums[0][row], sums[1][row]],
-        };
+    let scaled_sum = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum));
+    let negated = [sum, sums[0], sums[1]];
+    put(&mut words[ScaleWord::Scale as usize], _mm512_castps_si512(scale));
+    put(&mut words[ScaleWord::ScaledSum as usize], _mm512_castps_si512(scaled_sum));
+    for (words, sum) in words[ScaleWord::NegatedSum as usize..].iter_mut().zip(negated) {
+        put(words, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
     }
-}
-
-/// What all lanes of each row give together, the first row's in the first lane. The operation is exact, so the order
-/// does not matter.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-#[inline]
-fn across(rows: [__m512i; BLOCK_ROWS], join: impl Fn(__m512i, __m512i) -> __m512i) -> __m512i {
-    // In each 128 bits: two lanes of each of two rows, then one lane of each of four rows.
-    let four: [__m512i; 4] = std::array::from_fn(|i| {
-        let [a, b] = [0, 2].map(|first| {
-            let (a, b) = (rows[4 * i + first], rows[4 * i + first + 1]);
-            join(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
-        });
-        join(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))
-    });
-    let [a, b] = [0, 2].map(|i| {
-        join(
-            _mm512_shuffle_i32x4::<0b01_00_01_00>(four[i], four[i + 1]),
-            _mm512_shuffle_i32x4::<0b11_10_11_10>(four[i], four[i + 1]),
-        )
-    });
-    join(_mm512_shuffle_i32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 #[inline]
 fn floats(x: __m512) -> [f32; BLOCK_ROWS] {
-    let mut out = [0.0; BLOCK_ROWS];
-    // SAFETY: the array has the 16 elements that are written.
-    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) };
-    out
+    let mut out = [0; BLOCK_ROWS];
+    put(&mut out, _mm512_castps_si512(x));
+    out.map(f32::from_bits)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 #[inline]
-fn integers(x: __m512i) -> [i32; BLOCK_ROWS] {
-    let mut out = [0; BLOCK_ROWS];
+fn put(out: &mut [u32; BLOCK_ROWS], x: __m512i) {
     // SAFETY: the array has the 16 elements that are written.
     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), x) };
-    out
 }
