@@ -85,6 +85,12 @@ impl<T: Zeroable + Copy> AlignedVec<T> {
     }
 }
 
+impl<T: Zeroable + Copy> Default for AlignedVec<T> {
+    fn default() -> Self {
+        Self::zeroed(0)
+    }
+}
+
 #[cfg(target_os = "linux")]
 impl Chunk {
     /// So many bytes nobody had before, from the newest chunk if it has them.

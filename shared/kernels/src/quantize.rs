@@ -9,6 +9,7 @@
 //! exact int8 products, and weights are still read once.
 
 use crate::Kernels;
+use crate::aligned::AlignedVec;
 use crate::formats::GROUP_LEN;
 use crate::pool::{SharedSlice, ThreadPool};
 
@@ -117,8 +118,8 @@ pub struct QuantizedRows {
     n_rows: usize,
     n_cols: usize,
     bits: CodeBits,
-    codes: Vec<Quads>,
-    scales: Vec<u32>,
+    codes: AlignedVec<Quads>,
+    scales: AlignedVec<u32>,
 }
 
 /// Where a row lies.
@@ -186,10 +187,10 @@ impl QuantizedRows {
         (self.n_rows, self.n_cols, self.bits) = (n_rows, n_cols, bits);
         let n_groups = n_rows * self.n_groups();
         if self.scales.len() < n_groups * SCALE_WORDS {
-            self.scales.resize(n_groups * SCALE_WORDS, 0);
+            self.scales = AlignedVec::zeroed(n_groups * SCALE_WORDS);
         }
         if self.codes.len() < n_groups * bits.n_planes() {
-            self.codes.resize(n_groups * bits.n_planes(), Quads::default());
+            self.codes = AlignedVec::zeroed(n_groups * bits.n_planes());
         }
     }
 
@@ -226,7 +227,8 @@ impl QuantizedRows {
 
     /// The row as numbers: code times scale.
     pub fn row(&self, row: usize) -> Vec<f32> {
-        let mut values: Vec<f32> = (0..self.n_groups()).flat_map(|group| self.group_values(row, group)).collect();
+        let mut values: Vec<f32> =
+            (0..self.n_groups()).flat_map(|group| self.group_values(row, group)).collect();
         values.truncate(self.n_cols);
         values
     }

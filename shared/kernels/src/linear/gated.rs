@@ -169,7 +169,8 @@ impl Gated<'_> {
                     product.run(first + half, tokens, stack, &mut |_, first_token, sums| {
                         let start = (first_token - tokens.start) * GROUP_LEN + half * TILE_ROWS;
                         // SAFETY: nothing else uses the values of this thread.
-                        let out = unsafe { values.strided_mut(start..start + TILE_ROWS, GROUP_LEN, sums.len()) };
+                        let out =
+                            unsafe { values.strided_mut(start..start + TILE_ROWS, GROUP_LEN, sums.len()) };
                         // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                         unsafe { (kernels.linear.write_rows)(sums, None, out) };
                     });

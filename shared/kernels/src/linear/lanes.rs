@@ -111,20 +111,20 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
         let codes = unpack::<V, F>(v, planes);
         let scales = resolve::<V, F>(v, own, shared);
         let x_codes: &[[Quads; P]; T] = x_codes.first_chunk().expect("invariant: all tokens have the group");
-        let [x_scales, x_sums @ ..] = token_words::<F, T>(x_words, leaf.step);
-        let mut add = |t: usize| {
-            let sums = x_sums.map(|sums| sums[t]);
-            let x = (&x_codes[t], f32::from_bits(x_scales[t]), sums);
-            acc[t] = if V::DOTS_WAIT && T <= FEW_TOKENS {
-                add_group::<V, F, P, 2>(v, &codes, &scales, x, acc[t])
-            } else {
-                add_group::<V, F, P, 1>(v, &codes, &scales, x, acc[t])
+        let [x_scales, x_first, x_second] = token_words::<F, T>(x_words, leaf.step);
+        // A macro: a closure might be called, which takes forty times as long.
+        macro_rules! add {
+            ($t:expr) => {
+                let x = (&x_codes[$t], f32::from_bits(x_scales[$t]), [x_first[$t], x_second[$t]]);
+                acc[$t] = add_group_of::<V, F, P, T>(v, &codes, &scales, x, acc[$t]);
             };
-        };
+        }
         if V::HOLDS_SUMS {
-            each_token!(T, t => add(t));
+            each_token!(T, t => { add!(t); });
         } else {
-            (0..T).for_each(add);
+            for t in 0..T {
+                add!(t);
+            }
         }
     }
     put(v.simd(), acc, leaf.adds, sums);
@@ -134,14 +134,15 @@ pub(super) fn sum_quantized<V: Lanes, F: QuantFormat, const P: usize, const T: u
 /// where these differ.
 #[inline(always)]
 fn token_words<F: QuantFormat, const T: usize>(words: &[u32], step: usize) -> [&[u32; T]; 3] {
-    let sums = match (F::SCALES.per_half(), F::SCALES.has_min()) {
+    let [first, second] = match (F::SCALES.per_half(), F::SCALES.has_min()) {
         (true, _) => [ScaleWord::NegatedFirstHalfSum, ScaleWord::NegatedSecondHalfSum],
         (false, true) => [ScaleWord::ScaledSum; 2],
         (false, false) => [ScaleWord::NegatedSum; 2],
     };
-    [ScaleWord::Scale, sums[0], sums[1]].map(|word| {
+    let of_tokens = |word: ScaleWord| -> &[u32; T] {
         words[word as usize * step..].first_chunk().expect("invariant: all tokens have the group")
-    })
+    };
+    [of_tokens(ScaleWord::Scale), of_tokens(first), of_tokens(second)]
 }
 
 /// Writes the sums of a leaf, or adds them to its left neighbour's.
@@ -268,6 +269,22 @@ fn dot<V: Lanes, F: QuantFormat, const P: usize, const CHAINS: usize>(
         *total = if CHAINS == 2 { v.plus(isums[0], isums[1]) } else { isums[0] };
     }
     if P == 2 { v.join(totals[0], totals[1]) } else { totals[0] }
+}
+
+/// [`add_group`] for one of `T` tokens.
+#[inline(always)]
+fn add_group_of<V: Lanes, F: QuantFormat, const P: usize, const T: usize>(
+    v: V,
+    codes: &[V::Bytes; QUADS],
+    scales: &LaneScales<V>,
+    x: (&[Quads; P], f32, [u32; 2]),
+    acc: Floats<V>,
+) -> Floats<V> {
+    if V::DOTS_WAIT && T <= FEW_TOKENS {
+        add_group::<V, F, P, 2>(v, codes, scales, x, acc)
+    } else {
+        add_group::<V, F, P, 1>(v, codes, scales, x, acc)
+    }
 }
 
 /// Adds the product of one group of all rows with one group of activations.

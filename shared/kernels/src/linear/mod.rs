@@ -159,7 +159,12 @@ impl LinearKernels {
     pub(crate) const fn for_isa(isa: Isa) -> Self {
         match isa {
             Isa::Scalar => {
-                table!(quantize_block_scalar, scalar::sum_quantized_scalar, sum_float_scalar, write_rows_scalar)
+                table!(
+                    quantize_block_scalar,
+                    scalar::sum_quantized_scalar,
+                    sum_float_scalar,
+                    write_rows_scalar
+                )
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
@@ -167,7 +172,12 @@ impl LinearKernels {
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
-                table!(quantize_block_avx512, avx512::sum_quantized_avx512, sum_float_avx512, write_rows_avx512)
+                table!(
+                    quantize_block_avx512,
+                    avx512::sum_quantized_avx512,
+                    sum_float_avx512,
+                    write_rows_avx512
+                )
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => {

@@ -20,7 +20,8 @@ pub(crate) fn sum_quantized_scalar<F: QuantFormat, const P: usize>(
             let scales = scales_of_row::<F>(packed.own, packed.shared, row).resolve(F::SCALES);
             for (token, sums) in of_leaf.iter_mut().enumerate() {
                 let place = group * leaf.step + token;
-                let x = (group_codes(&leaf.codes[place * P..][..P]), GroupScale::read(words, leaf.step, token));
+                let x =
+                    (group_codes(&leaf.codes[place * P..][..P]), GroupScale::read(words, leaf.step, token));
                 sums[row] = add_group::<F>(&weights, &scales, &x, sums[row]);
             }
         }

@@ -96,7 +96,8 @@ impl TileProduct<'_> {
         let weight_type = self.matrix.weight_type();
         match (self.matrix.input_kind(), self.input.quantized) {
             (InputKind::Quantized, Some(rows)) => {
-                let leaf = QuantizedLeaf { fetch, adds, ..self.quantized_leaf(tile, leaf, rows, first_token) };
+                let leaf =
+                    QuantizedLeaf { fetch, adds, ..self.quantized_leaf(tile, leaf, rows, first_token) };
                 // SAFETY: a table of kernels exists only on a CPU that has its instruction set.
                 unsafe { (self.kernels.linear.quantized(weight_type, rows.bits()))(&leaf, sums) }
             }

@@ -60,7 +60,9 @@ mod tests {
         let sums: Vec<RowSums> =
             (0..7).map(|token| std::array::from_fn(|row| (token * 31 + row * 7) as f32 / 3.0)).collect();
         let bias: Vec<f32> = (0..TILE_ROWS).map(|row| row as f32 / 7.0 - 1.0).collect();
-        for (isa, n_rows) in Isa::available().into_iter().flat_map(|isa| (1..=TILE_ROWS).map(move |n| (isa, n))) {
+        for (isa, n_rows) in
+            Isa::available().into_iter().flat_map(|isa| (1..=TILE_ROWS).map(move |n| (isa, n)))
+        {
             for bias in [None, Some(&bias[..n_rows])] {
                 let written = |write: WriteRows| {
                     let mut out = vec![9.0; 200];

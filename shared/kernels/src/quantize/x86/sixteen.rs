@@ -6,11 +6,7 @@ use super::*;
 /// Quantizes the sixteen rows of a block.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 #[inline]
-pub(super) fn quantize<const P: usize>(
-    x: &BlockInput<'_>,
-    codes: &mut [[Quads; P]],
-    scales: &mut [u32],
-) {
+pub(super) fn quantize<const P: usize>(x: &BlockInput<'_>, codes: &mut [[Quads; P]], scales: &mut [u32]) {
     let words = scales.as_chunks_mut().0.as_chunks_mut().0;
     let mut groups = codes.as_chunks_mut().0.iter_mut().zip(words);
     let whole = x.n_cols / GROUP_LEN * GROUP_LEN;
@@ -71,10 +67,17 @@ fn quantize_group<const P: usize>(
     let scale = _mm512_maskz_div_ps(is_there, largest, _mm512_set1_ps(limit(P)));
     let inverse = floats(_mm512_maskz_div_ps(is_there, _mm512_set1_ps(1.0), scale));
     let mut codes = [[_mm512_setzero_si512(); BLOCK_ROWS]; 2];
-    for row in 0..BLOCK_ROWS {
-        let of_row = codes_of::<P>(halves(rows[row]), inverse[row]);
-        planes[row] = planes_of(of_row);
-        [codes[0][row], codes[1][row]] = of_row;
+    for (pair, planes) in planes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        let [first, second] = [2 * pair, 2 * pair + 1];
+        let of_first = codes_of::<P>(halves(rows[first]), inverse[first]);
+        let of_second = codes_of::<P>(halves(rows[second]), inverse[second]);
+        if P == 1 {
+            put_pair(planes.as_flattened_mut(), of_first, of_second);
+        } else {
+            *planes = [planes_of(of_first), planes_of(of_second)];
+        }
+        [codes[0][first], codes[1][first]] = of_first;
+        [codes[0][second], codes[1][second]] = of_second;
     }
     let sums = [across!(&codes[0], _mm512_add_epi32), across!(&codes[1], _mm512_add_epi32)];
     let sum = _mm512_add_epi32(sums[0], sums[1]);
@@ -85,6 +88,20 @@ fn quantize_group<const P: usize>(
     for (words, sum) in words[ScaleWord::NegatedSum as usize..].iter_mut().zip(negated) {
         put(words, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
     }
+}
+
+/// Codes of 8 bits of two rows, as bytes, to where theirs lie side by side.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[inline]
+fn put_pair(out: &mut [Quads], first: [__m512i; 2], second: [__m512i; 2]) {
+    let words = [_mm512_packs_epi32(first[0], first[1]), _mm512_packs_epi32(second[0], second[1])];
+    let bytes = _mm512_packs_epi16(words[0], words[1]);
+    // Packing works within 128 bits: each has a quad of the first half and one of the second, of both rows.
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let quads = _mm512_permutexvar_epi32(order, bytes);
+    let out: &mut [Quads; 2] = out.first_chunk_mut().expect("invariant: there are two rows");
+    // SAFETY: two rows have the 64 bytes that are written.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), quads) };
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
