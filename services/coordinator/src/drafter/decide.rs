@@ -87,7 +87,7 @@ impl Drafter {
         let n = ids.len();
         let load = StepLoad { n_rows: n, n_tokens: n, n_spare_rows: SPARE_ROWS };
         let plain = self.goodput.plain(&costs);
-        let found = self.goodput.promised(&own, load, &costs);
+        let found = self.goodput.promised_within_means(&own, load, &costs);
         let found = found.filter(|found| self.goodput.is_worth_it(found, &plain));
         let has_offers = own.iter().any(|offer| !offer.is_empty());
         if found.is_some() || (has_offers && self.goodput.went_without()) {

@@ -170,6 +170,18 @@ impl Goodput {
         promise(offers, load, (self.gap_ms(), f64::INFINITY), costs)
     }
 
+    /// The same within what rows may still cost, the wait included: a step that has waited for proposals that cannot be paid
+    /// for has waited in vain.
+    pub fn promised_within_means(
+        &self,
+        offers: &[Vec<f64>],
+        load: StepLoad,
+        costs: &Costs<'_>,
+    ) -> Option<Promise> {
+        let gap_ms = self.gap_ms();
+        promise(offers, load, (gap_ms, self.controller.rows().balance_ms() - gap_ms), costs)
+    }
+
     /// As [`Controller::is_worth_it`].
     pub fn is_worth_it(&self, found: &Promise, beside: &Promise) -> bool {
         self.controller.is_worth_it(found, beside)
@@ -318,6 +330,25 @@ mod tests {
         assert!(goodput.can_pay());
         step(&mut goodput, &times, &Done { waited_ms: 120.0, ..done(0, 1) });
         assert!(!goodput.can_pay());
+    }
+
+    #[test]
+    fn no_step_waits_for_proposals_that_cannot_be_paid_for() {
+        let (mut goodput, times) = (Goodput::default(), times());
+        // Each step waits 0.8 ms longer than one that is sent ahead, and nothing is accepted.
+        (0..99).for_each(|_| {
+            step(&mut goodput, &times, &Done { ran_ahead: true, elapsed_ms: 10.2, ..done(0, 1) })
+        });
+        let costs = Costs::of(&times, [1].into_iter(), Drafting::Quiet).expect("measured");
+        let load = StepLoad { n_rows: 1, n_tokens: 1, n_spare_rows: 8 };
+        let mut n_waited = 0;
+        while goodput.promised_within_means(&[vec![0.9]], load, &costs).is_some() {
+            step(&mut goodput, &times, &done(1, 1));
+            n_waited += 1;
+        }
+        // Half a step, which is 5 ms, at 0.8 ms and a row each; nobody forbids what costs nothing more.
+        assert!((3..10).contains(&n_waited), "{n_waited}");
+        assert!(goodput.promised(&[vec![0.9]], load, &costs).is_some());
     }
 
     #[test]
