@@ -346,7 +346,7 @@ mod tests {
             step(&mut goodput, &times, &done(1, 1));
             n_waited += 1;
         }
-        // Half a step, which is 5 ms, at 0.8 ms and a row each; nobody forbids what costs nothing more.
+        // The account opens with half a step, 5 ms; each wait takes 0.8 ms of it, and a row 0.1.
         assert!((3..10).contains(&n_waited), "{n_waited}");
         assert!(goodput.promised(&[vec![0.9]], load, &costs).is_some());
     }
